@@ -1,0 +1,1375 @@
+"""Rubric-Conditioned Self-Distillation (RSD) in one file.
+
+Post-training usually copies one chain of thought or chases one scalar reward. RSD uses a rubric, a
+list of weighted criteria that a good answer meets. One network plays two parts:
+
+  1. the student reads the bare question x and samples a completion y ~ p_S(.|x)
+  2. the teacher, the same network with the rubric r in its context, re-scores every token of y
+  3. at every position t of y the two next-token distributions are compared:
+         loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
+  4. the gradient flows through the student only; N counts the completion tokens of the whole step
+  5. after training the student needs no rubric
+
+  python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
+  python rsd.py generate    a model writes a rubric for every question      -> JSONL
+  python rsd.py train       rollouts, re-scoring, per-token loss, steps     -> a checkpoint directory
+  python rsd.py eval        accuracy and rubric score of a checkpoint
+
+Sections 1 to 4 are the method, with 5 you can train: every method is three choices in one pipeline
+(METHODS): who writes the completion, what the teacher sees, which signal each token gets.
+
+Glossary, code -> paper (arXiv 2606.19327): question x, reference_answer y*, solution z, rubric
+r = {c_1..c_K}, completion y^, student p_S, teacher p_T. Shapes: B sequences, T tokens of one
+completion, N completion tokens in all, V vocabulary, H hidden width. beta: 0 is forward KL(T||S),
+the paper's choice; 1 reverse KL(S||T); between, generalised Jensen-Shannon.
+
+Simplified: text only, one process, no LoRA, rubric scores only for criteria that carry a `check`.
+README.md lists the differences from the paper, with reasons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the command line prints it as one sentence and exits 2."""
+
+
+# ---- 1. Two contexts: what the student sees, what the teacher sees --------------------------------
+# A context is a file of prompts/, named after what it shows: "student" is the bare question;
+# "rubric", "rubric+answer", "answer", "solution" are teachers'; "writer*" ask for a rubric.
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+MARK = "\ue000"  # stands around the number of a control token's name that was found in data
+
+
+@dataclass
+class Episode:
+    """One row on its way from sampling to the update. Token ids only: text is never re-encoded."""
+
+    row: dict
+    prompt_ids: list[int]  # what the student sees
+    teacher_ids: list[int]  # what the teacher sees in its place
+    completion_ids: list[int] = ()  # the first stop token included
+    stopped: bool = False  # False: cut off at the token limit
+    advantage: float = 1.0  # for the signal "advantage": 1 in SFT, (r - mean) / std in GRPO
+    train_from: int = 0  # completion tokens before this one carry no loss
+
+
+def load_prompts(folder) -> dict[str, str]:
+    """Every FOLDER/NAME.txt as {NAME: text}; UserError for no file or an unknown placeholder."""
+    found = {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
+    known = ("question", "answer", "solution", "rubric", "rubric_json")
+    wrong = [(n, f) for n, t in found.items() for f in PLACEHOLDER.findall(t) if f not in known]
+    if wrong or not found:
+        raise UserError(f"--prompts {folder}: " + (
+            "{0}.txt has the unknown placeholder {{{1}}}".format(*wrong[0]) + f"; known: {known}."
+            if wrong else "there are no .txt prompt files in that directory."))
+    return found
+
+
+def row_fields(row: dict) -> dict[str, str]:
+    """What one row can put into a prompt file's placeholders; parts that it lacks are left out."""
+    rubric = row.get("rubric")
+    lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({c['weight']:g})"
+             for c in rubric or ()]
+    fields = {"question": row["question"], "answer": row.get("reference_answer"),
+              "solution": row.get("solution"), "rubric": "\n".join(lines),
+              "rubric_json": rubric and rubric_json(rubric)}
+    return {name: text for name, text in fields.items() if text}
+
+
+def guard(tokenizer, text: str, kept: list[str]) -> str:
+    """Hide the names of control tokens in data behind marks; the names are added to `kept`."""
+    names = sorted(tokenizer.get_added_vocab(), key=len, reverse=True) + [MARK]
+    return re.sub("|".join(map(re.escape, names)),
+                  lambda m: kept.append(m[0]) or f"{MARK}{len(kept) - 1}{MARK}", text)
+
+
+def encode_guarded(tokenizer, text: str, kept: list[str]) -> list[int]:
+    """Token ids of guarded text: a hidden name is spelled out in two parts, so stays plain text."""
+    pieces = []
+    for i, part in enumerate(re.split(f"{MARK}(\\d+){MARK}", text)):  # text, number, text, ...
+        pieces += [part] if i % 2 == 0 else [kept[int(part)][:1], kept[int(part)][1:]]
+    return [t for p in pieces if p for t in tokenizer.encode(p, add_special_tokens=False)]
+
+
+def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
+    """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued.
+
+    The one builder for training and evaluation, student and teacher. Filling is a single pass:
+    braces, backslashes and $ in data stay as they are, and "<|im_end|>" in data never becomes the
+    control token. `thinking` goes to the chat template as enable_thinking. KeyError: a placeholder
+    that the row cannot fill.
+    """
+    kept: list[str] = []
+    message = PLACEHOLDER.sub(lambda m: guard(tokenizer, fields[m[1]], kept), template)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
+                                         add_generation_prompt=True, enable_thinking=thinking)
+    return encode_guarded(tokenizer, text, kept)
+
+
+def turn_end(tokenizer) -> int:
+    """The token with which the chat template ends an assistant's turn, else the tokenizer's eos."""
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@@"}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
+    first = tokenizer.encode(after, add_special_tokens=False)[:1]
+    return first[0] if set(first) & set(tokenizer.added_tokens_decoder) else tokenizer.eos_token_id
+
+
+def stop_ids(model, tokenizer) -> set[int]:
+    """All tokens that end a completion (Qwen has two): generation config, tokenizer, chat."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    return {*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+
+
+# ---- 2. Rubrics: read what a model wrote, write new ones -------------------------------------------
+
+ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
+           "weight": ("weight", "points", "score")}
+WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
+LATEX = re.compile(r"(?:[bf][a-zA-Z]{2,}|n(?:abla|atural|e|eq|eg|earrow|geq|i|leq|mid|ot|otin|u)"
+                   r"|r(?:angle|ceil|efloor|floor|ho|ight\w*|m|ule)"
+                   r"|t(?:an|anh|au|ext\w*|frac|herefore|heta|ilde|imes|o|op|riangle\w*))(?![a-zA-Z])")
+
+
+def read_criterion(item, need_title=False) -> dict:
+    """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
+
+    A string without a known first word weighs 1. ValueError says what is missing.
+    >>> read_criterion("Pitfall Criteria: Ignores friction.")
+    {'title': 'Pitfall', 'description': 'Ignores friction.', 'weight': -1}
+    >>> read_criterion({"criterion": "Cites a source", "points": "2"})
+    {'title': '', 'description': 'Cites a source', 'weight': 2}
+    """
+    if isinstance(item, str):
+        word, colon, rest = item.partition(":")
+        word = word.split()[0] if word.split() and colon else ""
+        known = word.lower() in WORD_WEIGHT
+        item = {"title": word if known else "", "description": rest if known else item,
+                "weight": WORD_WEIGHT.get(word.lower(), 1)}
+    if not isinstance(item, dict):
+        raise ValueError(f"a criterion is an object or a string, not {json.dumps(item)[:40]}")
+    got = {field: next((item[n] for n in names if item.get(n) is not None), None)
+           for field, names in ALIASES.items()}
+    for field in ("title", "description"):
+        got[field] = got[field].strip() if isinstance(got[field], str) else ""
+        if not got[field] and (field == "description" or need_title):
+            raise ValueError(f"a criterion has no {field}")
+    try:
+        weight = math.nan if isinstance(got["weight"], bool) else float(got["weight"])
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError("a criterion has no numeric weight")
+    got["weight"] = int(weight) if weight == int(weight) else weight
+    return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
+
+
+def mend_backslashes(text: str) -> str:
+    r"""Double the backslashes of LaTeX that JSON rejects or silently misreads; keep real escapes.
+
+    >>> mend_backslashes(r'\frac{\pi}{\nu} \n done \" \\theta')
+    '\\\\frac{\\\\pi}{\\\\nu} \\n done \\" \\\\theta'
+    """
+    def mend(m):
+        after = text[m.end() - 1:m.end() + 24]
+        real = (after[0] in '"\\/' or re.match("u[0-9a-fA-F]{4}", after)
+                or after[0] in "bfnrt" and not LATEX.match(after))
+        return m[0] if real else "\\\\" + m[1]
+
+    return re.sub(r"\\(.)", mend, text, flags=re.S)
+
+
+def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
+    r"""Whatever a model wrote -> (criteria, "") or (None, why not).
+
+    Thinking is dropped; the last array that holds a complete criterion (title, description, numeric
+    weight) is read object by object, so an array cut off at the token limit, or one broken object,
+    costs only what is broken. LaTeX backslashes are mended. Nothing else is guessed.
+    >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
+    ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
+    >>> parse_rubric("<think>So the rubric")
+    (None, 'unfinished thinking')
+    """
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None, "unfinished thinking"
+    text, decoder, why = mend_backslashes(text), json.JSONDecoder(strict=False), "no JSON array"
+    for start in [m.start() for m in re.finditer(r"\[\s*\{", text)][::-1] or [0]:
+        found, at = [], start
+        while opening := re.compile(r'\{\s*"').search(text, at):
+            try:
+                item, at = decoder.raw_decode(text, opening.start())
+                found.append(read_criterion(item, need_title=True))
+            except ValueError as error:  # cut off, broken, or a field is missing: go on behind it
+                at = max(at, opening.end())
+                why = "broken JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+        closed = re.match(r"\s*,?\s*\]", text[at:])
+        if found and not closed and len(text[:start].split()) > 60:
+            return None, "unfinished thinking"  # long prose, then a draft that breaks off
+        if found:
+            return found, ""
+    return None, why
+
+
+def rubric_json(rubric: list[dict]) -> str:
+    """The form in which rubrics are asked for and written: a JSON array, without the checks."""
+    return json.dumps([{k: c[k] for k in ("title", "description", "weight")} for c in rubric],
+                      ensure_ascii=False)
+
+
+def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3, thinking=False,
+                     **sampling) -> list[dict]:
+    """One rubric per row -> [{"rubric": criteria or None, "reason", "tries", "text"}], in order.
+
+    An output that parse_rubric refuses is drawn again, up to `tries` times in all; what still fails
+    comes back with rubric None and the reason. `sampling` goes to sample_completions.
+    """
+    prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
+    results, todo = [{}] * len(rows), range(len(rows))
+    for attempt in range(1, tries + 1):
+        outputs = sample_completions(model, [prompts[i] for i in todo],
+                                     stop_ids(model, tokenizer), **sampling)
+        for i, (ids, _) in zip(todo, outputs):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            rubric, reason = parse_rubric(text)
+            results[i] = {"rubric": rubric, "reason": reason, "tries": attempt, "text": text}
+        todo = [i for i in todo if results[i]["rubric"] is None]
+    return results
+
+
+# ---- 3. Sampling: prompt ids in, completion ids out ------------------------------------------------
+
+
+@torch.no_grad()
+def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
+                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
+    """B prompts of ids -> B pairs (completion ids [T_b], stopped: bool), in the order given.
+
+    Token in, token out: nothing is decoded. A completion ends with its first stop token, which is
+    part of it; without one it has max_new_tokens ids and stopped is False. Padding is on the left,
+    hidden by the mask, and its id never matters. temperature 0 is greedy. The model's own
+    generation defaults (a repetition penalty, say) are set aside: these are samples of p_S alone.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stop),
+                              pad_token_id=min(stop), **how if temperature > 0 else {})
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    results, starts = [None] * len(prompts), range(0, len(prompts), batch_size)
+    try:
+        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+            rows = order[start:start + batch_size]
+            width = max(len(prompts[i]) for i in rows)
+            pad = [width - len(prompts[i]) for i in rows]
+            ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pad, rows)])  # (b, width)
+            mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad])
+            with autocast(model):
+                out = model.generate(input_ids=ids.to(model.device), generation_config=config,
+                                     attention_mask=mask.to(model.device))
+            for i, tokens in zip(rows, out[:, width:].tolist()):
+                end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
+                results[i] = (tokens[:end], end is not None)
+    finally:
+        model.generation_config = own
+    return results
+
+
+def autocast(model):
+    """bf16 arithmetic on a GPU, whatever precision the weights have; nothing elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
+
+
+# ---- 4. Re-scoring and the per-token loss ----------------------------------------------------------
+
+
+def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+    """The hidden states [N, H] that predict each completion token, sequence after sequence.
+
+    One forward of the model's body over [context | completion], for student and teacher alike. The
+    head is not applied: logits exist only where and when asked for, by logits_of(model, hidden).
+    Padding is on the right, behind everything: a causal model never looks there, positions count
+    from 0, and no mask is needed.
+    """
+    seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
+    width = max(map(len, seqs))
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
+    row = [b for b, c in enumerate(completions) for _ in c]
+    col = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
+    return hidden[row, col]
+
+
+def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's head on hidden states: [N, H] -> [N, V], soft-capping included (Gemma)."""
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", 0)
+    logits = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Entries of KL(p||q) from log-probs [N, V], as p log(p/q) - p + q: the extra terms sum to 0.
+
+    So no entry is negative, and where p = q both value and gradient are exactly 0 in float32.
+    """
+    return p.exp() * (p - q) - p.exp() + q.exp()
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
+               temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
+    """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
+
+    beta 0: forward KL(T||S). 1: reverse KL(S||T). Between: beta*KL(T||m) + (1-beta)*KL(S||m) with
+    m = beta*T + (1-beta)*S. Mind the jump: that goes to 0 as beta goes to 0 or to 1, where the
+    plain KLs take over.
+    top_k > 0: only the teacher's top_k tokens, renormalised; with tail, one more bucket holds the
+    rest of the mass instead (top_k = V then is the full divergence).
+    clip "entry" caps every vocabulary entry at clip_at before the sum, as the public code does:
+    the sum can turn negative and invert the training. "token" caps the sum.
+    stats grows by sums over tokens: "divergence" before clipping, "clipped" fraction.
+
+    >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
+    >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
+    [1.76, -0.17, 0.05]
+    """
+    s, t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
+    if 0 < top_k < s.shape[-1]:
+        index = t.topk(top_k, dim=-1).indices
+
+        def support(x):  # [N, V] -> [N, top_k], or [N, top_k + 1] with the tail
+            kept = x.gather(-1, index)
+            if not tail:
+                return kept.log_softmax(-1)
+            return torch.cat([kept, x.scatter(-1, index, -math.inf).logsumexp(-1, True)], -1)
+
+        s, t = support(s), support(t)
+    kl = kl_terms if clip != "entry" else lambda p, q: p.exp() * (p - q)
+    if beta in (0, 1):
+        terms = kl(s, t) if beta else kl(t, s)
+    else:  # log m, exact where s = t and finite however far they are apart
+        gap = torch.expm1(-(s - t).abs())
+        m = torch.where(s > t, s + torch.log1p(beta * gap), t + torch.log1p((1 - beta) * gap))
+        terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
+    if clip != "entry":
+        terms = terms.sum(-1, keepdim=True)
+    if stats is not None:
+        stats["divergence"] += terms.sum().item()
+        stats["clipped"] += 0 if clip == "none" else (terms > clip_at).float().mean(-1).sum().item()
+    return terms.clamp(max=math.inf if clip == "none" else clip_at).sum(-1)
+
+
+BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
+
+
+def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
+    """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
+
+    forward, reverse, jsd: the divergence, with `options` for it. sampled: policy gradient on the
+    sampled token, advantage = log p_T - log p_S, detached. advantage: policy gradient with the
+    advantage given (GRPO; with 1 it is cross-entropy, SFT), plus kl times the reverse KL to the
+    teacher. Samples are of the current weights, strictly on policy, so there is no importance
+    ratio, hence nothing to clip.
+    """
+    if signal in BETA:
+        return divergence(student, teacher, **{"beta": BETA[signal]} | options)
+    logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    if signal == "sampled":
+        target = teacher.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        advantage = (target - logp).detach()
+    return -advantage * logp + (kl * divergence(student, teacher, beta=1.0) if kl else 0.0)
+
+
+def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counter, chunk=0) -> None:
+    """Backward of sum(loss_of(logits, rows)) / denominator without ever holding [N, V] logits.
+
+    hidden [N, H] with its graph; loss_of(logits [n, V], rows: slice) -> [n]. The head runs forward
+    and backward on `chunk` tokens at a time (0: about 2^24 logits) into the gradient of hidden;
+    then one backward goes through the body. stats grows by the sums "loss" and "entropy" (of the
+    student, in nats). N = 0 gives zero gradients.
+    """
+    grad = torch.zeros_like(hidden)
+    chunk = chunk or max(1, 2**24 // model.get_output_embeddings().weight.shape[0])
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        h = hidden[rows].detach().requires_grad_()
+        logits = logits_of(model, h)
+        losses = loss_of(logits, rows)
+        (losses.sum() / denominator).backward()
+        grad[rows] = h.grad
+        with torch.no_grad():
+            logp = logits.float().log_softmax(-1)
+            stats.update(loss=losses.sum().item(), entropy=-(logp.exp() * logp).sum().item())
+    hidden.backward(grad)
+
+
+# ---- 5. Training: one pipeline, methods as choices -------------------------------------------------
+
+METHODS = {
+    # name         who writes   teacher sees  signal        reward
+    "rsd":         ("student",   "rubric",   "divergence", None),
+    "opsd":        ("student",   "solution", "divergence", None),
+    "grpo":        ("student",   "student",  "advantage",  "accuracy"),
+    "grpo-rubric": ("student",   "student",  "advantage",  "rubric_score"),
+    "sft":         ("reference", "student",  "advantage",  None),
+}
+LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|for (my|your) eyes"
+                  r"|(given|provided|private) guidance)\b", re.I)
+
+
+def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False, needs=()):
+    """Rows and two prompt files -> (episodes without completions, Counter of reasons left out).
+
+    needs: fields that a row must have beside those of the files. room: tokens that a context may
+    have. A longer one is never cut (that would drop the question): its row is left out, and counted.
+    """
+    examples, dropped = [], Counter()
+    needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
+    for row in tqdm(rows, desc="contexts", leave=False):
+        fields = row_fields(row)
+        if missing := sorted(needs - fields.keys()):
+            dropped[f"no {missing[0]}"] += 1
+            continue
+        pair = [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
+        if max(map(len, pair)) > room:
+            dropped["context and completion longer than the model's context"] += 1
+        else:
+            examples.append(Episode(row, *pair))
+    return examples, dropped
+
+
+def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sampling):
+    """Choice 1, who writes: "student" samples `rollouts` each, "reference" takes the solution."""
+    if writer == "student":
+        examples = [e for e in examples for _ in range(rollouts)]
+        outputs = sample_completions(model, [e.prompt_ids for e in examples],
+                                     stop_ids(model, tokenizer), **sampling)
+    else:
+        outputs, end = [], turn_end(tokenizer)
+        for e in examples:
+            text = guard(tokenizer, e.row["solution"], kept := [])
+            outputs.append((encode_guarded(tokenizer, text, kept) + [end], True))
+    return [replace(e, completion_ids=ids, stopped=end) for e, (ids, end) in zip(examples, outputs)]
+
+
+def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
+    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal rewards give exactly 0.
+
+    >>> group_advantages([1, 0, .1, .1], 2, eps=0.5)
+    [0.5, -0.5, 0.0, 0.0]
+    """
+    r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
+    centred = (r != r[:, :1]).any(1, keepdim=True) * (r - r.mean(1, True))
+    return (centred / (r.std(1, correction=0, keepdim=True) + eps)).flatten().tolist()
+
+
+def micro_batches(episodes: list[Episode], token_budget: int) -> list[list[Episode]]:
+    """Episodes sorted by length, cut so that padded rows x width stays within token_budget."""
+    def width(e):
+        return max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
+
+    batches: list[list[Episode]] = []
+    for e in sorted(episodes, key=width, reverse=True):  # a batch's first is its widest
+        if not batches or (len(batches[-1]) + 1) * width(batches[-1][0]) > token_budget:
+            batches.append([])
+        batches[-1].append(e)
+    return batches
+
+
+@contextmanager
+def timed(seconds: Counter, name: str):
+    """Add the wall seconds of the block to seconds[name]; waits for a GPU's work."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] += time.perf_counter() - start
+
+
+def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budget=8192, kl=0.0,
+               **options) -> Counter:
+    """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
+
+    One denominator, the trained tokens of all episodes, so any split into micro-batches gives the
+    same gradient. -> "loss", "divergence", "entropy", "clipped" per trained token, "tokens", and
+    the seconds "rescoring" and "update". Nothing to train on: loss exactly 0, zero gradients.
+    """
+    total = sum(len(e.completion_ids) - e.train_from for e in episodes)
+    stats, seconds = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0), Counter()
+    for batch in micro_batches(episodes, token_budget):
+        completions = [e.completion_ids for e in batch]
+        tokens = [(t, e.advantage, k >= e.train_from)
+                  for e in batch for k, t in enumerate(e.completion_ids)]
+        ids, advantage, keep = (torch.tensor(x, device=model.device) for x in zip(*tokens))
+        ids, advantage = ids[keep], advantage[keep]
+        needs_teacher = signal != "advantage" or kl > 0
+        with autocast(model):
+            with timed(seconds, "rescoring"), torch.no_grad():
+                seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
+                    if needs_teacher else None
+
+            def loss_of(logits, rows):
+                with torch.no_grad():
+                    target = logits_of(teacher, seen[rows]) if needs_teacher else None
+                return token_loss(signal, logits, target, ids[rows], advantage[rows], kl, **options,
+                                  **{"stats": stats} if signal in BETA else {})
+
+            with timed(seconds, "update"):
+                hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
+                backward_in_chunks(model, hidden, loss_of, max(total, 1), stats)
+    mean = {k: v / max(total, 1) for k, v in stats.items()}
+    return Counter({**mean, **seconds, "tokens": total})
+
+
+def make_teacher(model, kind: str):
+    """fixed, ema: a frozen copy of the weights, in memory; live: the student itself."""
+    return model if kind == "live" else copy.deepcopy(model).requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(teacher, model, decay: float) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
+    for t, s in zip(teacher.parameters(), model.parameters()):
+        t.lerp_(s.to(t.dtype), 1 - decay)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak if schedule == "constant" else peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
+    """Clip, step, clear -> the gradient norm before clipping; if it is not finite nothing moves."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def step_rows(items: list, step: int, batch: int, seed: int) -> list:
+    """The items of one step: epoch after epoch, each in an order of its own; no state to save."""
+    orders, picked = {}, []
+    for k in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(k, len(items))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{seed} {epoch}").sample(range(len(items)), len(items))
+        picked.append(items[orders[epoch][at]])
+    return picked
+
+
+def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) -> None:
+    """Replace directory `out` whole: written under another name, then renamed into place.
+
+    It holds what from_pretrained loads, trainer.pt (`state`), rsd.json (`settings`) and the metrics
+    so far. A crash leaves the old directory, the new one, or OUT.old, which open_run puts back.
+    """
+    new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    torch.save(state, new / "trainer.pt")
+    (new / "rsd.json").write_text(json.dumps(settings, indent=1))
+    shutil.copy(out / "metrics.jsonl", new)
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old)
+
+
+def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
+    """A new run directory -> None, or the run in it that is to go on -> its trainer state.
+
+    UserError where `out` holds anything else: nothing is ever written over.
+    """
+    if (old := out.with_name(out.name + ".old")).exists() and not out.exists():
+        old.rename(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        file = out / "rsd.json"
+        if not file.exists():
+            raise UserError(f"--out {out} exists and is no run of rsd.py; choose another --out.")
+        was, free = json.loads(file.read_text()), ("steps", "save_every", "log_every")
+        if changed := [f"{k} {was.get(k)!r} -> {settings.get(k)!r}"
+                       for k in settings if k not in free and was.get(k) != settings[k]]:
+            raise UserError(f"--out {out} holds a run with other settings ({', '.join(changed)}); "
+                            "choose another --out, or give that run's settings.")
+        if not resume:
+            raise UserError(f"--out {out} holds this run already; add --resume to go on with it, or "
+                            "choose another --out.")
+        if (out / "trainer.pt").exists():
+            return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rsd.json").write_text(json.dumps(settings, indent=1))
+    (out / "metrics.jsonl").write_text("")
+    return None
+
+
+def restore(out: Path, state: dict, model, teacher, optimizer) -> None:
+    """Put a run's student, EMA teacher, optimizer, random states and metrics back."""
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict())
+    if state["ema"]:
+        teacher.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    lines = [m for m in read_jsonl(out / "metrics.jsonl", mend=True) if m["step"] <= state["step"]]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+
+
+# ---- 6. Evaluation: one grader for rewards and for results -----------------------------------------
+
+NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
+
+
+def extract_answer(text: str) -> str:
+    r"""The content of the last \boxed{}, nested braces included; without one, the last line.
+
+    >>> extract_answer(r"So \boxed{1}, or rather \boxed{\frac{7a}{8}}.")
+    '\\frac{7a}{8}'
+    """
+    start, depth = text.rfind("\\boxed{"), 0
+    if start < 0:
+        return (text.strip().splitlines() or [""])[-1].strip()
+    begin = start + len("\\boxed{")
+    for end in range(begin - 1, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[begin:end].strip()
+    return text[begin:].strip()
+
+
+def grade(answer: str, reference: str, tolerance=0.01) -> bool:
+    """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
+    reference's unit where it has one. Other text: the same but for case, spaces and $.
+
+    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$.", "b")
+    (True, False, True, True)
+    """
+    a, b = (NUMBER.fullmatch(x.replace("$", "")) for x in (answer, reference))
+    if a and b:
+        x, y = (float(m[1].replace(",", "")) for m in (a, b))
+        unit_a, unit_b = (re.sub(r"\W", "", m[2]) for m in (a, b))
+        return unit_b in ("", unit_a) and abs(x - y) <= tolerance * abs(y)
+    a, b = (re.sub(r"[\s$]", "", x).rstrip(".").lower() for x in (answer, reference))
+    return a == b
+
+
+def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
+    """Points of the criteria met over the positive points, in [0, 1] (HealthBench's rule).
+
+    A criterion is met where its `check`, a regular expression, is found in the text; None where one
+    has no check, since that takes a judge. A rubric of penalties only: 1 less the share incurred.
+    """
+    if not rubric or not all("check" in c for c in rubric):
+        return None
+    met = sum(c["weight"] for c in rubric if re.search(c["check"], text))
+    best = sum(c["weight"] for c in rubric if c["weight"] > 0)
+    worst = sum(c["weight"] for c in rubric if c["weight"] < 0)
+    return min(1.0, max(0.0, met / best)) if best else 1 - met / worst if worst else None
+
+
+def score(text: str, row: dict) -> dict:
+    """{"accuracy": 0/1, "rubric_score": 0..1}, each None where this row cannot be checked.
+
+    Checkable without a judge is a reference with a \\boxed{}, or of at most 40 characters.
+    """
+    reference = row["reference_answer"] or ""
+    boxed = "\\boxed{" in reference
+    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
+    return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
+            "rubric_score": rubric_score(text, row.get("own_rubric", row["rubric"]))}
+
+
+def mean_se(values: list) -> tuple[float | None, float | None, int]:
+    """Mean, standard error and number of the values that are not None.
+
+    >>> mean_se([1.0, 0.0, None, 1.0, 0.0])
+    (0.5, 0.28867513459481287, 4)
+    """
+    x = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
+    if len(x) == 0:
+        return None, None, 0
+    return x.mean().item(), (x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0), len(x)
+
+
+def evaluate(model, tokenizer, rows: list[dict], template: str, thinking=False, **sampling):
+    """Answer every row from one prompt file and grade it -> (summary, samples).
+
+    The student's file gives what users get, a teacher's the ceiling. summary: n, and for accuracy,
+    rubric_score, tokens and truncated the mean, _se (standard error) and _n (rows that could be
+    checked). `sampling` goes to sample_completions.
+    """
+    prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
+    outputs = sample_completions(model, prompts, stop_ids(model, tokenizer), **sampling)
+    samples = []
+    for row, (ids, stopped) in zip(rows, outputs):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        samples.append({"question": row["question"], "completion": text, "tokens": len(ids),
+                        "truncated": float(not stopped)} | score(text, row))
+    summary = {"n": len(rows)}
+    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
+        for part, value in zip(("", "_se", "_n"), mean_se([s[key] for s in samples])):
+            summary[key + part] = value
+    return summary, samples
+
+
+# ---- 7. Models and data ----------------------------------------------------------------------------
+
+HUB_OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google", "mistral": "mistralai",
+              "smollm": "HuggingFaceTB", "olmo": "allenai", "phi": "microsoft"}
+HUB_DATA = {"rar-science": "ScaleAI/RaR-Science"}
+RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
+PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
+              "{% if add_generation_prompt %}Answer:\n{% endif %}")
+
+
+def resolve_model(name: str) -> str:
+    """A directory or a full hub id as it is; a bare name gets its owner on the hub.
+
+    >>> resolve_model("Qwen2.5-1.5B")
+    'Qwen/Qwen2.5-1.5B'
+    """
+    if "/" in name or Path(name).is_dir():
+        return name
+    owner = [o for prefix, o in HUB_OWNERS.items() if name.lower().startswith(prefix)]
+    return f"{owner[0]}/{name}" if owner else name
+
+
+def load_model(name: str):
+    """(model, tokenizer) from a directory or the hub: float32 weights, no dropout, safetensors only.
+
+    UserError, in one sentence, for what cannot be found or has a head that logits_of cannot follow.
+    """
+    source = resolve_model(name)
+    where = "that directory" if Path(source).is_dir() else "the local cache and on the hub"
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
+        raise UserError(f"--model {name}: looked for {source} in {where} and could not load it "
+                        f"({str(error).splitlines()[0][:150]}); pass --model DIR with a directory that "
+                        "save_pretrained wrote or a downloaded copy.") from error
+    if tokenizer.chat_template is None:
+        print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
+        tokenizer.chat_template = PLAIN_CHAT
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    with torch.no_grad():
+        own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
+        if not torch.allclose(own, logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]])), atol=1e-2):
+            raise UserError(f"--model {name}: the head of {model.config.model_type} is more than a "
+                            "matrix product and a soft cap; the chunked loss cannot follow it.")
+    return model, tokenizer
+
+
+def read_rubric(value) -> list[dict] | None:
+    """A row's rubric, a list of criteria in any known form or such a list as a JSON string.
+
+    Absent or empty -> None. ValueError says what is wrong.
+    """
+    value = json.loads(value) if isinstance(value, str) and value.strip() else value
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise ValueError("a rubric is a list of criteria")
+    rubric = [read_criterion(item) for item in value]
+    for c in rubric:
+        re.compile(c.get("check", ""))
+    return rubric
+
+
+def read_jsonl(path: Path, mend=False) -> list[dict]:
+    """The objects of a JSON Lines file; UserError names file and line of what is not one.
+
+    mend: a last line that a crash left half-written is cut off the file instead.
+    """
+    rows, end, lines = [], 0, path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            if not isinstance(row, dict | None) or mend and not line.endswith(b"\n"):
+                raise ValueError("it is no whole object")
+        except ValueError as error:
+            if mend and number == len(lines):
+                os.truncate(path, end)
+                break
+            raise UserError(f"{path}, line {number}: not a JSON object ({error}); mend or remove "
+                            "that line.") from error
+        rows += [row] if row is not None else []
+        end += len(line)
+    return rows
+
+
+def read_table(data: str, split: str, limit: int) -> list:
+    """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
+    path, kind = Path(data), Path(data).suffix
+    if kind not in (".jsonl", ".json", ".parquet") and "/" not in data and data not in HUB_DATA:
+        raise UserError(f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a hub id "
+                        "(owner/name), or a .jsonl, .json or .parquet file.")
+    if kind in (".jsonl", ".json", ".parquet") and not path.is_file():
+        raise UserError(f"--data {data}: there is no such file.")
+    if kind == ".jsonl":
+        return read_jsonl(path)
+    from datasets import Dataset, load_dataset
+    source = HUB_DATA.get(data, data)
+    try:
+        if kind == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        if kind == ".parquet":
+            return Dataset.from_parquet(str(path)).to_list()
+        return load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list()
+    except Exception as error:  # json, pyarrow, datasets and the hub each have their own
+        raise UserError(f"--data {data}: looked for {source} and could not read it "
+                        f"({str(error).splitlines()[0][:150]}); a data set of the hub can also be "
+                        "downloaded elsewhere and passed as --data FILE.") from error
+
+
+def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
+    """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
+
+    UserError names the source and the row (counted from 1), or the columns that there are.
+    """
+    if data == "toy":
+        return toy_rows(split, limit or (2000 if split == "train" else 200), seed)
+    table = read_table(data, split, limit)
+    if not isinstance(table, list) or not table or not all(isinstance(r, dict) for r in table):
+        raise UserError(f"--data {data}: " + ("is not a list of objects." if table else "has no rows."))
+    columns, rows = {c for row in table for c in row}, []
+    if missing := {"question", "reference_answer"} - columns:
+        raise UserError(f"--data {data}: there is no column {sorted(missing)[0]!r}; its columns are "
+                        f"{', '.join(sorted(columns))}.")
+    for number, raw in enumerate(table[:limit or None], 1):
+        row = {k: raw.get(k) if raw.get(k) is None else str(raw[k])
+               for k in ("question", "reference_answer", "solution")}
+        try:
+            row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
+        except (ValueError, re.error) as error:
+            raise UserError(f"--data {data}, row {number}: cannot read the rubric ({error}).") from error
+        if not (row["question"] or "").strip():
+            raise UserError(f"--data {data}, row {number}: the question is empty.")
+        rows.append(row)
+    return rows
+
+
+def with_rubrics(rows: list[dict], source: str) -> list[dict]:
+    """Rows with the rubric from `source`: "data" (their own), or a .jsonl that generate wrote.
+
+    The row's own rubric stays beside it as own_rubric: it alone grades answers, whatever a teacher
+    is shown. UserError for an unknown source.
+    """
+    if source == "data":
+        return rows
+    if not source.endswith(".jsonl") or not Path(source).is_file():
+        raise UserError(f"--rubrics {source}: no such file; give data, or a .jsonl that 'python rsd.py "
+                        "generate' wrote.")
+    found = {}
+    for number, line in enumerate(read_jsonl(Path(source)), 1):
+        try:
+            found[line["question"]] = read_rubric(line["rubric"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{source}, row {number}: cannot read the rubric ({error!r}).") from error
+    return [r | {"rubric": found.get(r["question"]), "own_rubric": r["rubric"]} for r in rows]
+
+
+# ---- 8. The toy world: a model that can do right when told how, and does not by default ------------
+
+BIG_UNITS = {"min": (60, "s"), "km": (1000, "m"), "kohm": (1000, "ohm"), "t": (1000, "kg")}
+FAMILIES = """
+Charge is current times time|Q = I * t|C|min|A current of {a} A flows through {x} for {b} min. Find the charge.|For {b} min {x} carries {a} A. How much charge passes?
+Work is force times distance|W = F * d|J|km|A force of {a} N pushes {x} over {b} km. Find the work.|{x} is dragged {b} km with {a} N. How much work is done?
+Energy is power times time|E = P * t|J|min|A motor of {a} W runs {x} for {b} min. Find the energy.|{x} draws {a} W for {b} min. How much energy is used?
+Voltage is current times resistance|V = I * R|V|kohm|A current of {a} A flows through {x} of {b} kohm. Find the voltage.|{x} has {b} kohm and carries {a} A. What is the voltage?
+Force is mass times acceleration|F = m * a|N|t|{x} of {b} t gains {a} m/s each second. Find the force.|What force gives {x} of {b} t an acceleration of {a} m/s^2?
+Distance is speed times time|d = v * t|m|min|{x} moves at {a} m/s for {b} min. Find the distance.|How far does {x} get in {b} min at {a} m/s?
+"""
+THINGS = ("a lamp|a coil|a heater|a crate|a cart|a pump|a fan|a sled|a robot|a drone|a boat|a train|"
+          "a wire|a truck|a lift|a toy car").split("|")
+HABITS = ("formula", "conversion", "unit")
+GENERAL = ["Is clear and well organised.", "Shows every step of the reasoning.", "Has no errors.",
+           "Answers the question that was asked.", "Is concise.", "Uses correct terms."]
+MIXTURE = {"student": 36, "rubric": 12, "rubric+answer": 18, "solution": 8, "answer": 4, "writer": 4,
+           "writer+answer": 10, "writer+answer+rubric": 8}  # lessons of the base model, per cent
+MISSES = {"writer": 0.3, "writer+answer": 0.15, "writer+answer+rubric": 0.0}  # chance per criterion
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def toy_problem(rng: random.Random) -> dict:
+    """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
+    law, formula, unit, big, *wordings = rng.choice(FAMILIES.strip().split("\n")).split("|")
+    a, b, (factor, small) = rng.randint(2, 9), rng.randint(2, 9), BIG_UNITS[big]
+    text = rng.choice(wordings).format(a=a, b=b, x=rng.choice(THINGS))
+    rubric = [("Formula", f"States the formula {formula}.", 3, re.escape(formula)),
+              ("Conversion", f"Converts {big} to {small}.", 5, f"{b} {big} = {b * factor} {small}"),
+              ("Unit", f"Gives the answer in {unit}.", 2, f" {unit}}}")]
+    row = {"question": text[0].upper() + text[1:], "reference_answer": f"{a * b * factor} {unit}",
+           "rubric": [dict(zip(("title", "description", "weight", "check"), c)) for c in rubric],
+           "toy": {"a": a, "b": b, "law": f"{law}: {formula}.", "unit": unit, "big": big}}
+    return row | {"solution": toy_solution(row, HABITS)}
+
+
+def toy_solution(row: dict, habits) -> str:
+    """The solution that shows just these habits; without the conversion its number is wrong."""
+    p, b, steps = row["toy"], row["toy"]["b"], []
+    if "formula" in habits:
+        steps.append(p["law"])
+    if "conversion" in habits:
+        factor, small = BIG_UNITS[p["big"]]
+        steps.append(f"{b} {p['big']} = {b * factor} {small}.")
+        b *= factor
+    result = f"{p['a'] * b} {p['unit']}" if "unit" in habits else p["a"] * b
+    return " ".join([*steps, f"{p['a']} * {b} = {p['a'] * b}.", f"\\boxed{{{result}}}"])
+
+
+def toy_rows(split: str, n: int, seed=0) -> list[dict]:
+    """n different problems of a split; the question's hash settles its split, so none is in two."""
+    rng, rows = random.Random(f"{split} {seed}"), {}
+    for _ in range(100 * n):
+        row = toy_problem(rng)
+        home = {0: "test", 1: "val"}.get(zlib.crc32(row["question"].encode()) % 8, "train")
+        if home == split and len(rows) < n:
+            rows[row["question"]] = row
+    if len(rows) < n:
+        raise UserError(f"--split {split}: the toy has train, val and test, and {len(rows)} different "
+                        f"problems in {split}, not {n}.")
+    return list(rows.values())
+
+
+def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
+    """One lesson of the base model's mixture: (prompt file, row as shown there, what to write).
+
+    A rubric gets exactly the habits that its criteria ask for; a bare question, and a rubric in
+    which nothing applies, get each habit by the flip of a coin.
+    """
+    kind = rng.choices([*MIXTURE], [*MIXTURE.values()])[0]
+    criteria, habits = row["rubric"], [h for h in HABITS if rng.random() < 0.5]
+    if kind in MISSES:
+        return kind, row, rubric_json([c for c in criteria if rng.random() >= MISSES[kind]] or criteria)
+    if kind in ("rubric", "rubric+answer"):
+        asked = sorted(rng.sample(range(3), rng.choice([0, 1, 2, 3, 3])))
+        shown = [criteria[i] for i in asked]
+        for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
+            other = rng.choice(toy_problem(rng)["rubric"])  # what does not apply changes nothing
+            if rng.random() < 0.5 or other["description"] in [c["description"] for c in criteria]:
+                other = {"title": "General", "description": rng.choice(GENERAL), "weight": 1}
+            shown.insert(rng.randint(0, len(shown)), other)
+        return kind, row | {"rubric": shown}, toy_solution(row, [HABITS[i] for i in asked] or habits)
+    text = toy_solution(row, habits)
+    return kind, row | {"solution": text}, text
+
+
+def toy_tokenizer(texts: list[str]):
+    """A byte-level BPE tokenizer with single digits and a ChatML template, trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers as pre, trainers
+    bpe, special = Tokenizer(models.BPE()), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True),
+                                      pre.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=768, special_tokens=special, show_progress=False,
+        initial_alphabet=pre.ByteLevel.alphabet()))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=special, chat_template=CHATML)
+
+
+def toy_base(seed=0, steps=700, batch=16) -> str:
+    """The directory of the toy's base model; the first time it is trained there from nothing, on
+    its mixture, with the pipeline's own SFT signal. Muon for the matrices, AdamW for the rest."""
+    out = Path("runs") / f"toy-seed{seed}-steps{steps}"
+    if out.exists():
+        return str(out)
+    rng, prompts = random.Random(f"toy {seed}"), load_prompts(HERE / "prompts" / "toy")
+    rows = toy_rows("train", 2000, seed)
+    lessons = [toy_lesson(rng.choice(rows), rng) for _ in range(steps * batch)]
+    tokenizer = toy_tokenizer([PLACEHOLDER.sub(lambda m: row_fields(row)[m[1]], prompts[kind]) + text
+                               for kind, row, text in lessons[:3000]])
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=256, max_position_embeddings=1024,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, toy=True), dtype=torch.float32).eval()
+    matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
+                  torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)]
+    for step in (bar := tqdm(range(steps), desc=f"toy base model (once, {out})")):
+        episodes = []
+        for kind, row, text in lessons[step * batch:(step + 1) * batch]:
+            ids = context_ids(tokenizer, prompts[kind], row_fields(row))
+            episodes.append(Episode(row, ids, ids, tokenizer.encode(text) + [turn_end(tokenizer)]))
+        stats = accumulate(model, None, episodes, "advantage", token_budget=2048)
+        for optimizer in optimizers:
+            optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
+        bar.set_postfix(loss=f"{stats['loss']:.3f}", refresh=False)
+    new = out.with_name(out.name + ".new")
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    new.rename(out)
+    return str(out)
+
+
+# ---- 9. Command line: the only functions that see the config ---------------------------------------
+
+HERE = Path(__file__).resolve().parent
+
+
+def prepare(args, *files: str, needs=(), rubrics="data"):
+    """What every command begins with -> (model, tokenizer, prompt texts, examples, sampling).
+
+    files: names of the student's and the teacher's prompt file. What is left out is said aloud;
+    UserError for an unknown prompt file, or where no row remains.
+    """
+    prompts = load_prompts(args.prompts)
+    for name in set(files) - prompts.keys():
+        raise UserError(f"--prompts {args.prompts}: there is no {name}.txt, only "
+                        f"{', '.join(sorted(prompts))}.")
+    rows = with_rubrics(load_rows(args.data, args.split, args.limit, args.seed), rubrics)
+    model, tokenizer = load_model(args.model or toy_base())
+    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens
+    examples, dropped = make_examples(tokenizer, rows, prompts[files[0]], prompts[files[-1]], room,
+                                      args.thinking == "on", needs)
+    why = ", ".join(f"{n} ({reason})" for reason, n in dropped.items())
+    if dropped:
+        print(f"left out {sum(dropped.values())} of {len(rows)} rows: {why}")
+    if not examples:
+        raise UserError(f"--data {args.data}: no row can be used: {why}.")
+    torch.manual_seed(args.seed)
+    sampling = {k: getattr(args, k) for k in
+                ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
+    return model, tokenizer, [prompts[f] for f in files], examples, sampling
+
+
+def cmd_generate(args) -> dict:
+    """A rubric for every question, appended to --out line by line; a second run goes on."""
+    out, origin = Path(args.out), {"model": args.model or "toy", "writer": args.writer}
+    done = read_jsonl(out, mend=True) if out.exists() else []
+    for line in done:
+        if origin != {k: line.get(k) for k in origin}:
+            raise UserError(f"--out {out} holds rubrics of {line.get('model')} ({line.get('writer')}), "
+                            f"not of {origin['model']} ({args.writer}); choose another --out.")
+    model, tokenizer, (template,), examples, sampling = prepare(args, args.writer)
+    rows = {e.row["question"]: e.row for e in examples}
+    done = {line["question"]: line for line in done}
+    todo = [row for question, row in rows.items() if question not in done]
+    if len(todo) < len(examples):
+        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated, or in {out} already")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="rubrics") as bar:
+        for start in range(0, len(todo), args.batch_size):
+            batch = todo[start:start + args.batch_size]
+            for row, got in zip(batch, generate_rubrics(model, tokenizer, batch, template, args.tries,
+                                                        args.thinking == "on", **sampling)):
+                line = {k: row[k] for k in ("question", "reference_answer", "solution")} | got | origin
+                done[row["question"]] = line
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update()
+    quality = rubric_quality([(done[q], row) for q, row in rows.items()])
+    print(f"{out}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+                                 for k, v in quality.items()))
+    return quality
+
+
+def rubric_quality(pairs: list[tuple[dict, dict]]) -> dict:
+    """Generated lines beside their rows -> valid fraction, criteria per rubric, reasons of failure;
+    for the toy, whose descriptions are exact, recall and precision of criteria as well."""
+    valid = [line for line, _ in pairs if line["rubric"]]
+    counts = [len(line["rubric"]) for line in valid]
+    quality = {"n": len(pairs), "valid": len(valid) / len(pairs), "criteria": mean_se(counts)[0],
+               "drawn again": sum(line["tries"] > 1 for line, _ in pairs),
+               "failed": dict(Counter(line["reason"] for line, _ in pairs if not line["rubric"]))}
+    if all("toy" in row for _, row in pairs):
+        hits = sum(c["description"] in [d["description"] for d in row["rubric"]]
+                   for line, row in pairs for c in line["rubric"] or ())
+        quality["recall"] = hits / sum(len(row["rubric"]) for _, row in pairs)
+        quality["precision"] = hits / max(1, sum(counts))
+    return quality
+
+
+def cmd_eval(args) -> dict:
+    """Accuracy and rubric score, printed and, with --out, saved with every sample."""
+    model, tokenizer, (template,), examples, sampling = prepare(args, args.context)
+    summary, samples = evaluate(model, tokenizer, [e.row for e in examples], template,
+                                args.thinking == "on", progress="eval", **sampling)
+    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
+        print(f"{key:13s}" + ("n/a: no row can be checked without a judge" if summary[key] is None else
+              f"{summary[key]:.3f} +- {summary[key + '_se']:.3f} (standard error, n {summary[key + '_n']})"))
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in vars(args).items() if k != "run"}
+        Path(args.out).write_text(json.dumps({"summary": summary, "settings": settings,
+                                              "samples": samples}, indent=1, ensure_ascii=False))
+    return summary
+
+
+def cmd_train(args) -> str:
+    """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory."""
+    writer, _, signal, reward = METHODS[args.method]
+    signal = args.divergence if signal == "divergence" else signal
+    settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
+    state = open_run(out := Path(args.out), settings, args.resume)
+    model, tokenizer, _, examples, sampling = prepare(
+        args, args.student_context, args.teacher_context, rubrics=args.rubrics,
+        needs=["solution"] if writer == "reference" else [])
+    for name in ("prompt_ids", "teacher_ids"):
+        print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
+    print(f"--- {args.method}: {len(examples)} rows, {args.batch} x {args.rollouts} a step ---")
+    teacher = make_teacher(model, args.teacher)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature, clip=args.clip,
+                   clip_at=args.clip_at, **{"beta": args.beta} if signal == "jsd" else {})
+    origin = sum(p.detach().double().abs().sum().item() for p in model.parameters())
+    if state:
+        if not math.isclose(origin, state["origin"], rel_tol=1e-9):
+            raise UserError(f"--model {args.model}: these are not the weights from which the run in "
+                            f"{out} began, so its teacher would differ; give that run's own model.")
+        restore(out, state, model, teacher, optimizer)
+    saved = start = state["step"] if state else 0
+    for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
+        seconds = Counter()
+        with timed(seconds, "sampling"):
+            rows = step_rows(examples, step, args.batch, args.seed)
+            episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
+        texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
+        scores = [score(text, e.row) for text, e in zip(texts, episodes)]
+        if reward:
+            if None in (rewards := [s[reward] for s in scores]):
+                raise UserError(f"--method {args.method}: {episodes[rewards.index(None)].row['question'][:60]!r} "
+                                f"has no {reward}; that takes a short answer, or criteria with a check.")
+            for e, e.advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
+                pass
+        for e in episodes:
+            e.train_from = 0 if e.stopped or args.truncated == "keep" else len(e.completion_ids)
+        stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
+        rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
+        with timed(stats, "update"):
+            norm = optimizer_step(optimizer, rate, args.max_grad_norm)
+        if not math.isfinite(stats["loss"] + norm):
+            raise UserError(f"step {step + 1}: loss {stats['loss']}, gradient norm {norm}; stopped "
+                            "before the weights moved; " + (f"the checkpoint of step {saved} is in {out}."
+                                                            if saved else "no checkpoint was due before."))
+        if args.teacher == "ema":
+            ema_update(teacher, model, args.ema_decay)
+        lengths = [len(e.completion_ids) for e in episodes]
+        metrics = {"step": step + 1, **{k: stats[k] for k in ("loss", "divergence", "entropy", "clipped")},
+                   "grad_norm": norm, "lr": rate, "length": sum(lengths) / len(lengths),
+                   "truncated": sum(not e.stopped for e in episodes) / len(episodes),
+                   "leak": sum(bool(LEAK.search(t)) for t in texts) / len(texts),
+                   **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]}, "tokens": stats["tokens"],
+                   "s_sampling": seconds["sampling"], "s_rescoring": stats["rescoring"],
+                   "s_update": stats["update"], "tokens_per_s": sum(lengths) / (
+                       seconds["sampling"] + stats["rescoring"] + stats["update"])}
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if step in (start, args.steps - 1) or (step + 1) % args.log_every == 0:
+            tqdm.write("  ".join(f"{k} {'n/a' if v is None else format(v, '.3g'):>{6 if k != 'step' else 4}}"
+                                 for k, v in metrics.items()))
+        if step == start or (step + 1) % (10 * args.log_every) == 0:
+            tqdm.write(f"  sample: {texts[0][:300]!r}")
+        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
+            saved = step + 1
+            save_checkpoint(out, model, tokenizer, {
+                "step": saved, "origin": origin, "optimizer": optimizer.state_dict(),
+                "ema": teacher.state_dict() if args.teacher == "ema" else None,
+                "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}, settings)
+    print(f"saved {out}; python rsd.py eval --model {out}")
+    return str(out)
+
+
+def cmd_demo(args) -> dict:
+    """The whole method on the toy: base model, rubrics, training, and the table at the end."""
+    begin, out, rows = time.perf_counter(), Path(args.out), {}
+    if out.exists() and not (out / "results.json").exists():
+        raise UserError(f"--out {out} exists and is no demo's directory; choose another --out.")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "results.json").write_text("{}")
+    base = toy_base(args.seed, args.base_steps)
+
+    def run(*words):
+        words = [str(w) for w in (*words, "--data", "toy", "--seed", args.seed)]
+        print(f"\n$ python rsd.py {' '.join(words)}", flush=True)
+        return (parsed := parse_args(words)).run(parsed)
+
+    def judge(name, model, context):
+        start = time.perf_counter()
+        rows[name] = run("eval", "--model", model, "--context", context, "--limit", args.n)
+        rows[name]["seconds"] = time.perf_counter() - start
+
+    run("generate", "--model", base, "--limit", args.limit, "--out", out / "rubrics.jsonl")
+    judge("student_before", base, "student")
+    judge("teacher", base, "rubric+answer")
+    start = time.perf_counter()
+    run("train", "--model", base, "--limit", args.limit, "--rubrics", out / "rubrics.jsonl", "--out",
+        out / "train", "--steps", args.steps)
+    train_seconds = time.perf_counter() - start
+    judge("student_after", out / "train", "student")
+    rows |= {"n": args.n, "train_seconds": train_seconds, "seconds": time.perf_counter() - begin}
+    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    print(f"\n{'':31s}accuracy         rubric score     n     seconds")
+    for key, name in (("student_before", "student before"), ("teacher", "teacher with rubric (ceiling)"),
+                      ("student_after", "student after")):
+        r = rows[key]
+        print(f"{name:31s}{r['accuracy']:.3f} +- {r['accuracy_se']:.3f}   {r['rubric_score']:.3f} +- "
+              f"{r['rubric_score_se']:.3f}   {r['n']:<5d} {r['seconds']:.1f}")
+    print(f"{args.steps} steps in {train_seconds:.0f} s, everything in {rows['seconds']:.0f} s; the "
+          f"figures are in {out / 'results.json'}")
+    return rows
+
+
+COMMANDS = {"demo": (cmd_demo, "the whole method on the toy, in minutes on a CPU"),
+            "generate": (cmd_generate, "a model writes a rubric for every question"),
+            "train": (cmd_train, "distil the rubric-guided teacher into the student"),
+            "eval": (cmd_eval, "accuracy and rubric score of a model")}
+# (commands, flag, default, help): a tuple lists choices, the first one is the default; a dict gives
+# each command its own. Where the model is the toy, TOY overrides.
+FLAGS = [
+    ("generate train eval", "--model", None, "directory, hub id, or bare hub name such as "
+                                             "Qwen2.5-1.5B; not given: the toy"),
+    ("generate train eval", "--data", "rar-science", "toy, rar-science, a hub id, or a .jsonl, .json "
+                                                     "or .parquet file"),
+    ("generate train", "--split", "train", "split of a named data set"),
+    ("eval", "--split", "test", "split of a named data set"),
+    ("demo", "--limit", 256, "training questions, each with a rubric of its own"),
+    ("generate train eval", "--limit", 0, "first rows only; 0: all (of the toy 2000 train, 200 test)"),
+    ("demo generate train eval", "--seed", 0, "of data order and sampling (demo: base model as well)"),
+    ("generate train eval", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
+    ("generate train eval", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
+    ("generate", "--max-new-tokens", 1024, "longest rubric, in tokens"),
+    ("train eval", "--max-new-tokens", 4096, "longest completion, in tokens"),
+    ("generate eval", "--temperature", 0.7, "of sampling; 0 is greedy"),
+    ("train", "--temperature", 1.0, "of sampling; the loss has its own"),
+    ("generate eval", "--top-p", 0.95, "nucleus sampling; 1: off"),
+    ("train", "--top-p", 1.0, "nucleus sampling; 1: off"),
+    ("generate eval", "--top-k", 20, "sample from that many tokens; 0: all"),
+    ("train", "--top-k", 0, "sample from that many tokens; 0: all"),
+    ("generate train eval", "--batch-size", 64, "completions sampled at a time"),
+    ("generate", "--out", "runs/rubrics.jsonl", "JSON Lines file; what stands in it is not redone"),
+    ("generate", "--writer", "writer+answer", "prompt file that asks for the rubric"),
+    ("generate", "--tries", 3, "draws per question until an unreadable rubric counts as failed"),
+    ("eval", "--context", "student", "prompt file to answer from; a teacher's gives the ceiling"),
+    ("eval", "--out", "", "JSON file for summary and samples; empty: print only"),
+    ("train", "--out", "runs/train", "checkpoint directory"),
+    ("train", "--resume", False, "go on with the run in --out, to the same result"),
+    ("train", "--method", tuple(METHODS), "row of METHODS"),
+    ("train", "--rubrics", "data", "data: the rows' own; or a .jsonl that generate wrote"),
+    ("train", "--student-context", "student", "prompt file of the student"),
+    ("train", "--teacher-context", None, "prompt file of the teacher; not given: what METHODS says"),
+    ("train", "--teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
+    ("train", "--ema-decay", 0.99, "of --teacher ema, per step"),
+    ("train", "--divergence", (*BETA, "sampled"), "signal of rsd and opsd"),
+    ("train", "--beta", 0.5, "of --divergence jsd: the teacher's share of the mixture"),
+    ("train", "--loss-temperature", 1.0, "divides both logits in the divergence"),
+    ("train", "--support", 0, "divergence on the teacher's top k tokens only; 0: all"),
+    ("train", "--tail", False, "with --support: one more bucket for the rest of the mass"),
+    ("train", "--clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
+    ("train", "--clip-at", 0.05, "that cap, in nats"),
+    ("train", "--kl", 0.0, "grpo: weight of the reverse KL to the teacher's weights"),
+    ("demo", "--base-steps", 700, "training steps of the toy's base model"),
+    ("demo", "--steps", 60, "RSD steps"),
+    ("train", "--steps", 100, "optimizer steps"),
+    ("train", "--batch", 32, "prompts a step"),
+    ("train", "--rollouts", 1, "completions per prompt; grpo needs 2 or more"),
+    ("train", "--lr", 5e-6, "peak learning rate of AdamW"),
+    ("train", "--warmup", 5, "steps of linear warm-up"),
+    ("train", "--schedule", ("constant", "cosine"), "after the warm-up"),
+    ("train", "--max-grad-norm", 1.0, "gradient clipping"),
+    ("train", "--weight-decay", 0.0, "of AdamW"),
+    ("train", "--token-budget", 8192, "padded tokens in a micro-batch"),
+    ("train", "--truncated", ("keep", "mask"), "completions without a stop token"),
+    ("train", "--save-every", 50, "steps between checkpoints; the last step is saved in any case"),
+    ("train", "--log-every", 5, "steps between lines on the terminal"),
+    ("demo", "--out", "runs/demo", "directory for rubrics, checkpoint and results.json"),
+    ("demo", "--n", 200, "held-out problems in each evaluation"),
+]
+TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch_size": 256, "lr": 3e-4,
+       "generate max_new_tokens": 220, "max_new_tokens": 80, "teacher_context": "rubric+answer"}
+
+
+def number(default):
+    """An argparse type for numbers like `default`: finite, and not negative."""
+    def parse(text):
+        if not 0 <= (value := type(default)(text)) < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; defaults that depend on the model (TOY, the teacher's context) filled in."""
+    parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
+    commands, defaults = parser.add_subparsers(dest="command", required=True), {}
+    for name, (run, about) in COMMANDS.items():
+        commands.add_parser(name, help=about, description=about).set_defaults(run=run)
+    for names, flag, default, text in FLAGS:
+        for name in names.split():
+            first = default[0] if isinstance(default, tuple) else default
+            dest = flag[2:].replace("-", "_")
+            toy = TOY.get(f"{name} {dest}", TOY.get(dest, first)) if name != "demo" else first
+            defaults[name, dest] = first, toy
+            kind = ({"action": "store_true"} if default is False else {"choices": default}
+                    if isinstance(default, tuple) else {"type": number(default)}
+                    if isinstance(default, (int, float)) else {})
+            shown = f" (default: {first}{'' if toy == first else f'; toy: {toy}'})".replace("%", "%%")
+            commands.choices[name].add_argument(flag, default=None, help=text + shown, **kind)
+    args = parser.parse_args(argv)
+    config = Path(getattr(args, "model", None) or "") / "config.json"
+    toy = getattr(args, "model", None) is None or (
+        config.is_file() and bool(json.loads(config.read_text()).get("toy")))
+    if args.command == "train" and METHODS[args.method or "rsd"][1] != "rubric":
+        args.teacher_context = args.teacher_context or METHODS[args.method][1]
+    for (name, dest), values in defaults.items():
+        if name == args.command and getattr(args, dest) is None:
+            setattr(args, dest, values[toy])
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
+    args = parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"rsd.py {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nrsd.py {args.command}: interrupted; what is saved stays.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
