@@ -56,12 +56,13 @@ class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one sentence and exits 2."""
 
 
-# ---- 1. Two contexts: what the student sees, what the teacher sees --------------------------------
+# ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
 # A context is a file of prompts/, named after what it shows: "student" is the bare question;
 # "rubric", "rubric+answer", "answer", "solution" are teachers'; "writer*" ask for a rubric.
 
+FIELDS = ("question", "answer", "solution", "rubric", "rubric_json")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-MARK = "\ue000"  # stands around the number of a control token's name that was found in data
+MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
 
 
 @dataclass
@@ -80,12 +81,12 @@ class Episode:
 def load_prompts(folder) -> dict[str, str]:
     """Every FOLDER/NAME.txt as {NAME: text}; UserError for no file or an unknown placeholder."""
     found = {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
-    known = ("question", "answer", "solution", "rubric", "rubric_json")
-    wrong = [(n, f) for n, t in found.items() for f in PLACEHOLDER.findall(t) if f not in known]
-    if wrong or not found:
-        raise UserError(f"--prompts {folder}: " + (
-            "{0}.txt has the unknown placeholder {{{1}}}".format(*wrong[0]) + f"; known: {known}."
-            if wrong else "there are no .txt prompt files in that directory."))
+    if not found:
+        raise UserError(f"--prompts {folder}: there are no .txt prompt files in that directory.")
+    for name, text in found.items():
+        if unknown := set(PLACEHOLDER.findall(text)) - set(FIELDS):
+            raise UserError(f"--prompts {folder}: {name}.txt has the placeholder {unknown.pop()!r}; "
+                            f"known are {', '.join(FIELDS)}.")
     return found
 
 
@@ -94,25 +95,21 @@ def row_fields(row: dict) -> dict[str, str]:
     rubric = row.get("rubric")
     lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({c['weight']:g})"
              for c in rubric or ()]
-    fields = {"question": row["question"], "answer": row.get("reference_answer"),
-              "solution": row.get("solution"), "rubric": "\n".join(lines),
-              "rubric_json": rubric and rubric_json(rubric)}
-    return {name: text for name, text in fields.items() if text}
+    texts = (row["question"], row.get("reference_answer"), row.get("solution"), "\n".join(lines),
+             rubric and rubric_json(rubric))
+    return {name: text for name, text in zip(FIELDS, texts) if text}
 
 
-def guard(tokenizer, text: str, kept: list[str]) -> str:
-    """Hide the names of control tokens in data behind marks; the names are added to `kept`."""
-    names = sorted(tokenizer.get_added_vocab(), key=len, reverse=True) + [MARK]
-    return re.sub("|".join(map(re.escape, names)),
-                  lambda m: kept.append(m[0]) or f"{MARK}{len(kept) - 1}{MARK}", text)
+def plain(tokenizer, text: str) -> str:
+    """Data as plain text: MARK cuts the names of control tokens in two, so that none is one."""
+    names = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
+    return re.sub(names or "$^", lambda m: m[0][0] + MARK + m[0][1:], text.replace(MARK, "\ufffd"))
 
 
-def encode_guarded(tokenizer, text: str, kept: list[str]) -> list[int]:
-    """Token ids of guarded text: a hidden name is spelled out in two parts, so stays plain text."""
-    pieces = []
-    for i, part in enumerate(re.split(f"{MARK}(\\d+){MARK}", text)):  # text, number, text, ...
-        pieces += [part] if i % 2 == 0 else [kept[int(part)][:1], kept[int(part)][1:]]
-    return [t for p in pieces if p for t in tokenizer.encode(p, add_special_tokens=False)]
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, piece by piece between the MARKs of plain()."""
+    return [t for piece in text.split(MARK) if piece
+            for t in tokenizer.encode(piece, add_special_tokens=False)]
 
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
@@ -123,11 +120,10 @@ def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False
     control token. `thinking` goes to the chat template as enable_thinking. KeyError: a placeholder
     that the row cannot fill.
     """
-    kept: list[str] = []
-    message = PLACEHOLDER.sub(lambda m: guard(tokenizer, fields[m[1]], kept), template)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False,
-                                         add_generation_prompt=True, enable_thinking=thinking)
-    return encode_guarded(tokenizer, text, kept)
+    message = PLACEHOLDER.sub(lambda m: plain(tokenizer, fields[m[1]]), template)
+    return encode(tokenizer, tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
+        enable_thinking=thinking))
 
 
 def turn_end(tokenizer) -> int:
@@ -145,7 +141,7 @@ def stop_ids(model, tokenizer) -> set[int]:
     return {*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
 
 
-# ---- 2. Rubrics: read what a model wrote, write new ones -------------------------------------------
+# ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
 
 ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
            "weight": ("weight", "points", "score")}
@@ -178,13 +174,10 @@ def read_criterion(item, need_title=False) -> dict:
         got[field] = got[field].strip() if isinstance(got[field], str) else ""
         if not got[field] and (field == "description" or need_title):
             raise ValueError(f"a criterion has no {field}")
-    try:
-        weight = math.nan if isinstance(got["weight"], bool) else float(got["weight"])
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not math.isfinite(weight):
+    if not re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", str(got["weight"])):
         raise ValueError("a criterion has no numeric weight")
-    got["weight"] = int(weight) if weight == int(weight) else weight
+    got["weight"] = float(got["weight"])
+    got["weight"] = int(got["weight"]) if got["weight"].is_integer() else got["weight"]
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
 
 
@@ -261,7 +254,7 @@ def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3,
     return results
 
 
-# ---- 3. Sampling: prompt ids in, completion ids out ------------------------------------------------
+# ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
 
 
 @torch.no_grad()
@@ -303,7 +296,7 @@ def autocast(model):
     return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
 
 
-# ---- 4. Re-scoring and the per-token loss ----------------------------------------------------------
+# ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 
 
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
@@ -425,7 +418,7 @@ def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counte
     hidden.backward(grad)
 
 
-# ---- 5. Training: one pipeline, methods as choices -------------------------------------------------
+# ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
 
 METHODS = {
     # name         who writes   teacher sees  signal        reward
@@ -467,10 +460,8 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
         outputs = sample_completions(model, [e.prompt_ids for e in examples],
                                      stop_ids(model, tokenizer), **sampling)
     else:
-        outputs, end = [], turn_end(tokenizer)
-        for e in examples:
-            text = guard(tokenizer, e.row["solution"], kept := [])
-            outputs.append((encode_guarded(tokenizer, text, kept) + [end], True))
+        outputs = [(encode(tokenizer, plain(tokenizer, e.row["solution"])) + [turn_end(tokenizer)], True)
+                   for e in examples]
     return [replace(e, completion_ids=ids, stopped=end) for e, (ids, end) in zip(examples, outputs)]
 
 
@@ -612,28 +603,33 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     """
     if (old := out.with_name(out.name + ".old")).exists() and not out.exists():
         old.rename(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        file = out / "rsd.json"
-        if not file.exists():
-            raise UserError(f"--out {out} exists and is no run of rsd.py; choose another --out.")
-        was, free = json.loads(file.read_text()), ("steps", "save_every", "log_every")
-        if changed := [f"{k} {was.get(k)!r} -> {settings.get(k)!r}"
-                       for k in settings if k not in free and was.get(k) != settings[k]]:
-            raise UserError(f"--out {out} holds a run with other settings ({', '.join(changed)}); "
-                            "choose another --out, or give that run's settings.")
-        if not resume:
-            raise UserError(f"--out {out} holds this run already; add --resume to go on with it, or "
-                            "choose another --out.")
-        if (out / "trainer.pt").exists():
-            return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rsd.json").write_text(json.dumps(settings, indent=1))
-    (out / "metrics.jsonl").write_text("")
-    return None
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "rsd.json").write_text(json.dumps(settings, indent=1))
+        (out / "metrics.jsonl").write_text("")
+        return None
+    if not (out / "rsd.json").exists():
+        raise UserError(f"--out {out} exists and is no run of rsd.py; choose another --out.")
+    was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every", "log_every")
+    if changed := [f"{k} {was.get(k)!r} -> {settings[k]!r}" for k in settings
+                   if k not in free and was.get(k) != settings[k]]:
+        raise UserError(f"--out {out} holds a run with other settings ({', '.join(changed)}); choose "
+                        "another --out, or give that run's settings.")
+    if not resume:
+        raise UserError(f"--out {out} holds this run already; add --resume, or choose another --out.")
+    state = out / "trainer.pt"
+    return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
 
 
-def restore(out: Path, state: dict, model, teacher, optimizer) -> None:
-    """Put a run's student, EMA teacher, optimizer, random states and metrics back."""
+def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) -> int:
+    """Put a run's student, EMA teacher, optimizer, random states and metrics back -> its step.
+
+    origin: the sum of the base model's magnitudes, which must be the one that the run began with,
+    since a fixed teacher comes from there.
+    """
+    if not math.isclose(origin, state["origin"], rel_tol=1e-9):
+        raise UserError(f"--model: these are not the weights from which the run in {out} began, so "
+                        "its teacher would differ; give that run's own model.")
     model.load_state_dict(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict())
     if state["ema"]:
         teacher.load_state_dict(state["ema"])
@@ -642,9 +638,10 @@ def restore(out: Path, state: dict, model, teacher, optimizer) -> None:
     torch.cuda.set_rng_state_all(state["cuda_rng"])
     lines = [m for m in read_jsonl(out / "metrics.jsonl", mend=True) if m["step"] <= state["step"]]
     (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    return state["step"]
 
 
-# ---- 6. Evaluation: one grader for rewards and for results -----------------------------------------
+# ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
 
 NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
 
@@ -741,7 +738,7 @@ def evaluate(model, tokenizer, rows: list[dict], template: str, thinking=False, 
     return summary, samples
 
 
-# ---- 7. Models and data ----------------------------------------------------------------------------
+# ---- 7. Models and data --------------------------------------------------------------------------
 
 HUB_OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google", "mistral": "mistralai",
               "smollm": "HuggingFaceTB", "olmo": "allenai", "phi": "microsoft"}
@@ -757,10 +754,8 @@ def resolve_model(name: str) -> str:
     >>> resolve_model("Qwen2.5-1.5B")
     'Qwen/Qwen2.5-1.5B'
     """
-    if "/" in name or Path(name).is_dir():
-        return name
     owner = [o for prefix, o in HUB_OWNERS.items() if name.lower().startswith(prefix)]
-    return f"{owner[0]}/{name}" if owner else name
+    return f"{owner[0]}/{name}" if owner and "/" not in name and not Path(name).is_dir() else name
 
 
 def load_model(name: str):
@@ -777,8 +772,7 @@ def load_model(name: str):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} in {where} and could not load it "
-                        f"({str(error).splitlines()[0][:150]}); pass --model DIR with a directory that "
-                        "save_pretrained wrote or a downloaded copy.") from error
+                        f"({first_line(error)}); pass --model DIR with a downloaded copy.") from error
     if tokenizer.chat_template is None:
         print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = PLAIN_CHAT
@@ -791,20 +785,26 @@ def load_model(name: str):
     return model, tokenizer
 
 
-def read_rubric(value) -> list[dict] | None:
-    """A row's rubric, a list of criteria in any known form or such a list as a JSON string.
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line of at most 150 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
-    Absent or empty -> None. ValueError says what is wrong.
+
+def read_rubric(value) -> list[dict] | None:
+    """A row's rubric: criteria in any known form, or a JSON string of them; absent or empty -> None.
+
+    ValueError says what is wrong.
     """
     value = json.loads(value) if isinstance(value, str) and value.strip() else value
-    if not value:
-        return None
-    if not isinstance(value, list):
-        raise ValueError("a rubric is a list of criteria")
-    rubric = [read_criterion(item) for item in value]
+    if not isinstance(value or [], list):
+        raise ValueError("it is no list of criteria")
+    rubric = [read_criterion(item) for item in value or []]
     for c in rubric:
-        re.compile(c.get("check", ""))
-    return rubric
+        try:
+            re.compile(c.get("check", ""))
+        except re.error as error:
+            raise ValueError(f"the check {c['check']!r} is no regular expression: {error}") from error
+    return rubric or None
 
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
@@ -815,42 +815,40 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
     rows, end, lines = [], 0, path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
-            if not isinstance(row, dict | None) or mend and not line.endswith(b"\n"):
+            rows += [json.loads(line)] if line.strip() else []
+            if rows and not isinstance(rows[-1], dict) or mend and not line.endswith(b"\n"):
                 raise ValueError("it is no whole object")
+            end += len(line)
         except ValueError as error:
-            if mend and number == len(lines):
-                os.truncate(path, end)
-                break
-            raise UserError(f"{path}, line {number}: not a JSON object ({error}); mend or remove "
-                            "that line.") from error
-        rows += [row] if row is not None else []
-        end += len(line)
+            if not (mend and number == len(lines)):
+                raise UserError(f"{path}, line {number}: not a JSON object ({error}); mend or remove "
+                                "that line.") from error
+            os.truncate(path, end)
+            return [json.loads(line) for line in lines[:-1] if line.strip()]
     return rows
 
 
 def read_table(data: str, split: str, limit: int) -> list:
     """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
-    path, kind = Path(data), Path(data).suffix
-    if kind not in (".jsonl", ".json", ".parquet") and "/" not in data and data not in HUB_DATA:
+    kind, source = Path(data).suffix, HUB_DATA.get(data, data)
+    is_file = kind in (".jsonl", ".json", ".parquet")
+    if is_file and not Path(data).is_file():
+        raise UserError(f"{data}: there is no such file.")
+    if not is_file and "/" not in source:
         raise UserError(f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a hub id "
                         "(owner/name), or a .jsonl, .json or .parquet file.")
-    if kind in (".jsonl", ".json", ".parquet") and not path.is_file():
-        raise UserError(f"--data {data}: there is no such file.")
     if kind == ".jsonl":
-        return read_jsonl(path)
+        return read_jsonl(Path(data))
     from datasets import Dataset, load_dataset
-    source = HUB_DATA.get(data, data)
     try:
-        if kind == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
-        if kind == ".parquet":
-            return Dataset.from_parquet(str(path)).to_list()
+        if is_file:
+            return json.loads(Path(data).read_text(encoding="utf-8")) if kind == ".json" else \
+                Dataset.from_parquet(data).to_list()
         return load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list()
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
-        raise UserError(f"--data {data}: looked for {source} and could not read it "
-                        f"({str(error).splitlines()[0][:150]}); a data set of the hub can also be "
-                        "downloaded elsewhere and passed as --data FILE.") from error
+        raise UserError(f"{data}: looked for {source} and could not read it "
+                        f"({first_line(error)}); a data set of the hub can also be passed as a "
+                        "downloaded file.") from error
 
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
@@ -860,22 +858,22 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     """
     if data == "toy":
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed)
-    table = read_table(data, split, limit)
+    table, rows = read_table(data, split, limit), []
     if not isinstance(table, list) or not table or not all(isinstance(r, dict) for r in table):
-        raise UserError(f"--data {data}: " + ("is not a list of objects." if table else "has no rows."))
-    columns, rows = {c for row in table for c in row}, []
-    if missing := {"question", "reference_answer"} - columns:
-        raise UserError(f"--data {data}: there is no column {sorted(missing)[0]!r}; its columns are "
-                        f"{', '.join(sorted(columns))}.")
+        raise UserError(f"{data}: " + ("is no list of objects." if table else "has no rows."))
+    columns = sorted({c for row in table for c in row})
+    for name in ("question", "reference_answer"):
+        if name not in columns:
+            raise UserError(f"{data}: there is no column {name!r}; its columns are {columns}.")
     for number, raw in enumerate(table[:limit or None], 1):
-        row = {k: raw.get(k) if raw.get(k) is None else str(raw[k])
+        row = {k: "" if raw.get(k) is None else str(raw[k])
                for k in ("question", "reference_answer", "solution")}
+        if not row["question"].strip():
+            raise UserError(f"{data}, row {number}: the question is empty.")
         try:
             row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
-        except (ValueError, re.error) as error:
-            raise UserError(f"--data {data}, row {number}: cannot read the rubric ({error}).") from error
-        if not (row["question"] or "").strip():
-            raise UserError(f"--data {data}, row {number}: the question is empty.")
+        except ValueError as error:
+            raise UserError(f"{data}, row {number}: cannot read the rubric ({error}).") from error
         rows.append(row)
     return rows
 
@@ -889,28 +887,22 @@ def with_rubrics(rows: list[dict], source: str) -> list[dict]:
     if source == "data":
         return rows
     if not source.endswith(".jsonl") or not Path(source).is_file():
-        raise UserError(f"--rubrics {source}: no such file; give data, or a .jsonl that 'python rsd.py "
-                        "generate' wrote.")
-    found = {}
-    for number, line in enumerate(read_jsonl(Path(source)), 1):
-        try:
-            found[line["question"]] = read_rubric(line["rubric"])
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{source}, row {number}: cannot read the rubric ({error!r}).") from error
+        raise UserError(f"--rubrics {source}: no such file; give data, or a .jsonl from generate.")
+    found = {r["question"]: r["rubric"] for r in load_rows(source, "")}
     return [r | {"rubric": found.get(r["question"]), "own_rubric": r["rubric"]} for r in rows]
 
 
-# ---- 8. The toy world: a model that can do right when told how, and does not by default ------------
+# ---- 8. The toy world: a model that can do right when told how, and does not by default ----------
 
 BIG_UNITS = {"min": (60, "s"), "km": (1000, "m"), "kohm": (1000, "ohm"), "t": (1000, "kg")}
-FAMILIES = """
-Charge is current times time|Q = I * t|C|min|A current of {a} A flows through {x} for {b} min. Find the charge.|For {b} min {x} carries {a} A. How much charge passes?
-Work is force times distance|W = F * d|J|km|A force of {a} N pushes {x} over {b} km. Find the work.|{x} is dragged {b} km with {a} N. How much work is done?
-Energy is power times time|E = P * t|J|min|A motor of {a} W runs {x} for {b} min. Find the energy.|{x} draws {a} W for {b} min. How much energy is used?
-Voltage is current times resistance|V = I * R|V|kohm|A current of {a} A flows through {x} of {b} kohm. Find the voltage.|{x} has {b} kohm and carries {a} A. What is the voltage?
-Force is mass times acceleration|F = m * a|N|t|{x} of {b} t gains {a} m/s each second. Find the force.|What force gives {x} of {b} t an acceleration of {a} m/s^2?
-Distance is speed times time|d = v * t|m|min|{x} moves at {a} m/s for {b} min. Find the distance.|How far does {x} get in {b} min at {a} m/s?
-"""
+FAMILIES = [  # law, formula, unit, big unit of b, quantity, sentence; the result is a * b
+    ("current times time", "Q = I * t", "C", "min", "charge", "{x} carries {a} A for {b} min."),
+    ("force times distance", "W = F * d", "J", "km", "work", "{x} is dragged {b} km with {a} N."),
+    ("power times time", "E = P * t", "J", "min", "energy", "{x} draws {a} W for {b} min."),
+    ("current times resistance", "V = I * R", "V", "kohm", "voltage", "In {x} {a} A meet {b} kohm."),
+    ("mass times acceleration", "F = m * a", "N", "t", "force", "{x} of {b} t gains {a} m/s a second."),
+    ("speed times time", "d = v * t", "m", "min", "distance", "At {a} m/s {x} moves for {b} min.")]
+ASKS = ("Find the {q}.", "What is the {q}?", "Work out the {q}.", "How large is the {q}?")
 THINGS = ("a lamp|a coil|a heater|a crate|a cart|a pump|a fan|a sled|a robot|a drone|a boat|a train|"
           "a wire|a truck|a lift|a toy car").split("|")
 HABITS = ("formula", "conversion", "unit")
@@ -918,49 +910,45 @@ GENERAL = ["Is clear and well organised.", "Shows every step of the reasoning.",
            "Answers the question that was asked.", "Is concise.", "Uses correct terms."]
 MIXTURE = {"student": 36, "rubric": 12, "rubric+answer": 18, "solution": 8, "answer": 4, "writer": 4,
            "writer+answer": 10, "writer+answer+rubric": 8}  # lessons of the base model, per cent
-MISSES = {"writer": 0.3, "writer+answer": 0.15, "writer+answer+rubric": 0.0}  # chance per criterion
+MISSES = {"writer": 0.3, "writer+answer": 0.12, "writer+answer+rubric": 0.0}  # chance per criterion
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def toy_problem(rng: random.Random) -> dict:
     """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
-    law, formula, unit, big, *wordings = rng.choice(FAMILIES.strip().split("\n")).split("|")
+    law, formula, unit, big, quantity, sentence = rng.choice(FAMILIES)
     a, b, (factor, small) = rng.randint(2, 9), rng.randint(2, 9), BIG_UNITS[big]
-    text = rng.choice(wordings).format(a=a, b=b, x=rng.choice(THINGS))
+    text = f"{sentence} {rng.choice(ASKS)}".format(a=a, b=b, x=rng.choice(THINGS), q=quantity)
     rubric = [("Formula", f"States the formula {formula}.", 3, re.escape(formula)),
               ("Conversion", f"Converts {big} to {small}.", 5, f"{b} {big} = {b * factor} {small}"),
               ("Unit", f"Gives the answer in {unit}.", 2, f" {unit}}}")]
     row = {"question": text[0].upper() + text[1:], "reference_answer": f"{a * b * factor} {unit}",
            "rubric": [dict(zip(("title", "description", "weight", "check"), c)) for c in rubric],
-           "toy": {"a": a, "b": b, "law": f"{law}: {formula}.", "unit": unit, "big": big}}
+           "toy": {"a": a, "b": b, "law": f"{quantity.title()} is {law}: {formula}.", "unit": unit, "big": big}}
     return row | {"solution": toy_solution(row, HABITS)}
 
 
 def toy_solution(row: dict, habits) -> str:
     """The solution that shows just these habits; without the conversion its number is wrong."""
-    p, b, steps = row["toy"], row["toy"]["b"], []
-    if "formula" in habits:
-        steps.append(p["law"])
-    if "conversion" in habits:
-        factor, small = BIG_UNITS[p["big"]]
-        steps.append(f"{b} {p['big']} = {b * factor} {small}.")
-        b *= factor
+    p, (factor, small) = row["toy"], BIG_UNITS[row["toy"]["big"]]
+    b = p["b"] * (factor if "conversion" in habits else 1)
+    steps = [p["law"]] if "formula" in habits else []
+    steps += [f"{p['b']} {p['big']} = {b} {small}."] if "conversion" in habits else []
     result = f"{p['a'] * b} {p['unit']}" if "unit" in habits else p["a"] * b
     return " ".join([*steps, f"{p['a']} * {b} = {p['a'] * b}.", f"\\boxed{{{result}}}"])
 
 
 def toy_rows(split: str, n: int, seed=0) -> list[dict]:
     """n different problems of a split; the question's hash settles its split, so none is in two."""
-    rng, rows = random.Random(f"{split} {seed}"), {}
+    rng, rows, homes = random.Random(f"{split} {seed}"), {}, {0: "test", 1: "val"}
     for _ in range(100 * n):
         row = toy_problem(rng)
-        home = {0: "test", 1: "val"}.get(zlib.crc32(row["question"].encode()) % 8, "train")
-        if home == split and len(rows) < n:
+        if homes.get(zlib.crc32(row["question"].encode()) % 8, "train") == split and len(rows) < n:
             rows[row["question"]] = row
     if len(rows) < n:
-        raise UserError(f"--split {split}: the toy has train, val and test, and {len(rows)} different "
-                        f"problems in {split}, not {n}.")
+        raise UserError(f"--split {split}: of the toy's train, val and test that one has only "
+                        f"{len(rows)} different problems, not {n}.")
     return list(rows.values())
 
 
@@ -1039,51 +1027,50 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     return str(out)
 
 
-# ---- 9. Command line: the only functions that see the config ---------------------------------------
+# ---- 9. Command line: the only functions that see the config -------------------------------------
 
 HERE = Path(__file__).resolve().parent
 
 
-def prepare(args, *files: str, needs=(), rubrics="data"):
-    """What every command begins with -> (model, tokenizer, prompt texts, examples, sampling).
+def prepare(args, student: str, teacher: str, needs=()):
+    """What every command begins with -> (model, tokenizer, student's prompt text, examples, sampling).
 
-    files: names of the student's and the teacher's prompt file. What is left out is said aloud;
-    UserError for an unknown prompt file, or where no row remains.
+    What is left out is said aloud; UserError for an unknown prompt file, or where no row remains.
     """
     prompts = load_prompts(args.prompts)
-    for name in set(files) - prompts.keys():
-        raise UserError(f"--prompts {args.prompts}: there is no {name}.txt, only "
+    if unknown := {student, teacher} - prompts.keys():
+        raise UserError(f"--prompts {args.prompts}: there is no {unknown.pop()}.txt among "
                         f"{', '.join(sorted(prompts))}.")
-    rows = with_rubrics(load_rows(args.data, args.split, args.limit, args.seed), rubrics)
+    rows = load_rows(args.data, args.split, args.limit, args.seed)
+    rows = with_rubrics(rows, getattr(args, "rubrics", "data"))
     model, tokenizer = load_model(args.model or toy_base())
     room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens
-    examples, dropped = make_examples(tokenizer, rows, prompts[files[0]], prompts[files[-1]], room,
+    examples, dropped = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
                                       args.thinking == "on", needs)
     why = ", ".join(f"{n} ({reason})" for reason, n in dropped.items())
     if dropped:
-        print(f"left out {sum(dropped.values())} of {len(rows)} rows: {why}")
+        print(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {why}")
     if not examples:
         raise UserError(f"--data {args.data}: no row can be used: {why}.")
     torch.manual_seed(args.seed)
     sampling = {k: getattr(args, k) for k in
                 ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
-    return model, tokenizer, [prompts[f] for f in files], examples, sampling
+    return model, tokenizer, prompts[student], examples, sampling
 
 
 def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
     out, origin = Path(args.out), {"model": args.model or "toy", "writer": args.writer}
-    done = read_jsonl(out, mend=True) if out.exists() else []
-    for line in done:
+    done = {line.get("question"): line for line in read_jsonl(out, mend=True)} if out.exists() else {}
+    for line in done.values():
         if origin != {k: line.get(k) for k in origin}:
             raise UserError(f"--out {out} holds rubrics of {line.get('model')} ({line.get('writer')}), "
                             f"not of {origin['model']} ({args.writer}); choose another --out.")
-    model, tokenizer, (template,), examples, sampling = prepare(args, args.writer)
+    model, tokenizer, template, examples, sampling = prepare(args, args.writer, args.writer)
     rows = {e.row["question"]: e.row for e in examples}
-    done = {line["question"]: line for line in done}
     todo = [row for question, row in rows.items() if question not in done]
     if len(todo) < len(examples):
-        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated, or in {out} already")
+        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated or in {out} already")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="rubrics") as bar:
         for start in range(0, len(todo), args.batch_size):
@@ -1096,35 +1083,41 @@ def cmd_generate(args) -> dict:
                 file.flush()
                 bar.update()
     quality = rubric_quality([(done[q], row) for q, row in rows.items()])
-    print(f"{out}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-                                 for k, v in quality.items()))
+    print(f"{out}: {show(quality)}")
     return quality
 
 
 def rubric_quality(pairs: list[tuple[dict, dict]]) -> dict:
     """Generated lines beside their rows -> valid fraction, criteria per rubric, reasons of failure;
     for the toy, whose descriptions are exact, recall and precision of criteria as well."""
-    valid = [line for line, _ in pairs if line["rubric"]]
-    counts = [len(line["rubric"]) for line in valid]
-    quality = {"n": len(pairs), "valid": len(valid) / len(pairs), "criteria": mean_se(counts)[0],
-               "drawn again": sum(line["tries"] > 1 for line, _ in pairs),
+    valid = [(line["rubric"], row) for line, row in pairs if line["rubric"]]
+    quality = {"n": len(pairs), "valid": len(valid) / len(pairs),
+               "criteria": mean_se([len(rubric) for rubric, _ in valid])[0],
+               "drawn_again": sum(line["tries"] > 1 for line, _ in pairs),
                "failed": dict(Counter(line["reason"] for line, _ in pairs if not line["rubric"]))}
     if all("toy" in row for _, row in pairs):
         hits = sum(c["description"] in [d["description"] for d in row["rubric"]]
-                   for line, row in pairs for c in line["rubric"] or ())
+                   for rubric, row in valid for c in rubric)
         quality["recall"] = hits / sum(len(row["rubric"]) for _, row in pairs)
-        quality["precision"] = hits / max(1, sum(counts))
+        quality["precision"] = hits / max(1, sum(len(rubric) for rubric, _ in valid))
     return quality
+
+
+def show(figures: dict) -> str:
+    """Figures aligned for the terminal, n/a for None."""
+    return "  ".join(f"{k} {'n/a' if v is None else f'{v:.3g}' if isinstance(v, float) else v!s:>5}"
+                     for k, v in figures.items())
 
 
 def cmd_eval(args) -> dict:
     """Accuracy and rubric score, printed and, with --out, saved with every sample."""
-    model, tokenizer, (template,), examples, sampling = prepare(args, args.context)
+    model, tokenizer, template, examples, sampling = prepare(args, args.context, args.context)
     summary, samples = evaluate(model, tokenizer, [e.row for e in examples], template,
                                 args.thinking == "on", progress="eval", **sampling)
     for key in ("accuracy", "rubric_score", "tokens", "truncated"):
         print(f"{key:13s}" + ("n/a: no row can be checked without a judge" if summary[key] is None else
-              f"{summary[key]:.3f} +- {summary[key + '_se']:.3f} (standard error, n {summary[key + '_n']})"))
+                              "{:.3f} +- {:.3f} (standard error, n {})".format(
+                                  *(summary[key + part] for part in ("", "_se", "_n")))))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         settings = {k: v for k, v in vars(args).items() if k != "run"}
@@ -1139,9 +1132,8 @@ def cmd_train(args) -> str:
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
     state = open_run(out := Path(args.out), settings, args.resume)
-    model, tokenizer, _, examples, sampling = prepare(
-        args, args.student_context, args.teacher_context, rubrics=args.rubrics,
-        needs=["solution"] if writer == "reference" else [])
+    model, tokenizer, _, examples, sampling = prepare(args, args.student_context, args.teacher_context,
+                                                      ["solution"] if writer == "reference" else [])
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     print(f"--- {args.method}: {len(examples)} rows, {args.batch} x {args.rollouts} a step ---")
@@ -1150,12 +1142,7 @@ def cmd_train(args) -> str:
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature, clip=args.clip,
                    clip_at=args.clip_at, **{"beta": args.beta} if signal == "jsd" else {})
     origin = sum(p.detach().double().abs().sum().item() for p in model.parameters())
-    if state:
-        if not math.isclose(origin, state["origin"], rel_tol=1e-9):
-            raise UserError(f"--model {args.model}: these are not the weights from which the run in "
-                            f"{out} began, so its teacher would differ; give that run's own model.")
-        restore(out, state, model, teacher, optimizer)
-    saved = start = state["step"] if state else 0
+    saved = start = restore(out, state, model, teacher, optimizer, origin) if state else 0
     for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
         seconds = Counter()
         with timed(seconds, "sampling"):
@@ -1163,12 +1150,13 @@ def cmd_train(args) -> str:
             episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
         texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
         scores = [score(text, e.row) for text, e in zip(texts, episodes)]
-        if reward:
-            if None in (rewards := [s[reward] for s in scores]):
-                raise UserError(f"--method {args.method}: {episodes[rewards.index(None)].row['question'][:60]!r} "
-                                f"has no {reward}; that takes a short answer, or criteria with a check.")
-            for e, e.advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
-                pass
+        rewards = [s[reward] for s in scores] if reward else []
+        if None in rewards:
+            raise UserError(f"--method {args.method}: no {reward} for the question "
+                            f"{episodes[rewards.index(None)].row['question'][:60]!r}; that takes a "
+                            "short reference answer, or criteria with a check.")
+        for e, advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
+            e.advantage = advantage
         for e in episodes:
             e.train_from = 0 if e.stopped or args.truncated == "keep" else len(e.completion_ids)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
@@ -1176,25 +1164,23 @@ def cmd_train(args) -> str:
         with timed(stats, "update"):
             norm = optimizer_step(optimizer, rate, args.max_grad_norm)
         if not math.isfinite(stats["loss"] + norm):
-            raise UserError(f"step {step + 1}: loss {stats['loss']}, gradient norm {norm}; stopped "
-                            "before the weights moved; " + (f"the checkpoint of step {saved} is in {out}."
-                                                            if saved else "no checkpoint was due before."))
+            raise UserError(f"step {step + 1}: loss {stats['loss']}, gradient norm {norm}; stopped before "
+                            f"the weights moved; last checkpoint in {out}: step {saved or 'none'}.")
         if args.teacher == "ema":
             ema_update(teacher, model, args.ema_decay)
-        lengths = [len(e.completion_ids) for e in episodes]
+        n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
+        spent = [seconds["sampling"], stats["rescoring"], stats["update"]]
         metrics = {"step": step + 1, **{k: stats[k] for k in ("loss", "divergence", "entropy", "clipped")},
-                   "grad_norm": norm, "lr": rate, "length": sum(lengths) / len(lengths),
-                   "truncated": sum(not e.stopped for e in episodes) / len(episodes),
-                   "leak": sum(bool(LEAK.search(t)) for t in texts) / len(texts),
-                   **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]}, "tokens": stats["tokens"],
-                   "s_sampling": seconds["sampling"], "s_rescoring": stats["rescoring"],
-                   "s_update": stats["update"], "tokens_per_s": sum(lengths) / (
-                       seconds["sampling"] + stats["rescoring"] + stats["update"])}
+                   "grad_norm": norm, "lr": rate, "length": tokens / n,
+                   "truncated": sum(not e.stopped for e in episodes) / n,
+                   "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
+                   **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
+                   **dict(zip(("s_sampling", "s_rescoring", "s_update"), spent)),
+                   "tokens_per_s": tokens / sum(spent)}
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % args.log_every == 0:
-            tqdm.write("  ".join(f"{k} {'n/a' if v is None else format(v, '.3g'):>{6 if k != 'step' else 4}}"
-                                 for k, v in metrics.items()))
+            tqdm.write(show(metrics))
         if step == start or (step + 1) % (10 * args.log_every) == 0:
             tqdm.write(f"  sample: {texts[0][:300]!r}")
         if step + 1 == args.steps or (step + 1) % args.save_every == 0:
@@ -1209,151 +1195,138 @@ def cmd_train(args) -> str:
 
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
-    begin, out, rows = time.perf_counter(), Path(args.out), {}
+    begin, out, results = time.perf_counter(), Path(args.out), {"n": args.n}
     if out.exists() and not (out / "results.json").exists():
         raise UserError(f"--out {out} exists and is no demo's directory; choose another --out.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "results.json").write_text("{}")
-    base = toy_base(args.seed, args.base_steps)
+    base, rubrics, trained = toy_base(args.seed, args.base_steps), out / "rubrics.jsonl", out / "train"
 
-    def run(*words):
+    def run(key, *words):
         words = [str(w) for w in (*words, "--data", "toy", "--seed", args.seed)]
         print(f"\n$ python rsd.py {' '.join(words)}", flush=True)
-        return (parsed := parse_args(words)).run(parsed)
+        start, parsed = time.perf_counter(), parse_args(words)
+        got = parsed.run(parsed)
+        results[key] = (got if isinstance(got, dict) else {}) | {"seconds": time.perf_counter() - start}
 
-    def judge(name, model, context):
-        start = time.perf_counter()
-        rows[name] = run("eval", "--model", model, "--context", context, "--limit", args.n)
-        rows[name]["seconds"] = time.perf_counter() - start
-
-    run("generate", "--model", base, "--limit", args.limit, "--out", out / "rubrics.jsonl")
-    judge("student_before", base, "student")
-    judge("teacher", base, "rubric+answer")
-    start = time.perf_counter()
-    run("train", "--model", base, "--limit", args.limit, "--rubrics", out / "rubrics.jsonl", "--out",
-        out / "train", "--steps", args.steps)
-    train_seconds = time.perf_counter() - start
-    judge("student_after", out / "train", "student")
-    rows |= {"n": args.n, "train_seconds": train_seconds, "seconds": time.perf_counter() - begin}
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    run("rubrics", "generate", "--model", base, "--limit", args.limit, "--out", rubrics)
+    run("student_before", "eval", "--model", base, "--limit", args.n)
+    run("teacher", "eval", "--model", base, "--limit", args.n, "--context", "rubric+answer")
+    run("train", "train", "--model", base, "--limit", args.limit, "--rubrics", rubrics, "--steps",
+        args.steps, "--out", trained)
+    run("student_after", "eval", "--model", trained, "--limit", args.n)
+    results["seconds"] = time.perf_counter() - begin
+    (out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\n{'':31s}accuracy         rubric score     n     seconds")
     for key, name in (("student_before", "student before"), ("teacher", "teacher with rubric (ceiling)"),
                       ("student_after", "student after")):
-        r = rows[key]
+        r = results[key]
         print(f"{name:31s}{r['accuracy']:.3f} +- {r['accuracy_se']:.3f}   {r['rubric_score']:.3f} +- "
               f"{r['rubric_score_se']:.3f}   {r['n']:<5d} {r['seconds']:.1f}")
-    print(f"{args.steps} steps in {train_seconds:.0f} s, everything in {rows['seconds']:.0f} s; the "
-          f"figures are in {out / 'results.json'}")
-    return rows
+    print(f"{args.steps} steps in {results['train']['seconds']:.0f} s, everything in "
+          f"{results['seconds']:.0f} s; these figures: {out / 'results.json'}")
+    return results
 
 
 COMMANDS = {"demo": (cmd_demo, "the whole method on the toy, in minutes on a CPU"),
             "generate": (cmd_generate, "a model writes a rubric for every question"),
             "train": (cmd_train, "distil the rubric-guided teacher into the student"),
             "eval": (cmd_eval, "accuracy and rubric score of a model")}
-# (commands, flag, default, help): a tuple lists choices, the first one is the default; a dict gives
-# each command its own. Where the model is the toy, TOY overrides.
+# Commands by their first letter; the default, a tuple for choices (the first one is the default),
+# a dict for a default per command; the help. Where the model is the toy, TOY overrides.
 FLAGS = [
-    ("generate train eval", "--model", None, "directory, hub id, or bare hub name such as "
-                                             "Qwen2.5-1.5B; not given: the toy"),
-    ("generate train eval", "--data", "rar-science", "toy, rar-science, a hub id, or a .jsonl, .json "
-                                                     "or .parquet file"),
-    ("generate train", "--split", "train", "split of a named data set"),
-    ("eval", "--split", "test", "split of a named data set"),
-    ("demo", "--limit", 256, "training questions, each with a rubric of its own"),
-    ("generate train eval", "--limit", 0, "first rows only; 0: all (of the toy 2000 train, 200 test)"),
-    ("demo generate train eval", "--seed", 0, "of data order and sampling (demo: base model as well)"),
-    ("generate train eval", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
-    ("generate train eval", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
-    ("generate", "--max-new-tokens", 1024, "longest rubric, in tokens"),
-    ("train eval", "--max-new-tokens", 4096, "longest completion, in tokens"),
-    ("generate eval", "--temperature", 0.7, "of sampling; 0 is greedy"),
-    ("train", "--temperature", 1.0, "of sampling; the loss has its own"),
-    ("generate eval", "--top-p", 0.95, "nucleus sampling; 1: off"),
-    ("train", "--top-p", 1.0, "nucleus sampling; 1: off"),
-    ("generate eval", "--top-k", 20, "sample from that many tokens; 0: all"),
-    ("train", "--top-k", 0, "sample from that many tokens; 0: all"),
-    ("generate train eval", "--batch-size", 64, "completions sampled at a time"),
-    ("generate", "--out", "runs/rubrics.jsonl", "JSON Lines file; what stands in it is not redone"),
-    ("generate", "--writer", "writer+answer", "prompt file that asks for the rubric"),
-    ("generate", "--tries", 3, "draws per question until an unreadable rubric counts as failed"),
-    ("eval", "--context", "student", "prompt file to answer from; a teacher's gives the ceiling"),
-    ("eval", "--out", "", "JSON file for summary and samples; empty: print only"),
-    ("train", "--out", "runs/train", "checkpoint directory"),
-    ("train", "--resume", False, "go on with the run in --out, to the same result"),
-    ("train", "--method", tuple(METHODS), "row of METHODS"),
-    ("train", "--rubrics", "data", "data: the rows' own; or a .jsonl that generate wrote"),
-    ("train", "--student-context", "student", "prompt file of the student"),
-    ("train", "--teacher-context", None, "prompt file of the teacher; not given: what METHODS says"),
-    ("train", "--teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
-    ("train", "--ema-decay", 0.99, "of --teacher ema, per step"),
-    ("train", "--divergence", (*BETA, "sampled"), "signal of rsd and opsd"),
-    ("train", "--beta", 0.5, "of --divergence jsd: the teacher's share of the mixture"),
-    ("train", "--loss-temperature", 1.0, "divides both logits in the divergence"),
-    ("train", "--support", 0, "divergence on the teacher's top k tokens only; 0: all"),
-    ("train", "--tail", False, "with --support: one more bucket for the rest of the mass"),
-    ("train", "--clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
-    ("train", "--clip-at", 0.05, "that cap, in nats"),
-    ("train", "--kl", 0.0, "grpo: weight of the reverse KL to the teacher's weights"),
-    ("demo", "--base-steps", 700, "training steps of the toy's base model"),
-    ("demo", "--steps", 60, "RSD steps"),
-    ("train", "--steps", 100, "optimizer steps"),
-    ("train", "--batch", 32, "prompts a step"),
-    ("train", "--rollouts", 1, "completions per prompt; grpo needs 2 or more"),
-    ("train", "--lr", 5e-6, "peak learning rate of AdamW"),
-    ("train", "--warmup", 5, "steps of linear warm-up"),
-    ("train", "--schedule", ("constant", "cosine"), "after the warm-up"),
-    ("train", "--max-grad-norm", 1.0, "gradient clipping"),
-    ("train", "--weight-decay", 0.0, "of AdamW"),
-    ("train", "--token-budget", 8192, "padded tokens in a micro-batch"),
-    ("train", "--truncated", ("keep", "mask"), "completions without a stop token"),
-    ("train", "--save-every", 50, "steps between checkpoints; the last step is saved in any case"),
-    ("train", "--log-every", 5, "steps between lines on the terminal"),
-    ("demo", "--out", "runs/demo", "directory for rubrics, checkpoint and results.json"),
-    ("demo", "--n", 200, "held-out problems in each evaluation"),
+    ("gte", "--model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); not given: the toy"),
+    ("gte", "--data", "rar-science", "toy, rar-science, a hub id, a .jsonl, .json or .parquet file"),
+    ("gte", "--split", {"g": "train", "t": "train", "e": "test"}, "split of a named data set"),
+    ("dgte", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0}, "first rows only; 0: all (toy: 2000, 200)"),
+    ("dgte", "--seed", 0, "of data order and sampling (demo: of the base model as well)"),
+    ("gte", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
+    ("gte", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
+    ("gte", "--max-new-tokens", {"g": 1024, "t": 4096, "e": 4096}, "longest completion, in tokens"),
+    ("gte", "--temperature", {"g": 0.7, "t": 1.0, "e": 0.7}, "of sampling; 0 is greedy"),
+    ("gte", "--top-p", {"g": 0.95, "t": 1.0, "e": 0.95}, "nucleus sampling; 1: off"),
+    ("gte", "--top-k", {"g": 20, "t": 0, "e": 20}, "sample from that many tokens; 0: all"),
+    ("gte", "--batch-size", 64, "completions sampled at a time"),
+    ("g", "--out", "runs/rubrics.jsonl", "JSON Lines file; what stands in it is not redone"),
+    ("g", "--writer", "writer+answer", "prompt file that asks for the rubric"),
+    ("g", "--tries", 3, "draws per question until an unreadable rubric counts as failed"),
+    ("e", "--context", "student", "prompt file to answer from; a teacher's gives the ceiling"),
+    ("e", "--out", "", "JSON file for summary and samples; empty: print only"),
+    ("t", "--out", "runs/train", "checkpoint directory"),
+    ("t", "--resume", False, "go on with the run in --out, to the same result"),
+    ("t", "--method", tuple(METHODS), "row of METHODS"),
+    ("t", "--rubrics", "data", "data: the rows' own; or a .jsonl that generate wrote"),
+    ("t", "--student-context", "student", "prompt file of the student"),
+    ("t", "--teacher-context", "rubric", "prompt file of the teacher; of other methods as in METHODS"),
+    ("t", "--teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
+    ("t", "--ema-decay", 0.99, "of --teacher ema, per step"),
+    ("t", "--divergence", (*BETA, "sampled"), "signal of rsd and opsd"),
+    ("t", "--beta", 0.5, "of --divergence jsd: the teacher's share of the mixture"),
+    ("t", "--loss-temperature", 1.0, "divides both logits in the divergence"),
+    ("t", "--support", 0, "divergence on the teacher's top k tokens only; 0: all"),
+    ("t", "--tail", False, "with --support: one more bucket for the rest of the mass"),
+    ("t", "--clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
+    ("t", "--clip-at", 0.05, "that cap, in nats"),
+    ("t", "--kl", 0.0, "grpo: weight of the reverse KL to the teacher's weights"),
+    ("d", "--base-steps", 700, "training steps of the toy's base model"),
+    ("dt", "--steps", {"d": 60, "t": 100}, "optimizer steps"),
+    ("t", "--batch", 32, "prompts a step"),
+    ("t", "--rollouts", 1, "completions per prompt; grpo needs 2 or more"),
+    ("t", "--lr", 5e-6, "peak learning rate of AdamW"),
+    ("t", "--warmup", 5, "steps of linear warm-up"),
+    ("t", "--schedule", ("constant", "cosine"), "after the warm-up"),
+    ("t", "--max-grad-norm", 1.0, "gradient clipping"),
+    ("t", "--weight-decay", 0.0, "of AdamW"),
+    ("t", "--token-budget", 8192, "padded tokens in a micro-batch"),
+    ("t", "--truncated", ("keep", "mask"), "completions without a stop token"),
+    ("t", "--save-every", 50, "steps between checkpoints; the last step is saved in any case"),
+    ("t", "--log-every", 5, "steps between lines on the terminal"),
+    ("d", "--out", "runs/demo", "directory for rubrics, checkpoint and results.json"),
+    ("d", "--n", 200, "held-out problems in each evaluation"),
 ]
-TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch_size": 256, "lr": 3e-4,
-       "generate max_new_tokens": 220, "max_new_tokens": 80, "teacher_context": "rubric+answer"}
+TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--max-new-tokens": {"g": 220, "t": 80, "e": 80},
+       "--batch-size": 256, "--lr": 3e-4, "--teacher-context": "rubric+answer"}
 
 
-def number(default):
-    """An argparse type for numbers like `default`: finite, and not negative."""
+def number(like):
+    """An argparse type for numbers of that kind: finite, not negative, and not 0 for a count."""
     def parse(text):
-        if not 0 <= (value := type(default)(text)) < math.inf:
-            raise ValueError
+        value = type(like)(text)
+        if not 0 <= value < math.inf or value == 0 and like and isinstance(like, int):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
         return value
 
-    parse.__name__ = "number"
+    parse.__name__ = type(like).__name__
     return parse
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; defaults that depend on the model (TOY, the teacher's context) filled in."""
+    """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model")
+    model = first.parse_known_args(argv)[0].model
+    config = Path(model or "") / "config.json"
+    is_toy = not model or config.is_file() and bool(json.loads(config.read_text()).get("toy"))
     parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
-    commands, defaults = parser.add_subparsers(dest="command", required=True), {}
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, (run, about) in COMMANDS.items():
-        commands.add_parser(name, help=about, description=about).set_defaults(run=run)
-    for names, flag, default, text in FLAGS:
-        for name in names.split():
-            first = default[0] if isinstance(default, tuple) else default
-            dest = flag[2:].replace("-", "_")
-            toy = TOY.get(f"{name} {dest}", TOY.get(dest, first)) if name != "demo" else first
-            defaults[name, dest] = first, toy
-            kind = ({"action": "store_true"} if default is False else {"choices": default}
-                    if isinstance(default, tuple) else {"type": number(default)}
-                    if isinstance(default, (int, float)) else {})
-            shown = f" (default: {first}{'' if toy == first else f'; toy: {toy}'})".replace("%", "%%")
-            commands.choices[name].add_argument(flag, default=None, help=text + shown, **kind)
+        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        for _, flag, value, text in (f for f in FLAGS if name[0] in f[0]):
+            value = value[name[0]] if isinstance(value, dict) else value
+            kind = ({"action": "store_true"} if value is False else {"choices": value}
+                    if isinstance(value, tuple) else {"type": number(value)}
+                    if isinstance(value, (int, float)) else {})
+            usual = value[0] if isinstance(value, tuple) else value
+            toy = usual if name == "demo" else TOY.get(flag, usual)
+            toy = toy[name[0]] if isinstance(toy, dict) else toy
+            shown = f"{text} (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
+            sub.add_argument(flag, default=toy if is_toy else usual, help=shown.replace("%", "%%"),
+                             **kind)
     args = parser.parse_args(argv)
-    config = Path(getattr(args, "model", None) or "") / "config.json"
-    toy = getattr(args, "model", None) is None or (
-        config.is_file() and bool(json.loads(config.read_text()).get("toy")))
-    if args.command == "train" and METHODS[args.method or "rsd"][1] != "rubric":
-        args.teacher_context = args.teacher_context or METHODS[args.method][1]
-    for (name, dest), values in defaults.items():
-        if name == args.command and getattr(args, dest) is None:
-            setattr(args, dest, values[toy])
+    if args.command == "train" and METHODS[args.method][1] != "rubric":
+        args.teacher_context = METHODS[args.method][1]
     return args
 
 
