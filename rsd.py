@@ -11,35 +11,22 @@ list of weighted criteria that a good answer meets. One network plays two parts:
   5. after training the student needs no rubric
 
   python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
-  python rsd.py generate    a model writes a rubric for every question      -> JSONL
-  python rsd.py train       rollouts, re-scoring, per-token loss, steps     -> a checkpoint directory
+  python rsd.py generate    a model writes a rubric for every question    -> JSONL
+  python rsd.py train       rollouts, re-scoring, per-token loss, steps   -> a checkpoint directory
   python rsd.py eval        accuracy and rubric score of a checkpoint
 
-Sections 1 to 4 are the method, with 5 you can train: every method is three choices in one pipeline
+Sections 1 to 4 are the method; with 5 you can train. Every method is three choices in one pipeline
 (METHODS): who writes the completion, what the teacher sees, which signal each token gets.
 
 Glossary, code -> paper (arXiv 2606.19327): question x, reference_answer y*, solution z, rubric
 r = {c_1..c_K}, completion y^, student p_S, teacher p_T. Shapes: B sequences, T tokens of one
 completion, N completion tokens in all, V vocabulary, H hidden width. beta: 0 is forward KL(T||S),
 the paper's choice; 1 reverse KL(S||T); between, generalised Jensen-Shannon.
-
 Simplified: text only, one process, no LoRA, rubric scores only for criteria that carry a `check`.
-README.md lists the differences from the paper, with reasons.
 """
-
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import math
-import os
-import random
-import re
-import shutil
-import sys
-import time
-import zlib
+import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -50,7 +37,6 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
 
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one sentence and exits 2."""
@@ -64,7 +50,6 @@ FIELDS = ("question", "answer", "solution", "rubric", "rubric_json")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
 
-
 @dataclass
 class Episode:
     """One row on its way from sampling to the update. Token ids only: text is never re-encoded."""
@@ -77,7 +62,6 @@ class Episode:
     advantage: float = 1.0  # for the signal "advantage": 1 in SFT, (r - mean) / std in GRPO
     train_from: int = 0  # completion tokens before this one carry no loss
 
-
 def load_prompts(folder) -> dict[str, str]:
     """Every FOLDER/NAME.txt as {NAME: text}; UserError for no file or an unknown placeholder."""
     found = {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
@@ -85,10 +69,8 @@ def load_prompts(folder) -> dict[str, str]:
         raise UserError(f"--prompts {folder}: there are no .txt prompt files in that directory.")
     for name, text in found.items():
         if unknown := set(PLACEHOLDER.findall(text)) - set(FIELDS):
-            raise UserError(f"--prompts {folder}: {name}.txt has the placeholder {unknown.pop()!r}; "
-                            f"known are {', '.join(FIELDS)}.")
+            raise UserError(f"{folder}/{name}.txt: placeholder {unknown.pop()!r} is none of {FIELDS}.")
     return found
-
 
 def row_fields(row: dict) -> dict[str, str]:
     """What one row can put into a prompt file's placeholders; parts that it lacks are left out."""
@@ -99,18 +81,15 @@ def row_fields(row: dict) -> dict[str, str]:
              rubric and rubric_json(rubric))
     return {name: text for name, text in zip(FIELDS, texts) if text}
 
-
 def plain(tokenizer, text: str) -> str:
     """Data as plain text: MARK cuts the names of control tokens in two, so that none is one."""
     names = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
     return re.sub(names or "$^", lambda m: m[0][0] + MARK + m[0][1:], text.replace(MARK, "\ufffd"))
 
-
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a text, piece by piece between the MARKs of plain()."""
     return [t for piece in text.split(MARK) if piece
             for t in tokenizer.encode(piece, add_special_tokens=False)]
-
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
     """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued.
@@ -125,14 +104,12 @@ def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
         enable_thinking=thinking))
 
-
 def turn_end(tokenizer) -> int:
     """The token with which the chat template ends an assistant's turn, else the tokenizer's eos."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@@"}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
     first = tokenizer.encode(after, add_special_tokens=False)[:1]
     return first[0] if set(first) & set(tokenizer.added_tokens_decoder) else tokenizer.eos_token_id
-
 
 def stop_ids(model, tokenizer) -> set[int]:
     """All tokens that end a completion (Qwen has two): generation config, tokenizer, chat."""
@@ -149,7 +126,6 @@ WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
 LATEX = re.compile(r"(?:[bf][a-zA-Z]{2,}|n(?:abla|atural|e|eq|eg|earrow|geq|i|leq|mid|ot|otin|u)"
                    r"|r(?:angle|ceil|efloor|floor|ho|ight\w*|m|ule)"
                    r"|t(?:an|anh|au|ext\w*|frac|herefore|heta|ilde|imes|o|op|riangle\w*))(?![a-zA-Z])")
-
 
 def read_criterion(item, need_title=False) -> dict:
     """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
@@ -180,7 +156,6 @@ def read_criterion(item, need_title=False) -> dict:
     got["weight"] = int(got["weight"]) if got["weight"].is_integer() else got["weight"]
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
 
-
 def mend_backslashes(text: str) -> str:
     r"""Double the backslashes of LaTeX that JSON rejects or silently misreads; keep real escapes.
 
@@ -194,7 +169,6 @@ def mend_backslashes(text: str) -> str:
         return m[0] if real else "\\\\" + m[1]
 
     return re.sub(r"\\(.)", mend, text, flags=re.S)
-
 
 def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
     r"""Whatever a model wrote -> (criteria, "") or (None, why not).
@@ -227,12 +201,10 @@ def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
             return found, ""
     return None, why
 
-
 def rubric_json(rubric: list[dict]) -> str:
     """The form in which rubrics are asked for and written: a JSON array, without the checks."""
     return json.dumps([{k: c[k] for k in ("title", "description", "weight")} for c in rubric],
                       ensure_ascii=False)
-
 
 def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3, thinking=False,
                      **sampling) -> list[dict]:
@@ -255,7 +227,6 @@ def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3,
 
 
 # ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
-
 
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
@@ -290,14 +261,12 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
         model.generation_config = own
     return results
 
-
 def autocast(model):
     """bf16 arithmetic on a GPU, whatever precision the weights have; nothing elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
 
 
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
-
 
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """The hidden states [N, H] that predict each completion token, sequence after sequence.
@@ -315,13 +284,11 @@ def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> t
     col = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
     return hidden[row, col]
 
-
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     """The model's head on hidden states: [N, H] -> [N, V], soft-capping included (Gemma)."""
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", 0)
     logits = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
     return cap * torch.tanh(logits / cap) if cap else logits
-
 
 def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Entries of KL(p||q) from log-probs [N, V], as p log(p/q) - p + q: the extra terms sum to 0.
@@ -329,7 +296,6 @@ def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     So no entry is negative, and where p = q both value and gradient are exactly 0 in float32.
     """
     return p.exp() * (p - q) - p.exp() + q.exp()
-
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
                temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
@@ -373,9 +339,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
         stats["clipped"] += 0 if clip == "none" else (terms > clip_at).float().mean(-1).sum().item()
     return terms.clamp(max=math.inf if clip == "none" else clip_at).sum(-1)
 
-
 BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
-
 
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
@@ -393,7 +357,6 @@ def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options)
         target = teacher.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         advantage = (target - logp).detach()
     return -advantage * logp + (kl * divergence(student, teacher, beta=1.0) if kl else 0.0)
-
 
 def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counter, chunk=0) -> None:
     """Backward of sum(loss_of(logits, rows)) / denominator without ever holding [N, V] logits.
@@ -431,27 +394,29 @@ METHODS = {
 LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|for (my|your) eyes"
                   r"|(given|provided|private) guidance)\b", re.I)
 
-
-def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False, needs=()):
-    """Rows and two prompt files -> (episodes without completions, Counter of reasons left out).
+def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False,
+                  needs=()) -> list[Episode]:
+    """Rows and two prompt files -> episodes without completions; what is left out is said aloud.
 
     needs: fields that a row must have beside those of the files. room: tokens that a context may
-    have. A longer one is never cut (that would drop the question): its row is left out, and counted.
+    have; a longer one is never cut (that would drop the question), its row is left out. UserError
+    where no row remains.
     """
     examples, dropped = [], Counter()
     needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
     for row in tqdm(rows, desc="contexts", leave=False):
         fields = row_fields(row)
-        if missing := sorted(needs - fields.keys()):
-            dropped[f"no {missing[0]}"] += 1
-            continue
-        pair = [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
-        if max(map(len, pair)) > room:
-            dropped["context and completion longer than the model's context"] += 1
+        missing = sorted(needs - fields.keys())
+        pair = [] if missing else [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
+        if missing or max(map(len, pair)) > room:
+            dropped[f"no {missing[0]}" if missing else "context too long for the model"] += 1
         else:
             examples.append(Episode(row, *pair))
-    return examples, dropped
-
+    if dropped:
+        print(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
+    if not examples:
+        raise UserError(f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
+    return examples
 
 def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sampling):
     """Choice 1, who writes: "student" samples `rollouts` each, "reference" takes the solution."""
@@ -460,10 +425,9 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
         outputs = sample_completions(model, [e.prompt_ids for e in examples],
                                      stop_ids(model, tokenizer), **sampling)
     else:
-        outputs = [(encode(tokenizer, plain(tokenizer, e.row["solution"])) + [turn_end(tokenizer)], True)
-                   for e in examples]
+        texts = [plain(tokenizer, e.row["solution"]) for e in examples]
+        outputs = [(encode(tokenizer, text) + [turn_end(tokenizer)], True) for text in texts]
     return [replace(e, completion_ids=ids, stopped=end) for e, (ids, end) in zip(examples, outputs)]
-
 
 def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal rewards give exactly 0.
@@ -474,7 +438,6 @@ def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     centred = (r != r[:, :1]).any(1, keepdim=True) * (r - r.mean(1, True))
     return (centred / (r.std(1, correction=0, keepdim=True) + eps)).flatten().tolist()
-
 
 def micro_batches(episodes: list[Episode], token_budget: int) -> list[list[Episode]]:
     """Episodes sorted by length, cut so that padded rows x width stays within token_budget."""
@@ -488,7 +451,6 @@ def micro_batches(episodes: list[Episode], token_budget: int) -> list[list[Episo
         batches[-1].append(e)
     return batches
 
-
 @contextmanager
 def timed(seconds: Counter, name: str):
     """Add the wall seconds of the block to seconds[name]; waits for a GPU's work."""
@@ -497,7 +459,6 @@ def timed(seconds: Counter, name: str):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds[name] += time.perf_counter() - start
-
 
 def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budget=8192, kl=0.0,
                **options) -> Counter:
@@ -533,11 +494,9 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
     mean = {k: v / max(total, 1) for k, v in stats.items()}
     return Counter({**mean, **seconds, "tokens": total})
 
-
 def make_teacher(model, kind: str):
     """fixed, ema: a frozen copy of the weights, in memory; live: the student itself."""
     return model if kind == "live" else copy.deepcopy(model).requires_grad_(False)
-
 
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:
@@ -545,14 +504,12 @@ def ema_update(teacher, model, decay: float) -> None:
     for t, s in zip(teacher.parameters(), model.parameters()):
         t.lerp_(s.to(t.dtype), 1 - decay)
 
-
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return peak if schedule == "constant" else peak * 0.5 * (1 + math.cos(math.pi * done))
-
 
 def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
     """Clip, step, clear -> the gradient norm before clipping; if it is not finite nothing moves."""
@@ -565,17 +522,12 @@ def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
     optimizer.zero_grad()
     return norm
 
-
 def step_rows(items: list, step: int, batch: int, seed: int) -> list:
     """The items of one step: epoch after epoch, each in an order of its own; no state to save."""
-    orders, picked = {}, []
-    for k in range(step * batch, (step + 1) * batch):
-        epoch, at = divmod(k, len(items))
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed} {epoch}").sample(range(len(items)), len(items))
-        picked.append(items[orders[epoch][at]])
-    return picked
-
+    n, first = len(items), step * batch // len(items)
+    order = [i for epoch in range(first, (step + 1) * batch // n + 1)
+             for i in random.Random(f"{seed} {epoch}").sample(range(n), n)]
+    return [items[i] for i in order[step * batch - first * n:][:batch]]
 
 def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) -> None:
     """Replace directory `out` whole: written under another name, then renamed into place.
@@ -585,47 +537,40 @@ def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) ->
     """
     new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     torch.save(state, new / "trainer.pt")
     (new / "rsd.json").write_text(json.dumps(settings, indent=1))
     shutil.copy(out / "metrics.jsonl", new)
-    shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
     new.rename(out)
     shutil.rmtree(old)
 
-
 def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
-    """A new run directory -> None, or the run in it that is to go on -> its trainer state.
+    """The trainer state of the run in `out` that is to go on, or None where a new one may begin.
 
     UserError where `out` holds anything else: nothing is ever written over.
     """
     if (old := out.with_name(out.name + ".old")).exists() and not out.exists():
         old.rename(out)
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "rsd.json").write_text(json.dumps(settings, indent=1))
-        (out / "metrics.jsonl").write_text("")
+    if not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {"metrics.jsonl"}:
         return None
-    if not (out / "rsd.json").exists():
+    if not (out / "trainer.pt").exists():
         raise UserError(f"--out {out} exists and is no run of rsd.py; choose another --out.")
     was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every", "log_every")
-    if changed := [f"{k} {was.get(k)!r} -> {settings[k]!r}" for k in settings
-                   if k not in free and was.get(k) != settings[k]]:
-        raise UserError(f"--out {out} holds a run with other settings ({', '.join(changed)}); choose "
-                        "another --out, or give that run's settings.")
+    if changed := [f"{k} {was.get(k)!r} -> {v!r}" for k, v in settings.items()
+                   if k not in free and was.get(k) != v]:
+        raise UserError(f"--out {out} holds a run with other settings ({', '.join(changed)}); give "
+                        "another --out, or that run's settings.")
     if not resume:
-        raise UserError(f"--out {out} holds this run already; add --resume, or choose another --out.")
-    state = out / "trainer.pt"
-    return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
-
+        raise UserError(f"--out {out} holds this run already; add --resume, or give another --out.")
+    return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
 
 def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) -> int:
     """Put a run's student, EMA teacher, optimizer, random states and metrics back -> its step.
 
-    origin: the sum of the base model's magnitudes, which must be the one that the run began with,
-    since a fixed teacher comes from there.
+    origin: the base model's sum of magnitudes, as at the start: a fixed teacher comes from there.
     """
     if not math.isclose(origin, state["origin"], rel_tol=1e-9):
         raise UserError(f"--model: these are not the weights from which the run in {out} began, so "
@@ -645,7 +590,6 @@ def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) ->
 
 NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
 
-
 def extract_answer(text: str) -> str:
     r"""The content of the last \boxed{}, nested braces included; without one, the last line.
 
@@ -662,7 +606,6 @@ def extract_answer(text: str) -> str:
             return text[begin:end].strip()
     return text[begin:].strip()
 
-
 def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
     reference's unit where it has one. Other text: the same but for case, spaces and $.
@@ -678,7 +621,6 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     a, b = (re.sub(r"[\s$]", "", x).rstrip(".").lower() for x in (answer, reference))
     return a == b
 
-
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench's rule).
 
@@ -692,7 +634,6 @@ def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     worst = sum(c["weight"] for c in rubric if c["weight"] < 0)
     return min(1.0, max(0.0, met / best)) if best else 1 - met / worst if worst else None
 
-
 def score(text: str, row: dict) -> dict:
     """{"accuracy": 0/1, "rubric_score": 0..1}, each None where this row cannot be checked.
 
@@ -704,7 +645,6 @@ def score(text: str, row: dict) -> dict:
     return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
             "rubric_score": rubric_score(text, row.get("own_rubric", row["rubric"]))}
 
-
 def mean_se(values: list) -> tuple[float | None, float | None, int]:
     """Mean, standard error and number of the values that are not None.
 
@@ -715,7 +655,6 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
     if len(x) == 0:
         return None, None, 0
     return x.mean().item(), (x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0), len(x)
-
 
 def evaluate(model, tokenizer, rows: list[dict], template: str, thinking=False, **sampling):
     """Answer every row from one prompt file and grade it -> (summary, samples).
@@ -747,7 +686,6 @@ RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
               "{% if add_generation_prompt %}Answer:\n{% endif %}")
 
-
 def resolve_model(name: str) -> str:
     """A directory or a full hub id as it is; a bare name gets its owner on the hub.
 
@@ -756,7 +694,6 @@ def resolve_model(name: str) -> str:
     """
     owner = [o for prefix, o in HUB_OWNERS.items() if name.lower().startswith(prefix)]
     return f"{owner[0]}/{name}" if owner and "/" not in name and not Path(name).is_dir() else name
-
 
 def load_model(name: str):
     """(model, tokenizer) from a directory or the hub: float32 weights, no dropout, safetensors only.
@@ -784,28 +721,22 @@ def load_model(name: str):
                             "matrix product and a soft cap; the chunked loss cannot follow it.")
     return model, tokenizer
 
-
 def first_line(error: Exception) -> str:
     """What an exception says, in one line of at most 150 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
-
 def read_rubric(value) -> list[dict] | None:
     """A row's rubric: criteria in any known form, or a JSON string of them; absent or empty -> None.
 
-    ValueError says what is wrong.
+    ValueError, or re.error for a check, says what is wrong.
     """
     value = json.loads(value) if isinstance(value, str) and value.strip() else value
     if not isinstance(value or [], list):
         raise ValueError("it is no list of criteria")
     rubric = [read_criterion(item) for item in value or []]
-    for c in rubric:
-        try:
-            re.compile(c.get("check", ""))
-        except re.error as error:
-            raise ValueError(f"the check {c['check']!r} is no regular expression: {error}") from error
+    for check in (c["check"] for c in rubric if "check" in c):
+        re.compile(check)
     return rubric or None
-
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
     """The objects of a JSON Lines file; UserError names file and line of what is not one.
@@ -826,7 +757,6 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
             os.truncate(path, end)
             return [json.loads(line) for line in lines[:-1] if line.strip()]
     return rows
-
 
 def read_table(data: str, split: str, limit: int) -> list:
     """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
@@ -850,7 +780,6 @@ def read_table(data: str, split: str, limit: int) -> list:
                         f"({first_line(error)}); a data set of the hub can also be passed as a "
                         "downloaded file.") from error
 
-
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
 
@@ -872,11 +801,10 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
             raise UserError(f"{data}, row {number}: the question is empty.")
         try:
             row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise UserError(f"{data}, row {number}: cannot read the rubric ({error}).") from error
         rows.append(row)
     return rows
-
 
 def with_rubrics(rows: list[dict], source: str) -> list[dict]:
     """Rows with the rubric from `source`: "data" (their own), or a .jsonl that generate wrote.
@@ -914,7 +842,6 @@ MISSES = {"writer": 0.3, "writer+answer": 0.12, "writer+answer+rubric": 0.0}  # 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-
 def toy_problem(rng: random.Random) -> dict:
     """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
     law, formula, unit, big, quantity, sentence = rng.choice(FAMILIES)
@@ -928,7 +855,6 @@ def toy_problem(rng: random.Random) -> dict:
            "toy": {"a": a, "b": b, "law": f"{quantity.title()} is {law}: {formula}.", "unit": unit, "big": big}}
     return row | {"solution": toy_solution(row, HABITS)}
 
-
 def toy_solution(row: dict, habits) -> str:
     """The solution that shows just these habits; without the conversion its number is wrong."""
     p, (factor, small) = row["toy"], BIG_UNITS[row["toy"]["big"]]
@@ -938,19 +864,17 @@ def toy_solution(row: dict, habits) -> str:
     result = f"{p['a'] * b} {p['unit']}" if "unit" in habits else p["a"] * b
     return " ".join([*steps, f"{p['a']} * {b} = {p['a'] * b}.", f"\\boxed{{{result}}}"])
 
-
 def toy_rows(split: str, n: int, seed=0) -> list[dict]:
     """n different problems of a split; the question's hash settles its split, so none is in two."""
     rng, rows, homes = random.Random(f"{split} {seed}"), {}, {0: "test", 1: "val"}
-    for _ in range(100 * n):
+    for _ in range(min(100 * n, 300_000)):
         row = toy_problem(rng)
         if homes.get(zlib.crc32(row["question"].encode()) % 8, "train") == split and len(rows) < n:
             rows[row["question"]] = row
     if len(rows) < n:
-        raise UserError(f"--split {split}: of the toy's train, val and test that one has only "
-                        f"{len(rows)} different problems, not {n}.")
+        raise UserError(f"--split {split}, --limit {n}: of train, val and test the toy has "
+                        f"{len(rows)} different problems there.")
     return list(rows.values())
-
 
 def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     """One lesson of the base model's mixture: (prompt file, row as shown there, what to write).
@@ -974,7 +898,6 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     text = toy_solution(row, habits)
     return kind, row | {"solution": text}, text
 
-
 def toy_tokenizer(texts: list[str]):
     """A byte-level BPE tokenizer with single digits and a ChatML template, trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers as pre, trainers
@@ -988,7 +911,6 @@ def toy_tokenizer(texts: list[str]):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=special, chat_template=CHATML)
-
 
 def toy_base(seed=0, steps=700, batch=16) -> str:
     """The directory of the toy's base model; the first time it is trained there from nothing, on
@@ -1031,61 +953,50 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
 
 HERE = Path(__file__).resolve().parent
 
-
 def prepare(args, student: str, teacher: str, needs=()):
-    """What every command begins with -> (model, tokenizer, student's prompt text, examples, sampling).
-
-    What is left out is said aloud; UserError for an unknown prompt file, or where no row remains.
-    """
+    """What every command begins with -> (model, tokenizer, student's prompt text, examples, how to
+    sample). UserError for an unknown prompt file."""
     prompts = load_prompts(args.prompts)
     if unknown := {student, teacher} - prompts.keys():
-        raise UserError(f"--prompts {args.prompts}: there is no {unknown.pop()}.txt among "
-                        f"{', '.join(sorted(prompts))}.")
+        raise UserError(f"--prompts {args.prompts}: no {unknown.pop()}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
     rows = with_rubrics(rows, getattr(args, "rubrics", "data"))
     model, tokenizer = load_model(args.model or toy_base())
     room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens
-    examples, dropped = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
-                                      args.thinking == "on", needs)
-    why = ", ".join(f"{n} ({reason})" for reason, n in dropped.items())
-    if dropped:
-        print(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {why}")
-    if not examples:
-        raise UserError(f"--data {args.data}: no row can be used: {why}.")
+    examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
+                             args.thinking == "on", needs)
     torch.manual_seed(args.seed)
     sampling = {k: getattr(args, k) for k in
                 ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
     return model, tokenizer, prompts[student], examples, sampling
 
-
 def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
     out, origin = Path(args.out), {"model": args.model or "toy", "writer": args.writer}
     done = {line.get("question"): line for line in read_jsonl(out, mend=True)} if out.exists() else {}
-    for line in done.values():
-        if origin != {k: line.get(k) for k in origin}:
-            raise UserError(f"--out {out} holds rubrics of {line.get('model')} ({line.get('writer')}), "
-                            f"not of {origin['model']} ({args.writer}); choose another --out.")
+    if other := [line for line in done.values() if any(line.get(k) != v for k, v in origin.items())]:
+        raise UserError(f"--out {out} holds rubrics of {other[0].get('model')} "
+                        f"({other[0].get('writer')}); choose another --out.")
     model, tokenizer, template, examples, sampling = prepare(args, args.writer, args.writer)
     rows = {e.row["question"]: e.row for e in examples}
     todo = [row for question, row in rows.items() if question not in done]
     if len(todo) < len(examples):
-        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated or in {out} already")
+        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated or done already")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="rubrics") as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
-            for row, got in zip(batch, generate_rubrics(model, tokenizer, batch, template, args.tries,
-                                                        args.thinking == "on", **sampling)):
-                line = {k: row[k] for k in ("question", "reference_answer", "solution")} | got | origin
-                done[row["question"]] = line
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            results = generate_rubrics(model, tokenizer, batch, template, args.tries,
+                                       args.thinking == "on", **sampling)
+            for row, got in zip(batch, results):
+                kept = {k: row[k] for k in ("question", "reference_answer", "solution")}
+                done[row["question"]] = kept | got | origin
+                file.write(json.dumps(done[row["question"]], ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update()
     quality = rubric_quality([(done[q], row) for q, row in rows.items()])
     print(f"{out}: {show(quality)}")
     return quality
-
 
 def rubric_quality(pairs: list[tuple[dict, dict]]) -> dict:
     """Generated lines beside their rows -> valid fraction, criteria per rubric, reasons of failure;
@@ -1102,12 +1013,10 @@ def rubric_quality(pairs: list[tuple[dict, dict]]) -> dict:
         quality["precision"] = hits / max(1, sum(len(rubric) for rubric, _ in valid))
     return quality
 
-
 def show(figures: dict) -> str:
     """Figures aligned for the terminal, n/a for None."""
     return "  ".join(f"{k} {'n/a' if v is None else f'{v:.3g}' if isinstance(v, float) else v!s:>5}"
                      for k, v in figures.items())
-
 
 def cmd_eval(args) -> dict:
     """Accuracy and rubric score, printed and, with --out, saved with every sample."""
@@ -1125,13 +1034,14 @@ def cmd_eval(args) -> dict:
                                               "samples": samples}, indent=1, ensure_ascii=False))
     return summary
 
-
 def cmd_train(args) -> str:
     """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory."""
     writer, _, signal, reward = METHODS[args.method]
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
     state = open_run(out := Path(args.out), settings, args.resume)
+    if reward and args.rollouts < 2:
+        raise UserError(f"--method {args.method}: needs --rollouts 2 or more, to compare within a group.")
     model, tokenizer, _, examples, sampling = prepare(args, args.student_context, args.teacher_context,
                                                       ["solution"] if writer == "reference" else [])
     for name in ("prompt_ids", "teacher_ids"):
@@ -1143,6 +1053,9 @@ def cmd_train(args) -> str:
                    clip_at=args.clip_at, **{"beta": args.beta} if signal == "jsd" else {})
     origin = sum(p.detach().double().abs().sum().item() for p in model.parameters())
     saved = start = restore(out, state, model, teacher, optimizer, origin) if state else 0
+    out.mkdir(parents=True, exist_ok=True)
+    if not state:
+        (out / "metrics.jsonl").write_text("")
     for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
         seconds = Counter()
         with timed(seconds, "sampling"):
@@ -1150,13 +1063,11 @@ def cmd_train(args) -> str:
             episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
         texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
         scores = [score(text, e.row) for text, e in zip(texts, episodes)]
-        rewards = [s[reward] for s in scores] if reward else []
-        if None in rewards:
-            raise UserError(f"--method {args.method}: no {reward} for the question "
-                            f"{episodes[rewards.index(None)].row['question'][:60]!r}; that takes a "
-                            "short reference answer, or criteria with a check.")
-        for e, advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
-            e.advantage = advantage
+        if reward and None in (rewards := [s[reward] for s in scores]):
+            raise UserError(f"--method {args.method}: no {reward} can be had for the question "
+                            f"{episodes[rewards.index(None)].row['question'][:60]!r}.")
+        for e, a in zip(episodes, group_advantages(rewards, args.rollouts) if reward else []):
+            e.advantage = a
         for e in episodes:
             e.train_from = 0 if e.stopped or args.truncated == "keep" else len(e.completion_ids)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
@@ -1192,7 +1103,6 @@ def cmd_train(args) -> str:
     print(f"saved {out}; python rsd.py eval --model {out}")
     return str(out)
 
-
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
     begin, out, results = time.perf_counter(), Path(args.out), {"n": args.n}
@@ -1227,7 +1137,6 @@ def cmd_demo(args) -> dict:
     print(f"{args.steps} steps in {results['train']['seconds']:.0f} s, everything in "
           f"{results['seconds']:.0f} s; these figures: {out / 'results.json'}")
     return results
-
 
 COMMANDS = {"demo": (cmd_demo, "the whole method on the toy, in minutes on a CPU"),
             "generate": (cmd_generate, "a model writes a rubric for every question"),
@@ -1288,19 +1197,6 @@ FLAGS = [
 TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--max-new-tokens": {"g": 220, "t": 80, "e": 80},
        "--batch-size": 256, "--lr": 3e-4, "--teacher-context": "rubric+answer"}
 
-
-def number(like):
-    """An argparse type for numbers of that kind: finite, not negative, and not 0 for a count."""
-    def parse(text):
-        value = type(like)(text)
-        if not 0 <= value < math.inf or value == 0 and like and isinstance(like, int):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
-
-    parse.__name__ = type(like).__name__
-    return parse
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -1316,7 +1212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for _, flag, value, text in (f for f in FLAGS if name[0] in f[0]):
             value = value[name[0]] if isinstance(value, dict) else value
             kind = ({"action": "store_true"} if value is False else {"choices": value}
-                    if isinstance(value, tuple) else {"type": number(value)}
+                    if isinstance(value, tuple) else {"type": type(value)}
                     if isinstance(value, (int, float)) else {})
             usual = value[0] if isinstance(value, tuple) else value
             toy = usual if name == "demo" else TOY.get(flag, usual)
@@ -1325,10 +1221,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             sub.add_argument(flag, default=toy if is_toy else usual, help=shown.replace("%", "%%"),
                              **kind)
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():  # what counts things is at least 1, unless 0 is the default
+        least = 1 if isinstance(value, int) and commands.choices[args.command].get_default(name) else 0
+        if isinstance(value, (int, float)) and not least <= value + (value is False) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     if args.command == "train" and METHODS[args.method][1] != "rubric":
         args.teacher_context = METHODS[args.method][1]
     return args
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
@@ -1342,7 +1241,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nrsd.py {args.command}: interrupted; what is saved stays.", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,11 +9,14 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
 import pytest
 import torch
@@ -25,7 +28,6 @@ import rsd
 
 REPO = Path(rsd.__file__).parent
 SHARED = REPO.parent / "shared" / "data"  # real recorded data, where there is any
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # ---- fixtures --------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def test_one_builder_for_training_and_evaluation(tok, prompts, monkeypatch):  # 
     monkeypatch.setattr(rsd, "sample_completions",
                         lambda model, p, stop, **k: seen.extend(p) or [([2], True)] * len(p))
     rsd.evaluate(tiny(tok), tok, rows, prompts["student"])
-    examples, _ = rsd.make_examples(tok, rows, prompts["student"], prompts["rubric"])
+    examples = rsd.make_examples(tok, rows, prompts["student"], prompts["rubric"])
     assert [e.prompt_ids for e in examples] == seen
     assert tok.decode(seen[0]) == (f"<|im_start|>user\n{rows[0]['question']}<|im_end|>\n"
                                    "<|im_start|>assistant\n")
@@ -136,7 +138,7 @@ def test_thinking_flag_reaches_both_sides(tok):  # pitfall 5
         "assistant\n{% endif %}", "assistant\n{{ '<T>' if enable_thinking else '<N>' }}{% endif %}")
     row = rsd.toy_rows("test", 1)[0]
     for thinking, tail in ((False, "<N>"), (True, "<T>")):
-        (e,), _ = rsd.make_examples(other, [row], "{question}", "{question} {rubric}", thinking=thinking)
+        (e,) = rsd.make_examples(other, [row], "{question}", "{question} {rubric}", thinking=thinking)
         assert other.decode(e.prompt_ids).endswith(tail) and other.decode(e.teacher_ids).endswith(tail)
 
 
@@ -157,16 +159,17 @@ def test_every_prompt_file_shows_what_its_name_says(prompts):
             assert fields == {"rubric_json" if p == "rubric" and "writer" in name else p for p in parts}
 
 
-def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts):  # pitfalls 9 and 17
+def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts, capsys):  # pitfalls 9 and 17
     rows = rsd.toy_rows("train", 5)
     rows[2] = rows[2] | {"rubric": rows[2]["rubric"] * 40}
     full = [len(rsd.context_ids(tok, prompts["rubric"], rsd.row_fields(r))) for r in rows]
     room = sorted(full)[-2]
-    examples, dropped = rsd.make_examples(tok, rows, prompts["student"], prompts["rubric"], room)
-    assert [e.row for e in examples] == rows[:2] + rows[3:] and sum(dropped.values()) == 1
+    examples = rsd.make_examples(tok, rows, prompts["student"], prompts["rubric"], room)
+    assert [e.row for e in examples] == rows[:2] + rows[3:]
+    assert "left out 1 of 5 rows: {'context too long for the model': 1}" in capsys.readouterr().out
     assert [len(e.teacher_ids) for e in examples] == full[:2] + full[3:]  # whole, never cut
-    _, dropped = rsd.make_examples(tok, [rows[0] | {"rubric": None}], prompts["student"], prompts["rubric"])
-    assert dropped == {"no rubric": 1}
+    with pytest.raises(rsd.UserError, match="none of the 1 rows.*no rubric"):
+        rsd.make_examples(tok, [rows[0] | {"rubric": None}], prompts["student"], prompts["rubric"])
 
 
 # ---- 2. rubrics ------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def test_recorded_outputs_of_an_8b_model():
         prose = text.lstrip()[:4] in ("Okay", "Let ", "Firs", "So, ", "Alri")
         assert bool(rubric) == (bool(whole) and not prose), (why, text[:80])
     good = [r for r, _ in map(rsd.parse_rubric, texts) if r]
-    assert len(good) == 183
+    assert len(good) == 182  # the rest: 16 unfinished thinking, 1 without weights, 1 cut in its first
     assert sum(rsd.parse_rubric(t)[0] == json.loads(t) for t in texts if t[0] == "[" and _loads(t)) == 160
 
 
@@ -250,7 +253,7 @@ def test_rubrics_in_every_known_form():
     assert rsd.read_rubric(hub) == [c | {"title": ""} for c in want]
     assert rsd.read_rubric([]) is rsd.read_rubric("") is rsd.read_rubric(None) is None
     for bad in ("{", "3", {"a": 1}, [3], [{"title": "x"}], [GOOD | {"check": "("}]):
-        with pytest.raises(ValueError):
+        with pytest.raises((ValueError, re.error)):
             rsd.read_rubric(bad)
 
 
@@ -531,7 +534,7 @@ def test_group_advantages():  # pitfall 15
 
 def test_sft_loss_equals_the_librarys(tok, prompts):  # pitfall 14
     model, rows = tiny(tok), rsd.toy_rows("train", 4)
-    examples, _ = rsd.make_examples(tok, rows, prompts["student"], prompts["student"])
+    examples = rsd.make_examples(tok, rows, prompts["student"], prompts["student"])
     eps = rsd.write_completions("reference", model, tok, examples)
     stats = rsd.accumulate(model, None, eps, "advantage", 100)
     total = 0.0
@@ -547,7 +550,7 @@ def test_sft_loss_equals_the_librarys(tok, prompts):  # pitfall 14
 
 def test_opsd_and_rsd_differ_in_the_teachers_context_alone(tok, prompts):
     rows = rsd.toy_rows("train", 3)
-    a, b = (rsd.make_examples(tok, rows, prompts["student"], prompts[t])[0] for t in ("rubric", "solution"))
+    a, b = (rsd.make_examples(tok, rows, prompts["student"], prompts[t]) for t in ("rubric", "solution"))
     for x, y in zip(a, b):
         assert replace(x, teacher_ids=y.teacher_ids) == y and x.teacher_ids != y.teacher_ids
 
@@ -791,10 +794,10 @@ def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, caps
     rows = [{"question": "short", "reference_answer": "1"}, {"question": "long " * 3000, "reference_answer": "1"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert rsd.main(["eval", "--model", str(base), "--data", str(tmp_path / "d.jsonl"), "--max-new-tokens", "4"]) == 0
-    assert "left out 1 of 2 rows: 1 (context" in capsys.readouterr().out
+    assert "left out 1 of 2 rows: {'context too long" in capsys.readouterr().out
     (tmp_path / "d.jsonl").write_text(json.dumps(rows[1]))
     assert rsd.main(["eval", "--model", str(base), "--data", str(tmp_path / "d.jsonl")]) == 2
-    assert "no row can be used" in capsys.readouterr().err
+    assert "rows can be used" in capsys.readouterr().err
 
 
 # ---- 8. the toy world ------------------------------------------------------------------------------
@@ -840,7 +843,7 @@ def test_command_line_train_and_eval(base, tmp_path):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:9]))
     run = cli(*train_args(base, "out", "--rubrics", "r.jsonl"), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "left out 3 of 12 rows: 3 (no rubric)" in run.stdout and "- Law: States it. (5)" in run.stdout
+    assert "left out 3 of 12 rows: {'no rubric': 3}" in run.stdout and "- Law: States it. (5)" in run.stdout
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 4
     run = cli("eval", "--model", "out", "--limit", 5, "--out", "e.json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -859,7 +862,7 @@ def test_every_method_trains(base, tmp_path, method):
 
 def test_command_line_demo(tmp_path):
     run = cli("demo", "--base-steps", 2, "--steps", 1, "--n", 4, "--limit", 4, "--out", "d", cwd=tmp_path)
-    assert run.returncode == 2 and "no row can be used" in run.stderr  # so little training writes no rubric
+    assert run.returncode == 2 and "rows can be used" in run.stderr  # so little training writes no rubric
     assert "$ python rsd.py generate" in run.stdout and "$ python rsd.py eval" in run.stdout
 
 
