@@ -69,7 +69,7 @@ def load_prompts(folder) -> dict[str, str]:
         raise UserError(f"--prompts {folder}: there are no .txt prompt files in that directory.")
     for name, text in found.items():
         if unknown := set(PLACEHOLDER.findall(text)) - set(FIELDS):
-            raise UserError(f"{folder}/{name}.txt: placeholder {unknown.pop()!r} is none of {FIELDS}.")
+            raise UserError(f"{folder}/{name}.txt: {unknown.pop()!r} is none of {FIELDS}.")
     return found
 
 def row_fields(row: dict) -> dict[str, str]:
@@ -94,10 +94,9 @@ def encode(tokenizer, text: str) -> list[int]:
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
     """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued.
 
-    The one builder for training and evaluation, student and teacher. Filling is a single pass:
-    braces, backslashes and $ in data stay as they are, and "<|im_end|>" in data never becomes the
-    control token. `thinking` goes to the chat template as enable_thinking. KeyError: a placeholder
-    that the row cannot fill.
+    The one builder for training and evaluation, student and teacher. Braces, backslashes and $ in
+    data stay as they are, and "<|im_end|>" in data never becomes the control token. `thinking` goes
+    to the chat template as enable_thinking. KeyError: a placeholder that the row cannot fill.
     """
     message = PLACEHOLDER.sub(lambda m: plain(tokenizer, fields[m[1]]), template)
     return encode(tokenizer, tokenizer.apply_chat_template(
@@ -123,9 +122,9 @@ def stop_ids(model, tokenizer) -> set[int]:
 ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
            "weight": ("weight", "points", "score")}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
-LATEX = re.compile(r"(?:[bf][a-zA-Z]{2,}|n(?:abla|atural|e|eq|eg|earrow|geq|i|leq|mid|ot|otin|u)"
-                   r"|r(?:angle|ceil|efloor|floor|ho|ight\w*|m|ule)"
-                   r"|t(?:an|anh|au|ext\w*|frac|herefore|heta|ilde|imes|o|op|riangle\w*))(?![a-zA-Z])")
+LATEX = re.compile(r"([bf][a-zA-Z]{2,}|n(abla|atural|e|eq|eg|earrow|geq|i|leq|mid|ot|otin|u)"
+                   r"|r(angle|ceil|floor|ho|ight\w*|m|ule)|t(an|anh|au|ext\w*|frac|herefore|heta"
+                   r"|ilde|imes|o|op|riangle\w*))(?![a-zA-Z])")
 
 def read_criterion(item, need_title=False) -> dict:
     """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
@@ -210,8 +209,8 @@ def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3,
                      **sampling) -> list[dict]:
     """One rubric per row -> [{"rubric": criteria or None, "reason", "tries", "text"}], in order.
 
-    An output that parse_rubric refuses is drawn again, up to `tries` times in all; what still fails
-    comes back with rubric None and the reason. `sampling` goes to sample_completions.
+    What parse_rubric refuses is drawn again, up to `tries` times in all; what still fails comes back
+    with rubric None and the reason. `sampling` goes to sample_completions.
     """
     prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
     results, todo = [{}] * len(rows), range(len(rows))
@@ -233,10 +232,10 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
                        temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped: bool), in the order given.
 
-    Token in, token out: nothing is decoded. A completion ends with its first stop token, which is
-    part of it; without one it has max_new_tokens ids and stopped is False. Padding is on the left,
-    hidden by the mask, and its id never matters. temperature 0 is greedy. The model's own
-    generation defaults (a repetition penalty, say) are set aside: these are samples of p_S alone.
+    Token in, token out. A completion ends with its first stop token, which is part of it; without
+    one it has max_new_tokens ids and stopped is False. Padding is on the left and hidden by the
+    mask. temperature 0 is greedy. The model's own generation defaults (a repetition penalty, say)
+    are set aside: these are samples of p_S alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -271,10 +270,9 @@ def autocast(model):
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """The hidden states [N, H] that predict each completion token, sequence after sequence.
 
-    One forward of the model's body over [context | completion], for student and teacher alike. The
-    head is not applied: logits exist only where and when asked for, by logits_of(model, hidden).
-    Padding is on the right, behind everything: a causal model never looks there, positions count
-    from 0, and no mask is needed.
+    One forward of the body over [context | completion], for student and teacher alike; logits exist
+    only where and when asked for, by logits_of(model, hidden). Padding is on the right, behind
+    everything: a causal model never looks there, positions count from 0, no mask is needed.
     """
     seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
     width = max(map(len, seqs))
@@ -344,11 +342,10 @@ BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
 
-    forward, reverse, jsd: the divergence, with `options` for it. sampled: policy gradient on the
-    sampled token, advantage = log p_T - log p_S, detached. advantage: policy gradient with the
-    advantage given (GRPO; with 1 it is cross-entropy, SFT), plus kl times the reverse KL to the
-    teacher. Samples are of the current weights, strictly on policy, so there is no importance
-    ratio, hence nothing to clip.
+    forward, reverse, jsd: the divergence, with its `options`. sampled: policy gradient on the sampled
+    token, advantage log p_T - log p_S, detached. advantage: policy gradient with the advantage given
+    (GRPO; with 1 it is cross-entropy, SFT), plus kl times the reverse KL to the teacher. Samples are
+    of the current weights, strictly on policy: no importance ratio, so nothing to clip.
     """
     if signal in BETA:
         return divergence(student, teacher, **{"beta": BETA[signal]} | options)
@@ -362,9 +359,8 @@ def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counte
     """Backward of sum(loss_of(logits, rows)) / denominator without ever holding [N, V] logits.
 
     hidden [N, H] with its graph; loss_of(logits [n, V], rows: slice) -> [n]. The head runs forward
-    and backward on `chunk` tokens at a time (0: about 2^24 logits) into the gradient of hidden;
-    then one backward goes through the body. stats grows by the sums "loss" and "entropy" (of the
-    student, in nats). N = 0 gives zero gradients.
+    and backward on `chunk` tokens at a time (0: about 2^24 logits) into the gradient of hidden; then
+    one backward goes through the body. stats grows by the sums "loss" and "entropy" (student's, nats).
     """
     grad = torch.zeros_like(hidden)
     chunk = chunk or max(1, 2**24 // model.get_output_embeddings().weight.shape[0])
@@ -406,10 +402,12 @@ def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, th
     needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
     for row in tqdm(rows, desc="contexts", leave=False):
         fields = row_fields(row)
-        missing = sorted(needs - fields.keys())
-        pair = [] if missing else [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
-        if missing or max(map(len, pair)) > room:
-            dropped[f"no {missing[0]}" if missing else "context too long for the model"] += 1
+        if missing := sorted(needs - fields.keys()):
+            dropped[f"no {missing[0]}"] += 1
+            continue
+        pair = [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
+        if max(map(len, pair)) > room:
+            dropped["context too long for the model"] += 1
         else:
             examples.append(Episode(row, *pair))
     if dropped:
@@ -464,9 +462,9 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
                **options) -> Counter:
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
 
-    One denominator, the trained tokens of all episodes, so any split into micro-batches gives the
-    same gradient. -> "loss", "divergence", "entropy", "clipped" per trained token, "tokens", and
-    the seconds "rescoring" and "update". Nothing to train on: loss exactly 0, zero gradients.
+    One denominator, the trained tokens of all episodes: any split into micro-batches gives the same
+    gradient. -> "loss", "divergence", "entropy", "clipped" per trained token, "tokens", seconds of
+    "rescoring" and "update". Nothing to train on: loss exactly 0, zero gradients.
     """
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats, seconds = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0), Counter()
@@ -575,7 +573,8 @@ def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) ->
     if not math.isclose(origin, state["origin"], rel_tol=1e-9):
         raise UserError(f"--model: these are not the weights from which the run in {out} began, so "
                         "its teacher would differ; give that run's own model.")
-    model.load_state_dict(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict())
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    model.load_state_dict(saved.state_dict())
     if state["ema"]:
         teacher.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
@@ -610,7 +609,7 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
     reference's unit where it has one. Other text: the same but for case, spaces and $.
 
-    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$.", "b")
+    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "b")
     (True, False, True, True)
     """
     a, b = (NUMBER.fullmatch(x.replace("$", "")) for x in (answer, reference))
@@ -624,8 +623,8 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench's rule).
 
-    A criterion is met where its `check`, a regular expression, is found in the text; None where one
-    has no check, since that takes a judge. A rubric of penalties only: 1 less the share incurred.
+    A criterion is met where its `check`, a regular expression, is found; None where one has no check,
+    since that takes a judge. A rubric of penalties only: 1 less the share incurred.
     """
     if not rubric or not all("check" in c for c in rubric):
         return None
@@ -659,9 +658,8 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
 def evaluate(model, tokenizer, rows: list[dict], template: str, thinking=False, **sampling):
     """Answer every row from one prompt file and grade it -> (summary, samples).
 
-    The student's file gives what users get, a teacher's the ceiling. summary: n, and for accuracy,
-    rubric_score, tokens and truncated the mean, _se (standard error) and _n (rows that could be
-    checked). `sampling` goes to sample_completions.
+    The student's file gives what users get, a teacher's the ceiling. summary: n, and the mean, _se
+    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions.
     """
     prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
     outputs = sample_completions(model, prompts, stop_ids(model, tokenizer), **sampling)
@@ -696,7 +694,7 @@ def resolve_model(name: str) -> str:
     return f"{owner[0]}/{name}" if owner and "/" not in name and not Path(name).is_dir() else name
 
 def load_model(name: str):
-    """(model, tokenizer) from a directory or the hub: float32 weights, no dropout, safetensors only.
+    """(model, tokenizer) of a directory or the hub: float32 weights, no dropout, safetensors only.
 
     UserError, in one sentence, for what cannot be found or has a head that logits_of cannot follow.
     """
@@ -706,27 +704,25 @@ def load_model(name: str):
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
+                                                     use_safetensors=True)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} in {where} and could not load it "
-                        f"({first_line(error)}); pass --model DIR with a downloaded copy.") from error
+                        f"({' '.join(str(error).split())[:150]}); pass --model DIR, a downloaded copy.") from error
     if tokenizer.chat_template is None:
         print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = PLAIN_CHAT
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     with torch.no_grad():
         own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
-        if not torch.allclose(own, logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]])), atol=1e-2):
+        ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
+        if not torch.allclose(own, ours, atol=1e-2):
             raise UserError(f"--model {name}: the head of {model.config.model_type} is more than a "
                             "matrix product and a soft cap; the chunked loss cannot follow it.")
     return model, tokenizer
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line of at most 150 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-
 def read_rubric(value) -> list[dict] | None:
-    """A row's rubric: criteria in any known form, or a JSON string of them; absent or empty -> None.
+    """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
 
     ValueError, or re.error for a check, says what is wrong.
     """
@@ -746,16 +742,16 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
     rows, end, lines = [], 0, path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-            if rows and not isinstance(rows[-1], dict) or mend and not line.endswith(b"\n"):
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict) or mend and not line.endswith(b"\n"):
                 raise ValueError("it is no whole object")
-            end += len(line)
         except ValueError as error:
-            if not (mend and number == len(lines)):
-                raise UserError(f"{path}, line {number}: not a JSON object ({error}); mend or remove "
-                                "that line.") from error
-            os.truncate(path, end)
-            return [json.loads(line) for line in lines[:-1] if line.strip()]
+            if mend and number == len(lines):
+                os.truncate(path, end)
+                break
+            raise UserError(f"{path}, line {number}: no JSON object ({error}); mend it.") from error
+        rows += [row] if row else []
+        end += len(line)
     return rows
 
 def read_table(data: str, split: str, limit: int) -> list:
@@ -777,7 +773,7 @@ def read_table(data: str, split: str, limit: int) -> list:
         return load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list()
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(f"{data}: looked for {source} and could not read it "
-                        f"({first_line(error)}); a data set of the hub can also be passed as a "
+                        f"({' '.join(str(error).split())[:150]}); a data set of the hub can also be passed as a "
                         "downloaded file.") from error
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
@@ -827,17 +823,17 @@ FAMILIES = [  # law, formula, unit, big unit of b, quantity, sentence; the resul
     ("current times time", "Q = I * t", "C", "min", "charge", "{x} carries {a} A for {b} min."),
     ("force times distance", "W = F * d", "J", "km", "work", "{x} is dragged {b} km with {a} N."),
     ("power times time", "E = P * t", "J", "min", "energy", "{x} draws {a} W for {b} min."),
-    ("current times resistance", "V = I * R", "V", "kohm", "voltage", "In {x} {a} A meet {b} kohm."),
-    ("mass times acceleration", "F = m * a", "N", "t", "force", "{x} of {b} t gains {a} m/s a second."),
+    ("current times resistance", "V = I * R", "V", "kohm", "voltage", "{a} A in {x} of {b} kohm."),
+    ("mass times acceleration", "F = m * a", "N", "t", "force", "{x} of {b} t gains {a} m/s^2."),
     ("speed times time", "d = v * t", "m", "min", "distance", "At {a} m/s {x} moves for {b} min.")]
 ASKS = ("Find the {q}.", "What is the {q}?", "Work out the {q}.", "How large is the {q}?")
-THINGS = ("a lamp|a coil|a heater|a crate|a cart|a pump|a fan|a sled|a robot|a drone|a boat|a train|"
-          "a wire|a truck|a lift|a toy car").split("|")
+THINGS = [f"a {x}" for x in "lamp coil heater crate cart pump fan sled robot drone boat train wire "
+          "truck lift toy".split()]
 HABITS = ("formula", "conversion", "unit")
 GENERAL = ["Is clear and well organised.", "Shows every step of the reasoning.", "Has no errors.",
            "Answers the question that was asked.", "Is concise.", "Uses correct terms."]
-MIXTURE = {"student": 36, "rubric": 12, "rubric+answer": 18, "solution": 8, "answer": 4, "writer": 4,
-           "writer+answer": 10, "writer+answer+rubric": 8}  # lessons of the base model, per cent
+MIXTURE = {"student": 36, "rubric": 12, "rubric+answer": 18, "solution": 8, "answer": 4,
+           "writer": 4, "writer+answer": 10, "writer+answer+rubric": 8}  # per cent of the lessons
 MISSES = {"writer": 0.3, "writer+answer": 0.12, "writer+answer+rubric": 0.0}  # chance per criterion
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -852,7 +848,7 @@ def toy_problem(rng: random.Random) -> dict:
               ("Unit", f"Gives the answer in {unit}.", 2, f" {unit}}}")]
     row = {"question": text[0].upper() + text[1:], "reference_answer": f"{a * b * factor} {unit}",
            "rubric": [dict(zip(("title", "description", "weight", "check"), c)) for c in rubric],
-           "toy": {"a": a, "b": b, "law": f"{quantity.title()} is {law}: {formula}.", "unit": unit, "big": big}}
+           "toy": dict(a=a, b=b, law=f"{quantity} is {law}: {formula}.", unit=unit, big=big)}
     return row | {"solution": toy_solution(row, HABITS)}
 
 def toy_solution(row: dict, habits) -> str:
@@ -885,7 +881,8 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     kind = rng.choices([*MIXTURE], [*MIXTURE.values()])[0]
     criteria, habits = row["rubric"], [h for h in HABITS if rng.random() < 0.5]
     if kind in MISSES:
-        return kind, row, rubric_json([c for c in criteria if rng.random() >= MISSES[kind]] or criteria)
+        written = [c for c in criteria if rng.random() >= MISSES[kind]]
+        return kind, row, rubric_json(written or criteria)
     if kind in ("rubric", "rubric+answer"):
         asked = sorted(rng.sample(range(3), rng.choice([0, 1, 2, 3, 3])))
         shown = [criteria[i] for i in asked]
@@ -894,7 +891,8 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
             if rng.random() < 0.5 or other["description"] in [c["description"] for c in criteria]:
                 other = {"title": "General", "description": rng.choice(GENERAL), "weight": 1}
             shown.insert(rng.randint(0, len(shown)), other)
-        return kind, row | {"rubric": shown}, toy_solution(row, [HABITS[i] for i in asked] or habits)
+        habits = [HABITS[i] for i in asked] or habits
+        return kind, row | {"rubric": shown}, toy_solution(row, habits)
     text = toy_solution(row, habits)
     return kind, row | {"solution": text}, text
 
@@ -921,7 +919,7 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     rng, prompts = random.Random(f"toy {seed}"), load_prompts(HERE / "prompts" / "toy")
     rows = toy_rows("train", 2000, seed)
     lessons = [toy_lesson(rng.choice(rows), rng) for _ in range(steps * batch)]
-    tokenizer = toy_tokenizer([PLACEHOLDER.sub(lambda m: row_fields(row)[m[1]], prompts[kind]) + text
+    tokenizer = toy_tokenizer([" ".join([*row_fields(row).values(), prompts[kind], text])
                                for kind, row, text in lessons[:3000]])
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(
@@ -929,10 +927,10 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
         num_key_value_heads=2, intermediate_size=256, max_position_embeddings=1024,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, toy=True), dtype=torch.float32).eval()
-    matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
-                  torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)]
+    split = {kind: [p for name, p in model.named_parameters()
+                    if (p.ndim == 2 and "layers" in name) == kind] for kind in (True, False)}
+    optimizers = [torch.optim.Muon(split[True], adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
+                  torch.optim.AdamW(split[False], betas=(0.9, 0.98), weight_decay=0.01)]
     for step in (bar := tqdm(range(steps), desc=f"toy base model (once, {out})")):
         episodes = []
         for kind, row, text in lessons[step * batch:(step + 1) * batch]:
@@ -958,7 +956,7 @@ def prepare(args, student: str, teacher: str, needs=()):
     sample). UserError for an unknown prompt file."""
     prompts = load_prompts(args.prompts)
     if unknown := {student, teacher} - prompts.keys():
-        raise UserError(f"--prompts {args.prompts}: no {unknown.pop()}.txt among {sorted(prompts)}.")
+        raise UserError(f"{args.prompts}: no {unknown.pop()}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
     rows = with_rubrics(rows, getattr(args, "rubrics", "data"))
     model, tokenizer = load_model(args.model or toy_base())
@@ -973,15 +971,15 @@ def prepare(args, student: str, teacher: str, needs=()):
 def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
     out, origin = Path(args.out), {"model": args.model or "toy", "writer": args.writer}
-    done = {line.get("question"): line for line in read_jsonl(out, mend=True)} if out.exists() else {}
-    if other := [line for line in done.values() if any(line.get(k) != v for k, v in origin.items())]:
+    done = {d.get("question"): d for d in read_jsonl(out, mend=True)} if out.exists() else {}
+    if other := [d for d in done.values() if any(d.get(k) != v for k, v in origin.items())]:
         raise UserError(f"--out {out} holds rubrics of {other[0].get('model')} "
                         f"({other[0].get('writer')}); choose another --out.")
     model, tokenizer, template, examples, sampling = prepare(args, args.writer, args.writer)
     rows = {e.row["question"]: e.row for e in examples}
     todo = [row for question, row in rows.items() if question not in done]
     if len(todo) < len(examples):
-        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated or done already")
+        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated or done")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="rubrics") as bar:
         for start in range(0, len(todo), args.batch_size):
@@ -1002,15 +1000,15 @@ def rubric_quality(pairs: list[tuple[dict, dict]]) -> dict:
     """Generated lines beside their rows -> valid fraction, criteria per rubric, reasons of failure;
     for the toy, whose descriptions are exact, recall and precision of criteria as well."""
     valid = [(line["rubric"], row) for line, row in pairs if line["rubric"]]
+    criteria = [(c["description"], row["rubric"]) for rubric, row in valid for c in rubric]
     quality = {"n": len(pairs), "valid": len(valid) / len(pairs),
-               "criteria": mean_se([len(rubric) for rubric, _ in valid])[0],
+               "criteria": len(criteria) / max(1, len(valid)),
                "drawn_again": sum(line["tries"] > 1 for line, _ in pairs),
                "failed": dict(Counter(line["reason"] for line, _ in pairs if not line["rubric"]))}
     if all("toy" in row for _, row in pairs):
-        hits = sum(c["description"] in [d["description"] for d in row["rubric"]]
-                   for rubric, row in valid for c in rubric)
+        hits = sum(text in [c["description"] for c in truth] for text, truth in criteria)
         quality["recall"] = hits / sum(len(row["rubric"]) for _, row in pairs)
-        quality["precision"] = hits / max(1, sum(len(rubric) for rubric, _ in valid))
+        quality["precision"] = hits / max(1, len(criteria))
     return quality
 
 def show(figures: dict) -> str:
@@ -1024,9 +1022,9 @@ def cmd_eval(args) -> dict:
     summary, samples = evaluate(model, tokenizer, [e.row for e in examples], template,
                                 args.thinking == "on", progress="eval", **sampling)
     for key in ("accuracy", "rubric_score", "tokens", "truncated"):
-        print(f"{key:13s}" + ("n/a: no row can be checked without a judge" if summary[key] is None else
-                              "{:.3f} +- {:.3f} (standard error, n {})".format(
-                                  *(summary[key + part] for part in ("", "_se", "_n")))))
+        mean, se, n = (summary[key + part] for part in ("", "_se", "_n"))
+        print(f"{key:13s}" + (f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else
+                              "n/a: no row can be checked without a judge"))
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         settings = {k: v for k, v in vars(args).items() if k != "run"}
@@ -1034,23 +1032,23 @@ def cmd_eval(args) -> dict:
                                               "samples": samples}, indent=1, ensure_ascii=False))
     return summary
 
-def cmd_train(args) -> str:
-    """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory."""
+def cmd_train(args) -> dict:
+    """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory in --out."""
     writer, _, signal, reward = METHODS[args.method]
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
     state = open_run(out := Path(args.out), settings, args.resume)
     if reward and args.rollouts < 2:
-        raise UserError(f"--method {args.method}: needs --rollouts 2 or more, to compare within a group.")
-    model, tokenizer, _, examples, sampling = prepare(args, args.student_context, args.teacher_context,
-                                                      ["solution"] if writer == "reference" else [])
+        raise UserError(f"--method {args.method}: needs --rollouts 2 or more.")
+    model, tokenizer, _, examples, sampling = prepare(
+        args, args.student_context, args.teacher_context, ["solution"] * (writer == "reference"))
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     print(f"--- {args.method}: {len(examples)} rows, {args.batch} x {args.rollouts} a step ---")
     teacher = make_teacher(model, args.teacher)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature, clip=args.clip,
-                   clip_at=args.clip_at, **{"beta": args.beta} if signal == "jsd" else {})
+    options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
+                   clip=args.clip, clip_at=args.clip_at) | ({"beta": args.beta} if signal == "jsd" else {})
     origin = sum(p.detach().double().abs().sum().item() for p in model.parameters())
     saved = start = restore(out, state, model, teacher, optimizer, origin) if state else 0
     out.mkdir(parents=True, exist_ok=True)
@@ -1075,19 +1073,20 @@ def cmd_train(args) -> str:
         with timed(stats, "update"):
             norm = optimizer_step(optimizer, rate, args.max_grad_norm)
         if not math.isfinite(stats["loss"] + norm):
-            raise UserError(f"step {step + 1}: loss {stats['loss']}, gradient norm {norm}; stopped before "
-                            f"the weights moved; last checkpoint in {out}: step {saved or 'none'}.")
+            raise UserError(f"step {step + 1}: loss {stats['loss']}, gradient norm {norm}; stopped "
+                            f"before the weights moved; saved in {out}: step {saved or 'none'}.")
         if args.teacher == "ema":
             ema_update(teacher, model, args.ema_decay)
         n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
         spent = [seconds["sampling"], stats["rescoring"], stats["update"]]
-        metrics = {"step": step + 1, **{k: stats[k] for k in ("loss", "divergence", "entropy", "clipped")},
-                   "grad_norm": norm, "lr": rate, "length": tokens / n,
-                   "truncated": sum(not e.stopped for e in episodes) / n,
-                   "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
-                   **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
-                   **dict(zip(("s_sampling", "s_rescoring", "s_update"), spent)),
-                   "tokens_per_s": tokens / sum(spent)}
+        metrics = {
+            "step": step + 1, "loss": stats["loss"], "divergence": stats["divergence"],
+            "entropy": stats["entropy"], "clipped": stats["clipped"], "grad_norm": norm, "lr": rate,
+            "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
+            "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
+            **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
+            **dict(zip(("s_sampling", "s_rescoring", "s_update"), spent)),
+            "tokens_per_s": tokens / sum(spent)}
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % args.log_every == 0:
@@ -1101,7 +1100,7 @@ def cmd_train(args) -> str:
                 "ema": teacher.state_dict() if args.teacher == "ema" else None,
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}, settings)
     print(f"saved {out}; python rsd.py eval --model {out}")
-    return str(out)
+    return {"steps": args.steps}
 
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
@@ -1111,14 +1110,14 @@ def cmd_demo(args) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "results.json").write_text("{}")
-    base, rubrics, trained = toy_base(args.seed, args.base_steps), out / "rubrics.jsonl", out / "train"
+    base = toy_base(args.seed, args.base_steps)
+    rubrics, trained = out / "rubrics.jsonl", out / "train"
 
     def run(key, *words):
         words = [str(w) for w in (*words, "--data", "toy", "--seed", args.seed)]
         print(f"\n$ python rsd.py {' '.join(words)}", flush=True)
         start, parsed = time.perf_counter(), parse_args(words)
-        got = parsed.run(parsed)
-        results[key] = (got if isinstance(got, dict) else {}) | {"seconds": time.perf_counter() - start}
+        results[key] = parsed.run(parsed) | {"seconds": time.perf_counter() - start}
 
     run("rubrics", "generate", "--model", base, "--limit", args.limit, "--out", rubrics)
     run("student_before", "eval", "--model", base, "--limit", args.n)
@@ -1128,12 +1127,11 @@ def cmd_demo(args) -> dict:
     run("student_after", "eval", "--model", trained, "--limit", args.n)
     results["seconds"] = time.perf_counter() - begin
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{'':31s}accuracy         rubric score     n     seconds")
+    print(f"\n{'':32s}accuracy         rubric score     n     seconds")
     for key, name in (("student_before", "student before"), ("teacher", "teacher with rubric (ceiling)"),
                       ("student_after", "student after")):
-        r = results[key]
-        print(f"{name:31s}{r['accuracy']:.3f} +- {r['accuracy_se']:.3f}   {r['rubric_score']:.3f} +- "
-              f"{r['rubric_score_se']:.3f}   {r['n']:<5d} {r['seconds']:.1f}")
+        print("{:32s}{accuracy:.3f} +- {accuracy_se:.3f}   {rubric_score:.3f} +- {rubric_score_se:.3f}   "
+              "{n:<5d} {seconds:.1f}".format(name, **results[key]))
     print(f"{args.steps} steps in {results['train']['seconds']:.0f} s, everything in "
           f"{results['seconds']:.0f} s; these figures: {out / 'results.json'}")
     return results
@@ -1146,9 +1144,9 @@ COMMANDS = {"demo": (cmd_demo, "the whole method on the toy, in minutes on a CPU
 # a dict for a default per command; the help. Where the model is the toy, TOY overrides.
 FLAGS = [
     ("gte", "--model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); not given: the toy"),
-    ("gte", "--data", "rar-science", "toy, rar-science, a hub id, a .jsonl, .json or .parquet file"),
+    ("gte", "--data", "rar-science", "toy, rar-science, a hub id, or a .jsonl .json .parquet"),
     ("gte", "--split", {"g": "train", "t": "train", "e": "test"}, "split of a named data set"),
-    ("dgte", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0}, "first rows only; 0: all (toy: 2000, 200)"),
+    ("dgte", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0}, "that many rows; 0: all (toy: 2000)"),
     ("dgte", "--seed", 0, "of data order and sampling (demo: of the base model as well)"),
     ("gte", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
     ("gte", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
@@ -1167,7 +1165,7 @@ FLAGS = [
     ("t", "--method", tuple(METHODS), "row of METHODS"),
     ("t", "--rubrics", "data", "data: the rows' own; or a .jsonl that generate wrote"),
     ("t", "--student-context", "student", "prompt file of the student"),
-    ("t", "--teacher-context", "rubric", "prompt file of the teacher; of other methods as in METHODS"),
+    ("t", "--teacher-context", "rubric", "prompt file of the teacher; else as in METHODS"),
     ("t", "--teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
     ("t", "--ema-decay", 0.99, "of --teacher ema, per step"),
     ("t", "--divergence", (*BETA, "sampled"), "signal of rsd and opsd"),
@@ -1194,8 +1192,9 @@ FLAGS = [
     ("d", "--out", "runs/demo", "directory for rubrics, checkpoint and results.json"),
     ("d", "--n", 200, "held-out problems in each evaluation"),
 ]
-TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--max-new-tokens": {"g": 220, "t": 80, "e": 80},
-       "--batch-size": 256, "--lr": 3e-4, "--teacher-context": "rubric+answer"}
+TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-size": 256,
+       "--max-new-tokens": {"g": 220, "t": 80, "e": 80}, "--teacher-context": "rubric+answer",
+       "--lr": 3e-4}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
@@ -1221,9 +1220,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             sub.add_argument(flag, default=toy if is_toy else usual, help=shown.replace("%", "%%"),
                              **kind)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():  # what counts things is at least 1, unless 0 is the default
-        least = 1 if isinstance(value, int) and commands.choices[args.command].get_default(name) else 0
-        if isinstance(value, (int, float)) and not least <= value + (value is False) < math.inf:
+    for name, value in vars(args).items():
+        usual = commands.choices[args.command].get_default(name)
+        least = 1 if usual and isinstance(usual, int) else 0  # a count, and 0 is not its default
+        if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     if args.command == "train" and METHODS[args.method][1] != "rubric":
         args.teacher_context = METHODS[args.method][1]

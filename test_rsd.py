@@ -772,7 +772,7 @@ def test_bad_data_is_one_sentence(name, tmp_path, capsys):
     (["eval", "--data", "nope"], "unknown"), (["eval", "--data", "none.jsonl"], "no such file"),
     (["train", "--rubrics", "none.jsonl"], "--rubrics none.jsonl"), (["train", "--rubrics", "nope"], "--rubrics nope"),
     (["eval", "--model", "./none", "--data", "toy"], "./none"), (["eval", "--model", "Qwen2.5-1.5B", "--data", "toy"],
-     "Qwen/Qwen2.5-1.5B"), (["eval", "--prompts", "none"], "--prompts none"), (["eval", "--context", "nope"], "nope.txt"),
+     "Qwen/Qwen2.5-1.5B"), (["eval", "--prompts", "none"], "none"), (["eval", "--context", "nope"], "nope.txt"),
     (["eval", "--split", "nope"], "--split nope"), (["eval", "--limit", "99999"], "different")])
 def test_bad_flags_are_one_sentence(words, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
