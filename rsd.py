@@ -41,6 +41,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one sentence and exits 2."""
 
+def check(ok, message: str) -> None:
+    """UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
+
 
 # ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
 # A context is a file of prompts/, named after what it shows: "student" is the bare question;
@@ -65,11 +70,10 @@ class Episode:
 def load_prompts(folder) -> dict[str, str]:
     """Every FOLDER/NAME.txt as {NAME: text}; UserError for no file or an unknown placeholder."""
     found = {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
-    if not found:
-        raise UserError(f"--prompts {folder}: there are no .txt prompt files in that directory.")
+    check(found, f"--prompts {folder}: there are no .txt prompt files in that directory.")
     for name, text in found.items():
-        if unknown := set(PLACEHOLDER.findall(text)) - set(FIELDS):
-            raise UserError(f"{folder}/{name}.txt: {unknown.pop()!r} is none of {FIELDS}.")
+        unknown = sorted(set(PLACEHOLDER.findall(text)) - set(FIELDS))
+        check(not unknown, f"{folder}/{name}.txt: the placeholders {unknown} are none of {FIELDS}.")
     return found
 
 def row_fields(row: dict) -> dict[str, str]:
@@ -96,8 +100,7 @@ def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False
 
     The one builder for training and evaluation, student and teacher. Braces, backslashes and $ in
     data stay as they are, and "<|im_end|>" in data never becomes the control token. `thinking` goes
-    to the chat template as enable_thinking. KeyError: a placeholder that the row cannot fill.
-    """
+    to the chat template as enable_thinking. KeyError: a placeholder that the row cannot fill."""
     message = PLACEHOLDER.sub(lambda m: plain(tokenizer, fields[m[1]]), template)
     return encode(tokenizer, tokenizer.apply_chat_template(
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
@@ -209,9 +212,8 @@ def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3,
                      **sampling) -> list[dict]:
     """One rubric per row -> [{"rubric": criteria or None, "reason", "tries", "text"}], in order.
 
-    What parse_rubric refuses is drawn again, up to `tries` times in all; what still fails comes back
-    with rubric None and the reason. `sampling` goes to sample_completions.
-    """
+    What parse_rubric refuses is drawn again, up to `tries` draws in all; what still fails has rubric
+    None and the reason. `sampling` goes to sample_completions."""
     prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
     results, todo = [{}] * len(rows), range(len(rows))
     for attempt in range(1, tries + 1):
@@ -235,8 +237,7 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
     Token in, token out. A completion ends with its first stop token, which is part of it; without
     one it has max_new_tokens ids and stopped is False. Padding is on the left and hidden by the
     mask. temperature 0 is greedy. The model's own generation defaults (a repetition penalty, say)
-    are set aside: these are samples of p_S alone.
-    """
+    are set aside: these are samples of p_S alone."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stop),
@@ -272,8 +273,7 @@ def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> t
 
     One forward of the body over [context | completion], for student and teacher alike; logits exist
     only where and when asked for, by logits_of(model, hidden). Padding is on the right, behind
-    everything: a causal model never looks there, positions count from 0, no mask is needed.
-    """
+    everything: a causal model never looks there, positions count from 0, no mask is needed."""
     seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
     width = max(map(len, seqs))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
@@ -291,8 +291,7 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
 def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Entries of KL(p||q) from log-probs [N, V], as p log(p/q) - p + q: the extra terms sum to 0.
 
-    So no entry is negative, and where p = q both value and gradient are exactly 0 in float32.
-    """
+    So no entry is negative, and where p = q both value and gradient are exactly 0 in float32."""
     return p.exp() * (p - q) - p.exp() + q.exp()
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
@@ -342,11 +341,10 @@ BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
 
-    forward, reverse, jsd: the divergence, with its `options`. sampled: policy gradient on the sampled
-    token, advantage log p_T - log p_S, detached. advantage: policy gradient with the advantage given
-    (GRPO; with 1 it is cross-entropy, SFT), plus kl times the reverse KL to the teacher. Samples are
-    of the current weights, strictly on policy: no importance ratio, so nothing to clip.
-    """
+    forward, reverse, jsd: the divergence, with its `options`. sampled: policy gradient on the token
+    sampled, advantage log p_T - log p_S, detached. advantage: policy gradient with that advantage
+    (GRPO; with 1 it is cross-entropy, SFT), plus kl times the reverse KL to the teacher. Samples
+    are of the current weights, strictly on policy: no importance ratio, so nothing to clip."""
     if signal in BETA:
         return divergence(student, teacher, **{"beta": BETA[signal]} | options)
     logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
@@ -359,9 +357,8 @@ def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counte
     """Backward of sum(loss_of(logits, rows)) / denominator without ever holding [N, V] logits.
 
     hidden [N, H] with its graph; loss_of(logits [n, V], rows: slice) -> [n]. The head runs forward
-    and backward on `chunk` tokens at a time (0: about 2^24 logits) into the gradient of hidden; then
-    one backward goes through the body. stats grows by the sums "loss" and "entropy" (student's, nats).
-    """
+    and backward on `chunk` tokens at a time (0: about 2^24 logits) into the gradient of hidden;
+    then one backward goes through the body. stats grows by "loss" and "entropy" (nats), summed."""
     grad = torch.zeros_like(hidden)
     chunk = chunk or max(1, 2**24 // model.get_output_embeddings().weight.shape[0])
     for start in range(0, len(hidden), chunk):
@@ -396,8 +393,7 @@ def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, th
 
     needs: fields that a row must have beside those of the files. room: tokens that a context may
     have; a longer one is never cut (that would drop the question), its row is left out. UserError
-    where no row remains.
-    """
+    where no row remains."""
     examples, dropped = [], Counter()
     needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
     for row in tqdm(rows, desc="contexts", leave=False):
@@ -412,8 +408,7 @@ def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, th
             examples.append(Episode(row, *pair))
     if dropped:
         print(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
-    if not examples:
-        raise UserError(f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
+    check(examples, f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
     return examples
 
 def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sampling):
@@ -464,8 +459,7 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
 
     One denominator, the trained tokens of all episodes: any split into micro-batches gives the same
     gradient. -> "loss", "divergence", "entropy", "clipped" per trained token, "tokens", seconds of
-    "rescoring" and "update". Nothing to train on: loss exactly 0, zero gradients.
-    """
+    "rescoring" and "update". Nothing to train on: loss exactly 0, zero gradients."""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats, seconds = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0), Counter()
     for batch in micro_batches(episodes, token_budget):
@@ -531,8 +525,7 @@ def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) ->
     """Replace directory `out` whole: written under another name, then renamed into place.
 
     It holds what from_pretrained loads, trainer.pt (`state`), rsd.json (`settings`) and the metrics
-    so far. A crash leaves the old directory, the new one, or OUT.old, which open_run puts back.
-    """
+    so far. A crash leaves the old directory, the new one, or OUT.old, which open_run puts back."""
     new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -548,21 +541,17 @@ def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) ->
 def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     """The trainer state of the run in `out` that is to go on, or None where a new one may begin.
 
-    UserError where `out` holds anything else: nothing is ever written over.
-    """
+    UserError where `out` holds anything else: nothing is ever written over."""
     if (old := out.with_name(out.name + ".old")).exists() and not out.exists():
         old.rename(out)
     if not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {"metrics.jsonl"}:
         return None
-    if not (out / "trainer.pt").exists():
-        raise UserError(f"--out {out} exists and is no run of rsd.py; choose another --out.")
+    check((out / "trainer.pt").exists(), f"--out {out} is no run of rsd.py; choose another --out.")
     was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every", "log_every")
-    if changed := [f"{k} {was.get(k)!r} -> {v!r}" for k, v in settings.items()
-                   if k not in free and was.get(k) != v]:
-        raise UserError(f"--out {out} holds a run with other settings ({', '.join(changed)}); give "
-                        "another --out, or that run's settings.")
-    if not resume:
-        raise UserError(f"--out {out} holds this run already; add --resume, or give another --out.")
+    changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in settings.items()
+               if k not in free and was.get(k) != v]
+    check(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
+    check(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
     return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
 
 def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) -> int:
@@ -570,9 +559,8 @@ def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) ->
 
     origin: the base model's sum of magnitudes, as at the start: a fixed teacher comes from there.
     """
-    if not math.isclose(origin, state["origin"], rel_tol=1e-9):
-        raise UserError(f"--model: these are not the weights from which the run in {out} began, so "
-                        "its teacher would differ; give that run's own model.")
+    check(math.isclose(origin, state["origin"], rel_tol=1e-9), "--model: its weights are not those "
+          f"with which the run in {out} began, so its teacher would differ.")
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     model.load_state_dict(saved.state_dict())
     if state["ema"]:
@@ -623,9 +611,8 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench's rule).
 
-    A criterion is met where its `check`, a regular expression, is found; None where one has no check,
-    since that takes a judge. A rubric of penalties only: 1 less the share incurred.
-    """
+    A criterion is met where its `check`, a regular expression, is found; None where one has none,
+    since that takes a judge. A rubric of penalties only: 1 less the share incurred."""
     if not rubric or not all("check" in c for c in rubric):
         return None
     met = sum(c["weight"] for c in rubric if re.search(c["check"], text))
@@ -636,8 +623,7 @@ def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
 def score(text: str, row: dict) -> dict:
     """{"accuracy": 0/1, "rubric_score": 0..1}, each None where this row cannot be checked.
 
-    Checkable without a judge is a reference with a \\boxed{}, or of at most 40 characters.
-    """
+    Checkable without a judge is a reference with a \\boxed{}, or of at most 40 characters."""
     reference = row["reference_answer"] or ""
     boxed = "\\boxed{" in reference
     right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
@@ -659,8 +645,7 @@ def evaluate(model, tokenizer, rows: list[dict], template: str, thinking=False, 
     """Answer every row from one prompt file and grade it -> (summary, samples).
 
     The student's file gives what users get, a teacher's the ceiling. summary: n, and the mean, _se
-    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions.
-    """
+    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions."""
     prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
     outputs = sample_completions(model, prompts, stop_ids(model, tokenizer), **sampling)
     samples = []
@@ -677,8 +662,8 @@ def evaluate(model, tokenizer, rows: list[dict], template: str, thinking=False, 
 
 # ---- 7. Models and data --------------------------------------------------------------------------
 
-HUB_OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google", "mistral": "mistralai",
-              "smollm": "HuggingFaceTB", "olmo": "allenai", "phi": "microsoft"}
+OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google", "mistral": "mistralai",
+          "smollm": "HuggingFaceTB", "olmo": "allenai", "phi": "microsoft"}  # of bare hub names
 HUB_DATA = {"rar-science": "ScaleAI/RaR-Science"}
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
@@ -690,7 +675,7 @@ def resolve_model(name: str) -> str:
     >>> resolve_model("Qwen2.5-1.5B")
     'Qwen/Qwen2.5-1.5B'
     """
-    owner = [o for prefix, o in HUB_OWNERS.items() if name.lower().startswith(prefix)]
+    owner = [o for prefix, o in OWNERS.items() if name.lower().startswith(prefix)]
     return f"{owner[0]}/{name}" if owner and "/" not in name and not Path(name).is_dir() else name
 
 def load_model(name: str):
@@ -703,12 +688,11 @@ def load_model(name: str):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
-                                                     use_safetensors=True)
+        tokenizer, how = AutoTokenizer.from_pretrained(source), dict(use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **how)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} in {where} and could not load it "
-                        f"({' '.join(str(error).split())[:150]}); pass --model DIR, a downloaded copy.") from error
+                        f"({one_line(error)}); pass --model DIR, a downloaded copy.") from error
     if tokenizer.chat_template is None:
         print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = PLAIN_CHAT
@@ -716,20 +700,22 @@ def load_model(name: str):
     with torch.no_grad():
         own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
         ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
-        if not torch.allclose(own, ours, atol=1e-2):
-            raise UserError(f"--model {name}: the head of {model.config.model_type} is more than a "
-                            "matrix product and a soft cap; the chunked loss cannot follow it.")
+    check(torch.allclose(own, ours, atol=1e-2), f"--model {name}: the head of this "
+          f"{model.config.model_type} is more than a matrix product and a soft cap: not supported.")
     return model, tokenizer
+
+def one_line(error: Exception) -> str:
+    """What an exception says, at most 150 characters."""
+    return " ".join(str(error).split())[:150]
 
 def read_rubric(value) -> list[dict] | None:
     """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
 
-    ValueError, or re.error for a check, says what is wrong.
-    """
-    value = json.loads(value) if isinstance(value, str) and value.strip() else value
-    if not isinstance(value or [], list):
+    ValueError, or re.error for a check, says what is wrong."""
+    value = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+    if not isinstance(value, list):
         raise ValueError("it is no list of criteria")
-    rubric = [read_criterion(item) for item in value or []]
+    rubric = [read_criterion(item) for item in value]
     for check in (c["check"] for c in rubric if "check" in c):
         re.compile(check)
     return rubric or None
@@ -737,8 +723,7 @@ def read_rubric(value) -> list[dict] | None:
 def read_jsonl(path: Path, mend=False) -> list[dict]:
     """The objects of a JSON Lines file; UserError names file and line of what is not one.
 
-    mend: a last line that a crash left half-written is cut off the file instead.
-    """
+    mend: a last line that a crash left half-written is cut off the file instead."""
     rows, end, lines = [], 0, path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
@@ -754,47 +739,42 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
         end += len(line)
     return rows
 
-def read_table(data: str, split: str, limit: int) -> list:
+def read_table(data: str, split: str, limit: int) -> list[dict]:
     """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
     kind, source = Path(data).suffix, HUB_DATA.get(data, data)
     is_file = kind in (".jsonl", ".json", ".parquet")
-    if is_file and not Path(data).is_file():
-        raise UserError(f"{data}: there is no such file.")
-    if not is_file and "/" not in source:
-        raise UserError(f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a hub id "
-                        "(owner/name), or a .jsonl, .json or .parquet file.")
-    if kind == ".jsonl":
-        return read_jsonl(Path(data))
+    check(is_file or "/" in source, f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a hub "
+          "id (owner/name), or a .jsonl, .json or .parquet file.")
+    check(not is_file or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset
     try:
-        if is_file:
-            return json.loads(Path(data).read_text(encoding="utf-8")) if kind == ".json" else \
-                Dataset.from_parquet(data).to_list()
-        return load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list()
+        table = (read_jsonl(Path(data)) if kind == ".jsonl" else
+                 json.loads(Path(data).read_text(encoding="utf-8")) if kind == ".json" else
+                 Dataset.from_parquet(data).to_list() if is_file else
+                 load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list())
+    except UserError:
+        raise
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
-        raise UserError(f"{data}: looked for {source} and could not read it "
-                        f"({' '.join(str(error).split())[:150]}); a data set of the hub can also be passed as a "
-                        "downloaded file.") from error
+        raise UserError(f"{data}: looked for {source} and could not read it ({one_line(error)}); a "
+                        "data set of the hub can also be given as a file.") from error
+    is_table = isinstance(table, list) and all(isinstance(row, dict) for row in table)
+    check(is_table and table, f"{data} {'has no rows' if is_table else 'is no list of objects'}.")
+    return table[:limit or None]
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
 
-    UserError names the source and the row (counted from 1), or the columns that there are.
-    """
+    UserError names the source and the row (counted from 1), or the columns that there are."""
     if data == "toy":
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed)
-    table, rows = read_table(data, split, limit), []
-    if not isinstance(table, list) or not table or not all(isinstance(r, dict) for r in table):
-        raise UserError(f"{data}: " + ("is no list of objects." if table else "has no rows."))
+    names, rows = ("question", "reference_answer", "solution"), []
+    table = read_table(data, split, limit)
     columns = sorted({c for row in table for c in row})
-    for name in ("question", "reference_answer"):
-        if name not in columns:
-            raise UserError(f"{data}: there is no column {name!r}; its columns are {columns}.")
-    for number, raw in enumerate(table[:limit or None], 1):
-        row = {k: "" if raw.get(k) is None else str(raw[k])
-               for k in ("question", "reference_answer", "solution")}
-        if not row["question"].strip():
-            raise UserError(f"{data}, row {number}: the question is empty.")
+    for name in names[:2]:
+        check(name in columns, f"{data}: there is no column {name!r}; its columns are {columns}.")
+    for number, raw in enumerate(table, 1):
+        row = {k: "" if raw.get(k) is None else str(raw[k]) for k in names}
+        check(row["question"].strip(), f"{data}, row {number}: the question is empty.")
         try:
             row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
         except (ValueError, re.error) as error:
@@ -806,12 +786,11 @@ def with_rubrics(rows: list[dict], source: str) -> list[dict]:
     """Rows with the rubric from `source`: "data" (their own), or a .jsonl that generate wrote.
 
     The row's own rubric stays beside it as own_rubric: it alone grades answers, whatever a teacher
-    is shown. UserError for an unknown source.
-    """
+    is shown. UserError for an unknown source."""
     if source == "data":
         return rows
-    if not source.endswith(".jsonl") or not Path(source).is_file():
-        raise UserError(f"--rubrics {source}: no such file; give data, or a .jsonl from generate.")
+    check(source.endswith(".jsonl") and Path(source).is_file(),
+          f"--rubrics {source}: no such file; give data, or a .jsonl from generate.")
     found = {r["question"]: r["rubric"] for r in load_rows(source, "")}
     return [r | {"rubric": found.get(r["question"]), "own_rubric": r["rubric"]} for r in rows]
 
@@ -867,17 +846,15 @@ def toy_rows(split: str, n: int, seed=0) -> list[dict]:
         row = toy_problem(rng)
         if homes.get(zlib.crc32(row["question"].encode()) % 8, "train") == split and len(rows) < n:
             rows[row["question"]] = row
-    if len(rows) < n:
-        raise UserError(f"--split {split}, --limit {n}: of train, val and test the toy has "
-                        f"{len(rows)} different problems there.")
+    check(len(rows) == n, f"--split {split} --limit {n}: the toy has train, val and test, and "
+          f"{len(rows)} different problems there.")
     return list(rows.values())
 
 def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     """One lesson of the base model's mixture: (prompt file, row as shown there, what to write).
 
     A rubric gets exactly the habits that its criteria ask for; a bare question, and a rubric in
-    which nothing applies, get each habit by the flip of a coin.
-    """
+    which nothing applies, get each habit by the flip of a coin."""
     kind = rng.choices([*MIXTURE], [*MIXTURE.values()])[0]
     criteria, habits = row["rubric"], [h for h in HABITS if rng.random() < 0.5]
     if kind in MISSES:
@@ -955,8 +932,8 @@ def prepare(args, student: str, teacher: str, needs=()):
     """What every command begins with -> (model, tokenizer, student's prompt text, examples, how to
     sample). UserError for an unknown prompt file."""
     prompts = load_prompts(args.prompts)
-    if unknown := {student, teacher} - prompts.keys():
-        raise UserError(f"{args.prompts}: no {unknown.pop()}.txt among {sorted(prompts)}.")
+    for name in (student, teacher):
+        check(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
     rows = with_rubrics(rows, getattr(args, "rubrics", "data"))
     model, tokenizer = load_model(args.model or toy_base())
@@ -972,14 +949,13 @@ def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
     out, origin = Path(args.out), {"model": args.model or "toy", "writer": args.writer}
     done = {d.get("question"): d for d in read_jsonl(out, mend=True)} if out.exists() else {}
-    if other := [d for d in done.values() if any(d.get(k) != v for k, v in origin.items())]:
-        raise UserError(f"--out {out} holds rubrics of {other[0].get('model')} "
-                        f"({other[0].get('writer')}); choose another --out.")
+    for line in done.values():
+        was = {k: line.get(k) for k in origin}
+        check(was == origin, f"--out {out} holds rubrics of {was}, not of {origin}.")
     model, tokenizer, template, examples, sampling = prepare(args, args.writer, args.writer)
     rows = {e.row["question"]: e.row for e in examples}
     todo = [row for question, row in rows.items() if question not in done]
-    if len(todo) < len(examples):
-        print(f"{len(examples) - len(todo)} of {len(examples)} questions are repeated or done")
+    print(f"{len(todo)} of {len(examples)} questions are still to do (others repeat, or are done)")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="rubrics") as bar:
         for start in range(0, len(todo), args.batch_size):
@@ -1038,8 +1014,7 @@ def cmd_train(args) -> dict:
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
     state = open_run(out := Path(args.out), settings, args.resume)
-    if reward and args.rollouts < 2:
-        raise UserError(f"--method {args.method}: needs --rollouts 2 or more.")
+    check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
     model, tokenizer, _, examples, sampling = prepare(
         args, args.student_context, args.teacher_context, ["solution"] * (writer == "reference"))
     for name in ("prompt_ids", "teacher_ids"):
@@ -1048,7 +1023,8 @@ def cmd_train(args) -> dict:
     teacher = make_teacher(model, args.teacher)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
-                   clip=args.clip, clip_at=args.clip_at) | ({"beta": args.beta} if signal == "jsd" else {})
+                   clip=args.clip, clip_at=args.clip_at)
+    options |= {"beta": args.beta} if signal == "jsd" else {}
     origin = sum(p.detach().double().abs().sum().item() for p in model.parameters())
     saved = start = restore(out, state, model, teacher, optimizer, origin) if state else 0
     out.mkdir(parents=True, exist_ok=True)
@@ -1061,20 +1037,19 @@ def cmd_train(args) -> dict:
             episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
         texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
         scores = [score(text, e.row) for text, e in zip(texts, episodes)]
-        if reward and None in (rewards := [s[reward] for s in scores]):
-            raise UserError(f"--method {args.method}: no {reward} can be had for the question "
-                            f"{episodes[rewards.index(None)].row['question'][:60]!r}.")
-        for e, a in zip(episodes, group_advantages(rewards, args.rollouts) if reward else []):
-            e.advantage = a
+        if reward:
+            rewards = [s[reward] for s in scores]
+            check(None not in rewards, f"--method {args.method}: a row's {reward} cannot be checked.")
+            for e, e.advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
+                continue
         for e in episodes:
             e.train_from = 0 if e.stopped or args.truncated == "keep" else len(e.completion_ids)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         with timed(stats, "update"):
             norm = optimizer_step(optimizer, rate, args.max_grad_norm)
-        if not math.isfinite(stats["loss"] + norm):
-            raise UserError(f"step {step + 1}: loss {stats['loss']}, gradient norm {norm}; stopped "
-                            f"before the weights moved; saved in {out}: step {saved or 'none'}.")
+        check(math.isfinite(stats["loss"] + norm), f"step {step + 1}: loss {stats['loss']}, gradient "
+              f"norm {norm}; stopped before the weights moved; {out} holds step {saved or 'none'}.")
         if args.teacher == "ema":
             ema_update(teacher, model, args.ema_decay)
         n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
@@ -1105,8 +1080,7 @@ def cmd_train(args) -> dict:
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
     begin, out, results = time.perf_counter(), Path(args.out), {"n": args.n}
-    if out.exists() and not (out / "results.json").exists():
-        raise UserError(f"--out {out} exists and is no demo's directory; choose another --out.")
+    check(not out.exists() or (out / "results.json").exists(), f"--out {out} is no demo's directory.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "results.json").write_text("{}")
@@ -1128,10 +1102,10 @@ def cmd_demo(args) -> dict:
     results["seconds"] = time.perf_counter() - begin
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\n{'':32s}accuracy         rubric score     n     seconds")
-    for key, name in (("student_before", "student before"), ("teacher", "teacher with rubric (ceiling)"),
-                      ("student_after", "student after")):
-        print("{:32s}{accuracy:.3f} +- {accuracy_se:.3f}   {rubric_score:.3f} +- {rubric_score_se:.3f}   "
-              "{n:<5d} {seconds:.1f}".format(name, **results[key]))
+    for key, name in (("student_before", "student before"), ("student_after", "student after"),
+                      ("teacher", "teacher with rubric (ceiling)")):
+        print("{:32s}{accuracy:.3f} +- {accuracy_se:.3f}   {rubric_score:.3f} +- {rubric_score_se:.3f}"
+              "   {n:<5d} {seconds:.1f}".format(name, **results[key]))
     print(f"{args.steps} steps in {results['train']['seconds']:.0f} s, everything in "
           f"{results['seconds']:.0f} s; these figures: {out / 'results.json'}")
     return results
@@ -1208,17 +1182,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, (run, about) in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.set_defaults(run=run)
-        for _, flag, value, text in (f for f in FLAGS if name[0] in f[0]):
-            value = value[name[0]] if isinstance(value, dict) else value
-            kind = ({"action": "store_true"} if value is False else {"choices": value}
-                    if isinstance(value, tuple) else {"type": type(value)}
-                    if isinstance(value, (int, float)) else {})
-            usual = value[0] if isinstance(value, tuple) else value
-            toy = usual if name == "demo" else TOY.get(flag, usual)
-            toy = toy[name[0]] if isinstance(toy, dict) else toy
-            shown = f"{text} (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
-            sub.add_argument(flag, default=toy if is_toy else usual, help=shown.replace("%", "%%"),
-                             **kind)
+        for _, flag, values, text in (f for f in FLAGS if name[0] in f[0]):
+            usual, toy = (v[name[0]] if isinstance(v, dict) else v
+                          for v in (values, TOY.get(flag, values)))
+            kind = ({"action": "store_true"} if usual is False else {"choices": usual}
+                    if isinstance(usual, tuple) else {"type": str if usual is None else type(usual)})
+            usual, toy = (v[0] if isinstance(v, tuple) else v for v in (usual, toy))
+            text += f" (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
+            sub.add_argument(flag, default=toy if is_toy else usual, help=text, **kind)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         usual = commands.choices[args.command].get_default(name)
@@ -1234,12 +1205,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         args.run(args)
-    except UserError as error:
-        print(f"rsd.py {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nrsd.py {args.command}: interrupted; what is saved stays.", file=sys.stderr)
-        return 130
+    except (UserError, KeyboardInterrupt) as error:
+        print(f"rsd.py {args.command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 130
     return 0
 
 if __name__ == "__main__":

@@ -629,7 +629,7 @@ def test_a_changed_base_model_is_refused_on_resume(base, tmp_path, capsys):
         model.base_model.norm.weight.add_(0.1)
     model.save_pretrained(tmp_path / "base")
     assert rsd.main(train_args(tmp_path / "base", tmp_path / "run", "--resume")) == 2
-    assert "not the weights" in capsys.readouterr().err
+    assert "weights are not those" in capsys.readouterr().err
 
 
 def test_out_with_other_settings_is_refused_and_left_alone(base, tmp_path, capsys):
