@@ -30,6 +30,7 @@ import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+HERE = Path(__file__).resolve().parent
 
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one sentence and exits 2."""
@@ -212,8 +215,8 @@ def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3,
                      **sampling) -> list[dict]:
     """One rubric per row -> [{"rubric": criteria or None, "reason", "tries", "text"}], in order.
 
-    What parse_rubric refuses is drawn again, up to `tries` draws in all; what still fails has rubric
-    None and the reason. `sampling` goes to sample_completions."""
+    What parse_rubric refuses is drawn again, up to `tries` draws in all; what still fails has None
+    and the reason. `sampling` goes to sample_completions."""
     prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
     results, todo = [{}] * len(rows), range(len(rows))
     for attempt in range(1, tries + 1):
@@ -434,9 +437,7 @@ def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
 
 def micro_batches(episodes: list[Episode], token_budget: int) -> list[list[Episode]]:
     """Episodes sorted by length, cut so that padded rows x width stays within token_budget."""
-    def width(e):
-        return max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
-
+    width = lambda e: max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
     batches: list[list[Episode]] = []
     for e in sorted(episodes, key=width, reverse=True):  # a batch's first is its widest
         if not batches or (len(batches[-1]) + 1) * width(batches[-1][0]) > token_budget:
@@ -743,8 +744,8 @@ def read_table(data: str, split: str, limit: int) -> list[dict]:
     """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
     kind, source = Path(data).suffix, HUB_DATA.get(data, data)
     is_file = kind in (".jsonl", ".json", ".parquet")
-    check(is_file or "/" in source, f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a hub "
-          "id (owner/name), or a .jsonl, .json or .parquet file.")
+    check(is_file or "/" in source, f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a "
+          "hub id (owner/name), or a .jsonl, .json or .parquet file.")
     check(not is_file or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset
     try:
@@ -797,31 +798,22 @@ def with_rubrics(rows: list[dict], source: str) -> list[dict]:
 
 # ---- 8. The toy world: a model that can do right when told how, and does not by default ----------
 
-BIG_UNITS = {"min": (60, "s"), "km": (1000, "m"), "kohm": (1000, "ohm"), "t": (1000, "kg")}
-FAMILIES = [  # law, formula, unit, big unit of b, quantity, sentence; the result is a * b
-    ("current times time", "Q = I * t", "C", "min", "charge", "{x} carries {a} A for {b} min."),
-    ("force times distance", "W = F * d", "J", "km", "work", "{x} is dragged {b} km with {a} N."),
-    ("power times time", "E = P * t", "J", "min", "energy", "{x} draws {a} W for {b} min."),
-    ("current times resistance", "V = I * R", "V", "kohm", "voltage", "{a} A in {x} of {b} kohm."),
-    ("mass times acceleration", "F = m * a", "N", "t", "force", "{x} of {b} t gains {a} m/s^2."),
-    ("speed times time", "d = v * t", "m", "min", "distance", "At {a} m/s {x} moves for {b} min.")]
-ASKS = ("Find the {q}.", "What is the {q}?", "Work out the {q}.", "How large is the {q}?")
-THINGS = [f"a {x}" for x in "lamp coil heater crate cart pump fan sled robot drone boat train wire "
-          "truck lift toy".split()]
-HABITS = ("formula", "conversion", "unit")
-GENERAL = ["Is clear and well organised.", "Shows every step of the reasoning.", "Has no errors.",
-           "Answers the question that was asked.", "Is concise.", "Uses correct terms."]
 MIXTURE = {"student": 36, "rubric": 12, "rubric+answer": 18, "solution": 8, "answer": 4,
            "writer": 4, "writer+answer": 10, "writer+answer+rubric": 8}  # per cent of the lessons
 MISSES = {"writer": 0.3, "writer+answer": 0.12, "writer+answer+rubric": 0.0}  # chance per criterion
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+HABITS = ("formula", "conversion", "unit")
+
+@cache
+def world() -> dict:
+    """Sentences, units and words of the toy's problems, and its chat template."""
+    return json.loads((HERE / "prompts" / "toy" / "world.json").read_text())
 
 def toy_problem(rng: random.Random) -> dict:
     """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
-    law, formula, unit, big, quantity, sentence = rng.choice(FAMILIES)
-    a, b, (factor, small) = rng.randint(2, 9), rng.randint(2, 9), BIG_UNITS[big]
-    text = f"{sentence} {rng.choice(ASKS)}".format(a=a, b=b, x=rng.choice(THINGS), q=quantity)
+    pick = lambda kind: rng.choice(world()[kind])
+    law, formula, unit, big, quantity, sentence = pick("families")
+    a, b, (factor, small) = rng.randint(2, 9), rng.randint(2, 9), world()["units"][big]
+    text = f"{sentence} {pick('asks')}".format(a=a, b=b, x=pick("things"), q=quantity)
     rubric = [("Formula", f"States the formula {formula}.", 3, re.escape(formula)),
               ("Conversion", f"Converts {big} to {small}.", 5, f"{b} {big} = {b * factor} {small}"),
               ("Unit", f"Gives the answer in {unit}.", 2, f" {unit}}}")]
@@ -832,7 +824,7 @@ def toy_problem(rng: random.Random) -> dict:
 
 def toy_solution(row: dict, habits) -> str:
     """The solution that shows just these habits; without the conversion its number is wrong."""
-    p, (factor, small) = row["toy"], BIG_UNITS[row["toy"]["big"]]
+    p, (factor, small) = row["toy"], world()["units"][row["toy"]["big"]]
     b = p["b"] * (factor if "conversion" in habits else 1)
     steps = [p["law"]] if "formula" in habits else []
     steps += [f"{p['b']} {p['big']} = {b} {small}."] if "conversion" in habits else []
@@ -866,7 +858,8 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
         for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
             other = rng.choice(toy_problem(rng)["rubric"])  # what does not apply changes nothing
             if rng.random() < 0.5 or other["description"] in [c["description"] for c in criteria]:
-                other = {"title": "General", "description": rng.choice(GENERAL), "weight": 1}
+                text = rng.choice(world()["general"])
+                other = {"title": "General", "description": text, "weight": 1}
             shown.insert(rng.randint(0, len(shown)), other)
         habits = [HABITS[i] for i in asked] or habits
         return kind, row | {"rubric": shown}, toy_solution(row, habits)
@@ -885,7 +878,7 @@ def toy_tokenizer(texts: list[str]):
         initial_alphabet=pre.ByteLevel.alphabet()))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=special, chat_template=CHATML)
+        additional_special_tokens=special, chat_template=world()["chat"])
 
 def toy_base(seed=0, steps=700, batch=16) -> str:
     """The directory of the toy's base model; the first time it is trained there from nothing, on
@@ -925,8 +918,6 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
 
 
 # ---- 9. Command line: the only functions that see the config -------------------------------------
-
-HERE = Path(__file__).resolve().parent
 
 def prepare(args, student: str, teacher: str, needs=()):
     """What every command begins with -> (model, tokenizer, student's prompt text, examples, how to
@@ -1039,7 +1030,7 @@ def cmd_train(args) -> dict:
         scores = [score(text, e.row) for text, e in zip(texts, episodes)]
         if reward:
             rewards = [s[reward] for s in scores]
-            check(None not in rewards, f"--method {args.method}: a row's {reward} cannot be checked.")
+            check(None not in rewards, f"--method {args.method}: a row's {reward} cannot be had.")
             for e, e.advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
                 continue
         for e in episodes:
@@ -1048,8 +1039,8 @@ def cmd_train(args) -> dict:
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         with timed(stats, "update"):
             norm = optimizer_step(optimizer, rate, args.max_grad_norm)
-        check(math.isfinite(stats["loss"] + norm), f"step {step + 1}: loss {stats['loss']}, gradient "
-              f"norm {norm}; stopped before the weights moved; {out} holds step {saved or 'none'}.")
+        check(math.isfinite(stats["loss"] + norm), f"step {step + 1}: loss {stats['loss']}, norm "
+              f"{norm}; stopped before the weights moved; {out} holds step {saved or 'none'}.")
         if args.teacher == "ema":
             ema_update(teacher, model, args.ema_decay)
         n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
@@ -1080,7 +1071,7 @@ def cmd_train(args) -> dict:
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
     begin, out, results = time.perf_counter(), Path(args.out), {"n": args.n}
-    check(not out.exists() or (out / "results.json").exists(), f"--out {out} is no demo's directory.")
+    check(not out.exists() or (out / "results.json").exists(), f"--out {out} is no demo.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "results.json").write_text("{}")
@@ -1102,10 +1093,10 @@ def cmd_demo(args) -> dict:
     results["seconds"] = time.perf_counter() - begin
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\n{'':32s}accuracy         rubric score     n     seconds")
-    for key, name in (("student_before", "student before"), ("student_after", "student after"),
-                      ("teacher", "teacher with rubric (ceiling)")):
-        print("{:32s}{accuracy:.3f} +- {accuracy_se:.3f}   {rubric_score:.3f} +- {rubric_score_se:.3f}"
-              "   {n:<5d} {seconds:.1f}".format(name, **results[key]))
+    for key, name in zip(("student_before", "teacher", "student_after"), (
+            "student before", "teacher with rubric (ceiling)", "student after")):
+        print("{:32s}{accuracy:.3f} +- {accuracy_se:.3f}   {rubric_score:.3f} +- "
+              "{rubric_score_se:.3f}   {n:<5d} {seconds:.1f}".format(name, **results[key]))
     print(f"{args.steps} steps in {results['train']['seconds']:.0f} s, everything in "
           f"{results['seconds']:.0f} s; these figures: {out / 'results.json'}")
     return results
@@ -1185,8 +1176,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for _, flag, values, text in (f for f in FLAGS if name[0] in f[0]):
             usual, toy = (v[name[0]] if isinstance(v, dict) else v
                           for v in (values, TOY.get(flag, values)))
-            kind = ({"action": "store_true"} if usual is False else {"choices": usual}
-                    if isinstance(usual, tuple) else {"type": str if usual is None else type(usual)})
+            kind = ({} if usual is None else {"action": "store_true"} if usual is False else
+                    {"choices": usual} if isinstance(usual, tuple) else {"type": type(usual)})
             usual, toy = (v[0] if isinstance(v, tuple) else v for v in (usual, toy))
             text += f" (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
             sub.add_argument(flag, default=toy if is_toy else usual, help=text, **kind)
