@@ -49,12 +49,10 @@ def check(ok, message: str) -> None:
     if not ok:
         raise UserError(message)
 
-
 # ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
 # A context is a file of prompts/, named after what it shows: "student" is the bare question;
 # "rubric", "rubric+answer", "answer", "solution" are teachers'; "writer*" ask for a rubric.
 
-FIELDS = ("question", "answer", "solution", "rubric", "rubric_json")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
 
@@ -71,12 +69,9 @@ class Episode:
     train_from: int = 0  # completion tokens before this one carry no loss
 
 def load_prompts(folder) -> dict[str, str]:
-    """Every FOLDER/NAME.txt as {NAME: text}; UserError for no file or an unknown placeholder."""
+    """Every FOLDER/NAME.txt as {NAME: text}; UserError where there is none."""
     found = {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
     check(found, f"--prompts {folder}: there are no .txt prompt files in that directory.")
-    for name, text in found.items():
-        unknown = sorted(set(PLACEHOLDER.findall(text)) - set(FIELDS))
-        check(not unknown, f"{folder}/{name}.txt: the placeholders {unknown} are none of {FIELDS}.")
     return found
 
 def row_fields(row: dict) -> dict[str, str]:
@@ -84,9 +79,10 @@ def row_fields(row: dict) -> dict[str, str]:
     rubric = row.get("rubric")
     lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({c['weight']:g})"
              for c in rubric or ()]
-    texts = (row["question"], row.get("reference_answer"), row.get("solution"), "\n".join(lines),
-             rubric and rubric_json(rubric))
-    return {name: text for name, text in zip(FIELDS, texts) if text}
+    fields = {"question": row["question"], "answer": row.get("reference_answer"),
+              "solution": row.get("solution"), "rubric": "\n".join(lines),
+              "rubric_json": rubric and rubric_json(rubric), "analysis": row.get("analysis")}
+    return {name: text for name, text in fields.items() if text}
 
 def plain(tokenizer, text: str) -> str:
     """Data as plain text: MARK cuts the names of control tokens in two, so that none is one."""
@@ -100,7 +96,6 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
     """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued.
-
     The one builder for training and evaluation, student and teacher. Braces, backslashes and $ in
     data stay as they are, and "<|im_end|>" in data never becomes the control token. `thinking` goes
     to the chat template as enable_thinking. KeyError: a placeholder that the row cannot fill."""
@@ -121,7 +116,6 @@ def stop_ids(model, tokenizer) -> set[int]:
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, (list, tuple)) else [ids]
     return {*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
-
 
 # ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
 
@@ -163,7 +157,6 @@ def read_criterion(item, need_title=False) -> dict:
 
 def mend_backslashes(text: str) -> str:
     r"""Double the backslashes of LaTeX that JSON rejects or silently misreads; keep real escapes.
-
     >>> mend_backslashes(r'\frac{\pi}{\nu} \n done \" \\theta')
     '\\\\frac{\\\\pi}{\\\\nu} \\n done \\" \\\\theta'
     """
@@ -211,14 +204,11 @@ def rubric_json(rubric: list[dict]) -> str:
     return json.dumps([{k: c[k] for k in ("title", "description", "weight")} for c in rubric],
                       ensure_ascii=False)
 
-def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3, thinking=False,
-                     **sampling) -> list[dict]:
-    """One rubric per row -> [{"rubric": criteria or None, "reason", "tries", "text"}], in order.
-
+def generate_rubrics(model, tokenizer, prompts: list[list[int]], tries=3, **sampling) -> list[dict]:
+    """One rubric per prompt of ids -> [{"rubric": criteria or None, "reason", "tries", "text"}].
     What parse_rubric refuses is drawn again, up to `tries` draws in all; what still fails has None
     and the reason. `sampling` goes to sample_completions."""
-    prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
-    results, todo = [{}] * len(rows), range(len(rows))
+    results, todo = [{}] * len(prompts), range(len(prompts))
     for attempt in range(1, tries + 1):
         outputs = sample_completions(model, [prompts[i] for i in todo],
                                      stop_ids(model, tokenizer), **sampling)
@@ -229,14 +219,12 @@ def generate_rubrics(model, tokenizer, rows: list[dict], template: str, tries=3,
         todo = [i for i in todo if results[i]["rubric"] is None]
     return results
 
-
 # ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
 
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
                        temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped: bool), in the order given.
-
     Token in, token out. A completion ends with its first stop token, which is part of it; without
     one it has max_new_tokens ids and stopped is False. Padding is on the left and hidden by the
     mask. temperature 0 is greedy. The model's own generation defaults (a repetition penalty, say)
@@ -268,12 +256,10 @@ def autocast(model):
     """bf16 arithmetic on a GPU, whatever precision the weights have; nothing elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
 
-
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """The hidden states [N, H] that predict each completion token, sequence after sequence.
-
     One forward of the body over [context | completion], for student and teacher alike; logits exist
     only where and when asked for, by logits_of(model, hidden). Padding is on the right, behind
     everything: a causal model never looks there, positions count from 0, no mask is needed."""
@@ -293,14 +279,12 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
 
 def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Entries of KL(p||q) from log-probs [N, V], as p log(p/q) - p + q: the extra terms sum to 0.
-
     So no entry is negative, and where p = q both value and gradient are exactly 0 in float32."""
     return p.exp() * (p - q) - p.exp() + q.exp()
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
                temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
     """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
-
     beta 0: forward KL(T||S). 1: reverse KL(S||T). Between: beta*KL(T||m) + (1-beta)*KL(S||m) with
     m = beta*T + (1-beta)*S. Mind the jump: that goes to 0 as beta goes to 0 or to 1, where the
     plain KLs take over.
@@ -309,7 +293,6 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
     clip "entry" caps every vocabulary entry at clip_at before the sum, as the public code does:
     the sum can turn negative and invert the training. "token" caps the sum.
     stats grows by sums over tokens: "divergence" before clipping, "clipped" fraction.
-
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
@@ -343,7 +326,6 @@ BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
-
     forward, reverse, jsd: the divergence, with its `options`. sampled: policy gradient on the token
     sampled, advantage log p_T - log p_S, detached. advantage: policy gradient with that advantage
     (GRPO; with 1 it is cross-entropy, SFT), plus kl times the reverse KL to the teacher. Samples
@@ -358,7 +340,6 @@ def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options)
 
 def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counter, chunk=0) -> None:
     """Backward of sum(loss_of(logits, rows)) / denominator without ever holding [N, V] logits.
-
     hidden [N, H] with its graph; loss_of(logits [n, V], rows: slice) -> [n]. The head runs forward
     and backward on `chunk` tokens at a time (0: about 2^24 logits) into the gradient of hidden;
     then one backward goes through the body. stats grows by "loss" and "entropy" (nats), summed."""
@@ -376,7 +357,6 @@ def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counte
             stats.update(loss=losses.sum().item(), entropy=-(logp.exp() * logp).sum().item())
     hidden.backward(grad)
 
-
 # ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
 
 METHODS = {
@@ -387,13 +367,17 @@ METHODS = {
     "grpo-rubric": ("student",   "student",  "advantage",  "rubric_score"),
     "sft":         ("reference", "student",  "advantage",  None),
 }
+STAGES = {  # what the student and the teacher of rsd see; learning to write rubrics is stage 1
+    "reason": ("student", "rubric"),
+    "rubric": ("writer+answer", "writer+answer+rubric"),  # as in the public code
+    "rubric-paper": ("writer", "writer+answer"),  # as in the paper
+}
 LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|for (my|your) eyes"
                   r"|(given|provided|private) guidance)\b", re.I)
 
 def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False,
                   needs=()) -> list[Episode]:
     """Rows and two prompt files -> episodes without completions; what is left out is said aloud.
-
     needs: fields that a row must have beside those of the files. room: tokens that a context may
     have; a longer one is never cut (that would drop the question), its row is left out. UserError
     where no row remains."""
@@ -425,9 +409,16 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
         outputs = [(encode(tokenizer, text) + [turn_end(tokenizer)], True) for text in texts]
     return [replace(e, completion_ids=ids, stopped=end) for e, (ids, end) in zip(examples, outputs)]
 
+def reason_first(teacher, tokenizer, episodes, ask: str, template: str, thinking=False, **sampling):
+    """The teacher's own weights analyse the rubric (prompt `ask`); the analysis joins its context."""
+    prompts = [context_ids(tokenizer, ask, row_fields(e.row), thinking) for e in episodes]
+    outputs = sample_completions(teacher, prompts, stop_ids(teacher, tokenizer), **sampling)
+    for e, (ids, _) in zip(episodes, outputs):
+        row = e.row | {"analysis": tokenizer.decode(ids, skip_special_tokens=True) or "-"}
+        e.teacher_ids = context_ids(tokenizer, template, row_fields(row), thinking)
+
 def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal rewards give exactly 0.
-
     >>> group_advantages([1, 0, .1, .1], 2, eps=0.5)
     [0.5, -0.5, 0.0, 0.0]
     """
@@ -457,7 +448,6 @@ def timed(seconds: Counter, name: str):
 def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budget=8192, kl=0.0,
                **options) -> Counter:
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
-
     One denominator, the trained tokens of all episodes: any split into micro-batches gives the same
     gradient. -> "loss", "divergence", "entropy", "clipped" per trained token, "tokens", seconds of
     "rescoring" and "update". Nothing to train on: loss exactly 0, zero gradients."""
@@ -524,7 +514,6 @@ def step_rows(items: list, step: int, batch: int, seed: int) -> list:
 
 def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) -> None:
     """Replace directory `out` whole: written under another name, then renamed into place.
-
     It holds what from_pretrained loads, trainer.pt (`state`), rsd.json (`settings`) and the metrics
     so far. A crash leaves the old directory, the new one, or OUT.old, which open_run puts back."""
     new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
@@ -541,7 +530,6 @@ def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) ->
 
 def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     """The trainer state of the run in `out` that is to go on, or None where a new one may begin.
-
     UserError where `out` holds anything else: nothing is ever written over."""
     if (old := out.with_name(out.name + ".old")).exists() and not out.exists():
         old.rename(out)
@@ -557,7 +545,6 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
 
 def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) -> int:
     """Put a run's student, EMA teacher, optimizer, random states and metrics back -> its step.
-
     origin: the base model's sum of magnitudes, as at the start: a fixed teacher comes from there.
     """
     check(math.isclose(origin, state["origin"], rel_tol=1e-9), "--model: its weights are not those "
@@ -569,10 +556,9 @@ def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) ->
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     torch.cuda.set_rng_state_all(state["cuda_rng"])
-    lines = [m for m in read_jsonl(out / "metrics.jsonl", mend=True) if m["step"] <= state["step"]]
-    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)[:state["step"]]
+    (out / "metrics.jsonl").write_text("".join(lines))
     return state["step"]
-
 
 # ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
 
@@ -580,7 +566,6 @@ NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re
 
 def extract_answer(text: str) -> str:
     r"""The content of the last \boxed{}, nested braces included; without one, the last line.
-
     >>> extract_answer(r"So \boxed{1}, or rather \boxed{\frac{7a}{8}}.")
     '\\frac{7a}{8}'
     """
@@ -597,7 +582,6 @@ def extract_answer(text: str) -> str:
 def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
     reference's unit where it has one. Other text: the same but for case, spaces and $.
-
     >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "b")
     (True, False, True, True)
     """
@@ -611,7 +595,6 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
 
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench's rule).
-
     A criterion is met where its `check`, a regular expression, is found; None where one has none,
     since that takes a judge. A rubric of penalties only: 1 less the share incurred."""
     if not rubric or not all("check" in c for c in rubric):
@@ -629,11 +612,19 @@ def score(text: str, row: dict) -> dict:
     boxed = "\\boxed{" in reference
     right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
     return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
-            "rubric_score": rubric_score(text, row.get("own_rubric", row["rubric"]))}
+            "rubric_score": rubric_score(text, row.get("own_rubric") or row["rubric"])}
+
+def score_rubric(rubric: list[dict] | None, row: dict) -> dict:
+    """A generated rubric against the row's own: valid, criteria; where descriptions are exact, as in
+    the toy, recall and precision of criteria (else None, as for a rubric that is not there)."""
+    wanted = [c["description"] for c in row["own_rubric"] or () if "check" in c]
+    hits = sum(c["description"] in wanted for c in rubric or ())
+    return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None,
+            "recall": hits / len(wanted) if wanted else None,
+            "precision": hits / len(rubric) if rubric and wanted else None}
 
 def mean_se(values: list) -> tuple[float | None, float | None, int]:
     """Mean, standard error and number of the values that are not None.
-
     >>> mean_se([1.0, 0.0, None, 1.0, 0.0])
     (0.5, 0.28867513459481287, 4)
     """
@@ -642,24 +633,20 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
         return None, None, 0
     return x.mean().item(), (x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0), len(x)
 
-def evaluate(model, tokenizer, rows: list[dict], template: str, thinking=False, **sampling):
-    """Answer every row from one prompt file and grade it -> (summary, samples).
-
-    The student's file gives what users get, a teacher's the ceiling. summary: n, and the mean, _se
-    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions."""
-    prompts = [context_ids(tokenizer, template, row_fields(row), thinking) for row in rows]
-    outputs = sample_completions(model, prompts, stop_ids(model, tokenizer), **sampling)
-    samples = []
-    for row, (ids, stopped) in zip(rows, outputs):
+def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dict, list[dict]]:
+    """Answer every example's prompt_ids and grade it -> (summary, samples).
+    summary: n, and the mean, _se and _n of accuracy, rubric_score, tokens, truncated. `sampling`
+    goes to sample_completions."""
+    outputs = sample_completions(model, [e.prompt_ids for e in examples],
+                                 stop_ids(model, tokenizer), **sampling)
+    samples, summary = [], {"n": len(examples)}
+    for e, (ids, stopped) in zip(examples, outputs):
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        samples.append({"question": row["question"], "completion": text, "tokens": len(ids),
-                        "truncated": float(not stopped)} | score(text, row))
-    summary = {"n": len(rows)}
+        samples.append({"question": e.row["question"], "completion": text, "tokens": len(ids),
+                        "truncated": float(not stopped)} | score(text, e.row))
     for key in ("accuracy", "rubric_score", "tokens", "truncated"):
-        for part, value in zip(("", "_se", "_n"), mean_se([s[key] for s in samples])):
-            summary[key + part] = value
+        summary |= zip((key, key + "_se", key + "_n"), mean_se([s[key] for s in samples]))
     return summary, samples
-
 
 # ---- 7. Models and data --------------------------------------------------------------------------
 
@@ -670,21 +657,13 @@ RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
               "{% if add_generation_prompt %}Answer:\n{% endif %}")
 
-def resolve_model(name: str) -> str:
-    """A directory or a full hub id as it is; a bare name gets its owner on the hub.
-
-    >>> resolve_model("Qwen2.5-1.5B")
-    'Qwen/Qwen2.5-1.5B'
-    """
-    owner = [o for prefix, o in OWNERS.items() if name.lower().startswith(prefix)]
-    return f"{owner[0]}/{name}" if owner and "/" not in name and not Path(name).is_dir() else name
-
 def load_model(name: str):
     """(model, tokenizer) of a directory or the hub: float32 weights, no dropout, safetensors only.
-
     UserError, in one sentence, for what cannot be found or has a head that logits_of cannot follow.
     """
-    source = resolve_model(name)
+    owner = [o for prefix, o in OWNERS.items() if name.lower().startswith(prefix)]
+    bare = owner and "/" not in name and not Path(name).is_dir()
+    source = f"{owner[0]}/{name}" if bare else name
     where = "that directory" if Path(source).is_dir() else "the local cache and on the hub"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -711,7 +690,6 @@ def one_line(error: Exception) -> str:
 
 def read_rubric(value) -> list[dict] | None:
     """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
-
     ValueError, or re.error for a check, says what is wrong."""
     value = json.loads(value) if isinstance(value, str) and value.strip() else value or []
     if not isinstance(value, list):
@@ -723,7 +701,6 @@ def read_rubric(value) -> list[dict] | None:
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
     """The objects of a JSON Lines file; UserError names file and line of what is not one.
-
     mend: a last line that a crash left half-written is cut off the file instead."""
     rows, end, lines = [], 0, path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
@@ -764,10 +741,9 @@ def read_table(data: str, split: str, limit: int) -> list[dict]:
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
-
     UserError names the source and the row (counted from 1), or the columns that there are."""
-    if data == "toy":
-        return toy_rows(split, limit or (2000 if split == "train" else 200), seed)
+    if data in ("toy", "toy-noisy"):
+        return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data == "toy-noisy")
     names, rows = ("question", "reference_answer", "solution"), []
     table = read_table(data, split, limit)
     columns = sorted({c for row in table for c in row})
@@ -783,18 +759,31 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
         rows.append(row)
     return rows
 
-def with_rubrics(rows: list[dict], source: str) -> list[dict]:
-    """Rows with the rubric from `source`: "data" (their own), or a .jsonl that generate wrote.
+def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
+    """Rows with the rubric from `source`: "data" (their own; so "none", whose teacher sees none), a
+    .jsonl that generate wrote, or for ablation "generic" (that file, for every question), "random"
+    (another question's), "noisy" (every other criterion another question's), "reduced" (half).
 
-    The row's own rubric stays beside it as own_rubric: it alone grades answers, whatever a teacher
-    is shown. UserError for an unknown source."""
-    if source == "data":
-        return rows
-    check(source.endswith(".jsonl") and Path(source).is_file(),
-          f"--rubrics {source}: no such file; give data, or a .jsonl from generate.")
-    found = {r["question"]: r["rubric"] for r in load_rows(source, "")}
-    return [r | {"rubric": found.get(r["question"]), "own_rubric": r["rubric"]} for r in rows]
-
+    The row's own rubric stays beside it as own_rubric: it alone grades answers. UserError for an
+    unknown source."""
+    rng, n = random.Random(f"rubrics {seed}"), len(rows)
+    own = [r["rubric"] or [] for r in rows]
+    others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
+    if source.endswith(".jsonl") and Path(source).is_file():
+        found = {r["question"]: r["rubric"] for r in load_rows(source, "")}
+        new = [found.get(r["question"]) for r in rows]
+    elif source == "generic":
+        new = [read_rubric(generic.read_text())] * n
+    elif source == "noisy":
+        new = [[rng.choice(o) if o and k % 2 else c for k, c in enumerate(r, i)]
+               for i, (r, o) in enumerate(zip(own, others))]
+    else:
+        known = {"data": own, "none": own, "random": others,
+                 "reduced": [rng.sample(r, (len(r) + 1) // 2) for r in own]}
+        check(source in known, f"--rubrics {source}: no such file, and none of {', '.join(known)}, "
+              "generic, noisy.")
+        new = known[source]
+    return [r | {"rubric": a or None, "own_rubric": r["rubric"]} for r, a in zip(rows, new)]
 
 # ---- 8. The toy world: a model that can do right when told how, and does not by default ----------
 
@@ -806,7 +795,8 @@ HABITS = ("formula", "conversion", "unit")
 @cache
 def world() -> dict:
     """Sentences, units and words of the toy's problems, and its chat template."""
-    return json.loads((HERE / "prompts" / "toy" / "world.json").read_text())
+    files = [json.loads((HERE / "prompts/toy" / f).read_text()) for f in ("world.json", "generic.json")]
+    return files[0] | {"general": files[1]}
 
 def toy_problem(rng: random.Random) -> dict:
     """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
@@ -822,17 +812,20 @@ def toy_problem(rng: random.Random) -> dict:
            "toy": dict(a=a, b=b, law=f"{quantity} is {law}: {formula}.", unit=unit, big=big)}
     return row | {"solution": toy_solution(row, HABITS)}
 
-def toy_solution(row: dict, habits) -> str:
-    """The solution that shows just these habits; without the conversion its number is wrong."""
+def toy_solution(row: dict, habits, slip=False) -> str:
+    """The solution that shows just these habits; without the conversion, or with a slip, its number
+    is wrong."""
     p, (factor, small) = row["toy"], world()["units"][row["toy"]["big"]]
     b = p["b"] * (factor if "conversion" in habits else 1)
     steps = [p["law"]] if "formula" in habits else []
     steps += [f"{p['b']} {p['big']} = {b} {small}."] if "conversion" in habits else []
-    result = f"{p['a'] * b} {p['unit']}" if "unit" in habits else p["a"] * b
-    return " ".join([*steps, f"{p['a']} * {b} = {p['a'] * b}.", f"\\boxed{{{result}}}"])
+    value = (p["a"] + slip) * b
+    result = f"{value} {p['unit']}" if "unit" in habits else value
+    return " ".join([*steps, f"{p['a']} * {b} = {value}.", f"\\boxed{{{result}}}"])
 
-def toy_rows(split: str, n: int, seed=0) -> list[dict]:
-    """n different problems of a split; the question's hash settles its split, so none is in two."""
+def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
+    """n different problems of a split; the question's hash settles its split, so none is in two.
+    noisy: half of the solutions leave out a habit or make a slip, as real chains of thought do."""
     rng, rows, homes = random.Random(f"{split} {seed}"), {}, {0: "test", 1: "val"}
     for _ in range(min(100 * n, 300_000)):
         row = toy_problem(rng)
@@ -840,11 +833,13 @@ def toy_rows(split: str, n: int, seed=0) -> list[dict]:
             rows[row["question"]] = row
     check(len(rows) == n, f"--split {split} --limit {n}: the toy has train, val and test, and "
           f"{len(rows)} different problems there.")
+    for row in rows.values() if noisy else ():
+        fault = rng.choice([*HABITS, "slip", None, None, None, None])
+        row["solution"] = toy_solution(row, set(HABITS) - {fault}, slip=fault == "slip")
     return list(rows.values())
 
 def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     """One lesson of the base model's mixture: (prompt file, row as shown there, what to write).
-
     A rubric gets exactly the habits that its criteria ask for; a bare question, and a rubric in
     which nothing applies, get each habit by the flip of a coin."""
     kind = rng.choices([*MIXTURE], [*MIXTURE.values()])[0]
@@ -858,8 +853,7 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
         for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
             other = rng.choice(toy_problem(rng)["rubric"])  # what does not apply changes nothing
             if rng.random() < 0.5 or other["description"] in [c["description"] for c in criteria]:
-                text = rng.choice(world()["general"])
-                other = {"title": "General", "description": text, "weight": 1}
+                other = rng.choice(world()["general"])
             shown.insert(rng.randint(0, len(shown)), other)
         habits = [HABITS[i] for i in asked] or habits
         return kind, row | {"rubric": shown}, toy_solution(row, habits)
@@ -916,25 +910,27 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     new.rename(out)
     return str(out)
 
-
 # ---- 9. Command line: the only functions that see the config -------------------------------------
 
-def prepare(args, student: str, teacher: str, needs=()):
-    """What every command begins with -> (model, tokenizer, student's prompt text, examples, how to
-    sample). UserError for an unknown prompt file."""
-    prompts = load_prompts(args.prompts)
+def prepare(args, student: str, teacher="", needs=()):
+    """What every command begins with -> (model, tokenizer, prompts, examples, how to sample).
+    UserError for an unknown prompt file."""
+    prompts, teacher = load_prompts(args.prompts), teacher or student
     for name in (student, teacher):
         check(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
-    rows = with_rubrics(rows, getattr(args, "rubrics", "data"))
+    rows = with_rubrics(rows, getattr(args, "rubrics", "data"), Path(args.prompts) / "generic.json")
     model, tokenizer = load_model(args.model or toy_base())
-    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens
+    if "{analysis}" in prompts[teacher]:  # written by the teacher, as long as a completion
+        rows = [row | {"analysis": "-"} for row in rows]
+    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens * (
+        2 if "{analysis}" in prompts[teacher] else 1)
     examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
                              args.thinking == "on", needs)
     torch.manual_seed(args.seed)
     sampling = {k: getattr(args, k) for k in
                 ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
-    return model, tokenizer, prompts[student], examples, sampling
+    return model, tokenizer, prompts, examples, sampling
 
 def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
@@ -943,39 +939,27 @@ def cmd_generate(args) -> dict:
     for line in done.values():
         was = {k: line.get(k) for k in origin}
         check(was == origin, f"--out {out} holds rubrics of {was}, not of {origin}.")
-    model, tokenizer, template, examples, sampling = prepare(args, args.writer, args.writer)
-    rows = {e.row["question"]: e.row for e in examples}
-    todo = [row for question, row in rows.items() if question not in done]
+    model, tokenizer, _, examples, sampling = prepare(args, args.writer)
+    unique = {e.row["question"]: e for e in examples}
+    todo = [e for question, e in unique.items() if question not in done]
     print(f"{len(todo)} of {len(examples)} questions are still to do (others repeat, or are done)")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="rubrics") as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
-            results = generate_rubrics(model, tokenizer, batch, template, args.tries,
-                                       args.thinking == "on", **sampling)
-            for row, got in zip(batch, results):
-                kept = {k: row[k] for k in ("question", "reference_answer", "solution")}
-                done[row["question"]] = kept | got | origin
-                file.write(json.dumps(done[row["question"]], ensure_ascii=False) + "\n")
+            results = generate_rubrics(model, tokenizer, [e.prompt_ids for e in batch], args.tries,
+                                       **sampling)
+            for e, got in zip(batch, results):
+                kept = {k: e.row[k] for k in ("question", "reference_answer", "solution")}
+                done[e.row["question"]] = line = kept | got | origin
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update()
-    quality = rubric_quality([(done[q], row) for q, row in rows.items()])
+    lines = [done[question] for question in unique]
+    scores = [score_rubric(line["rubric"], unique[line["question"]].row) for line in lines]
+    quality = {"n": len(lines), **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
+               "failed": dict(Counter(line["reason"] for line in lines if not line["rubric"]))}
     print(f"{out}: {show(quality)}")
-    return quality
-
-def rubric_quality(pairs: list[tuple[dict, dict]]) -> dict:
-    """Generated lines beside their rows -> valid fraction, criteria per rubric, reasons of failure;
-    for the toy, whose descriptions are exact, recall and precision of criteria as well."""
-    valid = [(line["rubric"], row) for line, row in pairs if line["rubric"]]
-    criteria = [(c["description"], row["rubric"]) for rubric, row in valid for c in rubric]
-    quality = {"n": len(pairs), "valid": len(valid) / len(pairs),
-               "criteria": len(criteria) / max(1, len(valid)),
-               "drawn_again": sum(line["tries"] > 1 for line, _ in pairs),
-               "failed": dict(Counter(line["reason"] for line, _ in pairs if not line["rubric"]))}
-    if all("toy" in row for _, row in pairs):
-        hits = sum(text in [c["description"] for c in truth] for text, truth in criteria)
-        quality["recall"] = hits / sum(len(row["rubric"]) for _, row in pairs)
-        quality["precision"] = hits / max(1, len(criteria))
     return quality
 
 def show(figures: dict) -> str:
@@ -985,9 +969,8 @@ def show(figures: dict) -> str:
 
 def cmd_eval(args) -> dict:
     """Accuracy and rubric score, printed and, with --out, saved with every sample."""
-    model, tokenizer, template, examples, sampling = prepare(args, args.context, args.context)
-    summary, samples = evaluate(model, tokenizer, [e.row for e in examples], template,
-                                args.thinking == "on", progress="eval", **sampling)
+    model, tokenizer, _, examples, sampling = prepare(args, args.context)
+    summary, samples = evaluate(model, tokenizer, examples, progress="eval", **sampling)
     for key in ("accuracy", "rubric_score", "tokens", "truncated"):
         mean, se, n = (summary[key + part] for part in ("", "_se", "_n"))
         print(f"{key:13s}" + (f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else
@@ -1006,8 +989,9 @@ def cmd_train(args) -> dict:
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
     state = open_run(out := Path(args.out), settings, args.resume)
     check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
-    model, tokenizer, _, examples, sampling = prepare(
+    model, tokenizer, prompts, examples, sampling = prepare(
         args, args.student_context, args.teacher_context, ["solution"] * (writer == "reference"))
+    end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     print(f"--- {args.method}: {len(examples)} rows, {args.batch} x {args.rollouts} a step ---")
@@ -1027,14 +1011,21 @@ def cmd_train(args) -> dict:
             rows = step_rows(examples, step, args.batch, args.seed)
             episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
         texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
-        scores = [score(text, e.row) for text, e in zip(texts, episodes)]
+        scores = [score(text, e.row) if args.stage == "reason" else
+                  score_rubric(parse_rubric(text)[0], e.row) for text, e in zip(texts, episodes)]
         if reward:
             rewards = [s[reward] for s in scores]
             check(None not in rewards, f"--method {args.method}: a row's {reward} cannot be had.")
             for e, e.advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
                 continue
         for e in episodes:
-            e.train_from = 0 if e.stopped or args.truncated == "keep" else len(e.completion_ids)
+            if args.skip_thinking and end_thinking in e.completion_ids:
+                e.train_from = e.completion_ids.index(end_thinking) + 1
+            if args.truncated == "mask" and not e.stopped:
+                e.train_from = len(e.completion_ids)
+        if "{analysis}" in prompts[args.teacher_context]:
+            reason_first(teacher, tokenizer, episodes, prompts["analysis"],
+                         prompts[args.teacher_context], args.thinking == "on", **sampling)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         with timed(stats, "update"):
@@ -1048,7 +1039,8 @@ def cmd_train(args) -> dict:
         metrics = {
             "step": step + 1, "loss": stats["loss"], "divergence": stats["divergence"],
             "entropy": stats["entropy"], "clipped": stats["clipped"], "grad_norm": norm, "lr": rate,
-            "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
+            "rollouts": n if writer == "student" else 0, "sampled": tokens * (writer == "student"),
+            "trained": stats["tokens"], "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
             "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
             **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
             **dict(zip(("s_sampling", "s_rescoring", "s_update"), spent)),
@@ -1066,42 +1058,131 @@ def cmd_train(args) -> dict:
                 "ema": teacher.state_dict() if args.teacher == "ema" else None,
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}, settings)
     print(f"saved {out}; python rsd.py eval --model {out}")
-    return {"steps": args.steps}
+    lines = read_jsonl(out / "metrics.jsonl")
+    return {k: sum(m[k] for m in lines) for k in ("rollouts", "sampled", "trained")}
+
+def run(*words) -> dict:
+    """One command, as if typed -> its figures and its seconds."""
+    print(f"\n$ python rsd.py {' '.join(map(str, words))}", flush=True)
+    args, start = parse_args([str(w) for w in words]), time.perf_counter()
+    return args.run(args) | {"seconds": time.perf_counter() - start}
+
+def table(systems: dict[str, list[dict]]) -> str:
+    """Markdown, a line per system; +- is the standard error over its runs, of one over questions."""
+    lines = ["| system | accuracy | rubric score | n | rollouts | tokens trained on | seconds |",
+             "|---|---|---|---|---|---|---|"]
+    for name, runs in systems.items():
+        cells = [name]
+        for key in ("accuracy", "rubric_score"):
+            mean, se, n = mean_se([r[key] for r in runs])
+            cells.append(f"{mean:.3f} +- {se if n > 1 else runs[0][key + '_se']:.3f}")
+        cells += [format(mean_se([r.get(k, 0) for r in runs])[0], ".0f")
+                  for k in ("n", "rollouts", "trained", "seconds")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
-    begin, out, results = time.perf_counter(), Path(args.out), {"n": args.n}
+    begin, out, toy = time.perf_counter(), Path(args.out), ("--data", "toy", "--seed", args.seed)
     check(not out.exists() or (out / "results.json").exists(), f"--out {out} is no demo.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "results.json").write_text("{}")
-    base = toy_base(args.seed, args.base_steps)
-    rubrics, trained = out / "rubrics.jsonl", out / "train"
-
-    def run(key, *words):
-        words = [str(w) for w in (*words, "--data", "toy", "--seed", args.seed)]
-        print(f"\n$ python rsd.py {' '.join(words)}", flush=True)
-        start, parsed = time.perf_counter(), parse_args(words)
-        results[key] = parsed.run(parsed) | {"seconds": time.perf_counter() - start}
-
-    run("rubrics", "generate", "--model", base, "--limit", args.limit, "--out", rubrics)
-    run("student_before", "eval", "--model", base, "--limit", args.n)
-    run("teacher", "eval", "--model", base, "--limit", args.n, "--context", "rubric+answer")
-    run("train", "train", "--model", base, "--limit", args.limit, "--rubrics", rubrics, "--steps",
-        args.steps, "--out", trained)
-    run("student_after", "eval", "--model", trained, "--limit", args.n)
-    results["seconds"] = time.perf_counter() - begin
+    base = ("--model", toy_base(args.seed, args.base_steps))
+    data, rubrics = (*toy, "--limit", args.limit), out / "rubrics.jsonl"
+    run("generate", *base, *data, "--out", rubrics)
+    systems = {"student_before": run("eval", *base, *toy, "--limit", args.n),
+               "teacher": run("eval", *base, *toy, "--limit", args.n, "--context", "rubric+answer")}
+    trained = run("train", *base, *data, "--rubrics", rubrics, "--steps", args.steps, "--out",
+                  out / "train")
+    after = run("eval", "--model", out / "train", *toy, "--limit", args.n)
+    systems["student_after"] = after | trained | {"seconds": trained["seconds"] + after["seconds"]}
+    results = systems | {"n": args.n, "seconds": time.perf_counter() - begin}
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{'':32s}accuracy         rubric score     n     seconds")
-    for key, name in zip(("student_before", "teacher", "student_after"), (
-            "student before", "teacher with rubric (ceiling)", "student after")):
-        print("{:32s}{accuracy:.3f} +- {accuracy_se:.3f}   {rubric_score:.3f} +- "
-              "{rubric_score_se:.3f}   {n:<5d} {seconds:.1f}".format(name, **results[key]))
-    print(f"{args.steps} steps in {results['train']['seconds']:.0f} s, everything in "
-          f"{results['seconds']:.0f} s; these figures: {out / 'results.json'}")
+    print(f"\n{table({k: [v] for k, v in systems.items()})}\n\n{results['seconds']:.0f} s in all; the "
+          f"teacher, with the rubric in view, is the ceiling; {out / 'results.json'}")
     return results
 
+EXPERIMENT = {  # system -> flags of train (None: not trained); its first word shares a learning rate
+    "base": None, "sft": "--method sft", "sft-noisy references": "--method sft --data toy-noisy",
+    "grpo": "--method grpo --rollouts 4 --batch 8 --kl .02",
+    "grpo-rubric reward": "--method grpo-rubric --rollouts 4 --batch 8 --kl .02",
+    "opsd": "--method opsd", "opsd-noisy references": "--method opsd --data toy-noisy", "rsd": "",
+    **{f"rsd {name} rubrics": f"--rubrics {{out}}/{name}{{seed}}.jsonl" for name in
+       ("learned", "zero-shot")},
+    **{f"rsd {name} rubrics": f"--rubrics {name}" for name in
+       ("generic", "random", "noisy", "reduced", "none")},
+    **{f"rsd {name} divergence": f"--divergence {name}" for name in ("reverse", "jsd", "sampled")},
+    "rsd top-20": "--support 20", "rsd top-20 and tail": "--support 20 --tail",
+    "rsd entry clip": "--clip entry", "rsd token clip": "--clip token"}
+
+def cmd_compare(args) -> dict:
+    """Every system of EXPERIMENT on the toy: learning rates chosen on the validation split, then all
+    seeds on the test split; a run that stands in runs.jsonl is not done again."""
+    rates, seeds = [float(r) for r in args.rates.split(",")], range(args.seeds)
+    if args.quick:
+        rates, seeds, args.steps, args.n = rates[:1], range(1), 15, 100
+    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
+    log, best = out / "runs.jsonl", {}
+    done = {d["run"]: d for d in read_jsonl(log, mend=True)} if log.exists() else {}
+
+    def result(system: str, seed: int, rate: float, split: str) -> dict:
+        key = f"{system}, seed {seed}, lr {rate:g}, {split}, {args.steps} steps, n {args.n}"
+        flags, where, figures = EXPERIMENT[system], out / re.sub(r"\W+", "-", key), {"seconds": 0}
+        model, common = toy_base(seed, args.base_steps), ("--seed", seed, "--max-new-tokens", 80)
+        if key not in done:
+            if flags is not None:
+                shutil.rmtree(where, ignore_errors=True)
+                figures = run("train", "--model", model, *common, "--limit", 256, "--steps", args.steps,
+                              "--lr", rate, "--out", where, *flags.format(out=out, seed=seed).split())
+            judged = run("eval", "--model", model if flags is None else where, *common, "--split",
+                         split, "--limit", args.n)
+            done[key] = judged | figures | {"run": key, "out": str(where)}
+            with open(log, "a") as file:
+                file.write(json.dumps(done[key]) + "\n")
+        return done[key]
+
+    for seed in seeds:
+        base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
+        if not writer.exists():
+            run("train", "--stage", "rubric", "--model", base, "--seed", seed, "--steps", 20, "--out",
+                writer)
+        for name, model in (("zero-shot", base), ("learned", writer)):
+            run("generate", "--model", model, "--seed", seed, "--limit", 256, "--out",
+                out / f"{name}{seed}.jsonl")
+    for system in EXPERIMENT:
+        if (family := system.split()[0]) not in best:
+            found = {r: result(system, 0, r, "val")["accuracy"] for r in rates}
+            best[family] = max(rates, key=found.get)
+            print(f"learning rate of {family}: {best[family]}, by validation accuracy {found}")
+    systems = {s: [result(s, seed, best[s.split()[0]], "test") for seed in seeds] for s in EXPERIMENT}
+    text = (f"{table(systems)}\n\n{len(seeds)} seeds (base model, data, sampling); {args.steps} steps of "
+            f"32 completions for each system; learning rates out of {rates}: {best}\n")
+    (out / "table.md").write_text(text)
+    (out / "results.json").write_text(json.dumps({"systems": systems, "rates": best}, indent=1))
+    plot({s: [read_jsonl(Path(r["out"]) / "metrics.jsonl") for r in runs]
+          for s, runs in systems.items() if runs[0].get("sampled")}, out / "curves.svg")
+    print(f"\n{text}\nin {out}: table.md, results.json, curves.svg")
+    return systems
+
+def plot(curves: dict[str, list[list[dict]]], out: Path) -> None:
+    """Accuracy of the training rollouts, mean of a system's runs, against tokens sampled so far."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"no {out}: it takes 'pip install matplotlib'")
+    axes = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots()
+    for k, (name, runs) in enumerate(curves.items()):
+        steps = list(zip(*runs))
+        tokens = torch.tensor([mean_se([m["sampled"] for m in ms])[0] for ms in steps]).cumsum(0)
+        axes.plot(tokens, [mean_se([m["accuracy"] for m in ms])[0] for ms in steps], label=name,
+                  linestyle=("-", "--", ":", "-.")[k // 6 % 4], color=f"C{k}")
+    axes.set(xlabel="completion tokens sampled", ylabel="accuracy of the rollouts", ylim=(0, 1))
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(out)
+
 COMMANDS = {"demo": (cmd_demo, "the whole method on the toy, in minutes on a CPU"),
+            "compare": (cmd_compare, "every system of the paper, side by side on the toy"),
             "generate": (cmd_generate, "a model writes a rubric for every question"),
             "train": (cmd_train, "distil the rubric-guided teacher into the student"),
             "eval": (cmd_eval, "accuracy and rubric score of a model")}
@@ -1128,7 +1209,8 @@ FLAGS = [
     ("t", "--out", "runs/train", "checkpoint directory"),
     ("t", "--resume", False, "go on with the run in --out, to the same result"),
     ("t", "--method", tuple(METHODS), "row of METHODS"),
-    ("t", "--rubrics", "data", "data: the rows' own; or a .jsonl that generate wrote"),
+    ("t", "--stage", tuple(STAGES), "row of STAGES: learn to reason, or to write rubrics"),
+    ("t", "--rubrics", "data", "data, none, generic, random, noisy, reduced, or generate's .jsonl"),
     ("t", "--student-context", "student", "prompt file of the student"),
     ("t", "--teacher-context", "rubric", "prompt file of the teacher; else as in METHODS"),
     ("t", "--teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
@@ -1141,8 +1223,8 @@ FLAGS = [
     ("t", "--clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
     ("t", "--clip-at", 0.05, "that cap, in nats"),
     ("t", "--kl", 0.0, "grpo: weight of the reverse KL to the teacher's weights"),
-    ("d", "--base-steps", 700, "training steps of the toy's base model"),
-    ("dt", "--steps", {"d": 60, "t": 100}, "optimizer steps"),
+    ("dc", "--base-steps", 700, "training steps of the toy's base model"),
+    ("dtc", "--steps", {"d": 60, "t": 100, "c": 40}, "optimizer steps"),
     ("t", "--batch", 32, "prompts a step"),
     ("t", "--rollouts", 1, "completions per prompt; grpo needs 2 or more"),
     ("t", "--lr", 5e-6, "peak learning rate of AdamW"),
@@ -1152,13 +1234,17 @@ FLAGS = [
     ("t", "--weight-decay", 0.0, "of AdamW"),
     ("t", "--token-budget", 8192, "padded tokens in a micro-batch"),
     ("t", "--truncated", ("keep", "mask"), "completions without a stop token"),
+    ("t", "--skip-thinking", False, "no loss on the tokens up to </think>"),
     ("t", "--save-every", 50, "steps between checkpoints; the last step is saved in any case"),
     ("t", "--log-every", 5, "steps between lines on the terminal"),
-    ("d", "--out", "runs/demo", "directory for rubrics, checkpoint and results.json"),
-    ("d", "--n", 200, "held-out problems in each evaluation"),
+    ("dc", "--out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
+    ("dc", "--n", 200, "held-out problems in each evaluation"),
+    ("c", "--seeds", 3, "runs per system, each with a base model of its own"),
+    ("c", "--rates", "3e-4,1e-4,1e-3", "learning rates to choose from on the validation split"),
+    ("c", "--quick", False, "1 seed, 15 steps, 1 learning rate, 100 problems"),
 ]
 TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-size": 256,
-       "--max-new-tokens": {"g": 220, "t": 80, "e": 80}, "--teacher-context": "rubric+answer",
+       "--max-new-tokens": 220, "--teacher-context": "rubric+answer",
        "--lr": 3e-4}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1187,8 +1273,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         least = 1 if usual and isinstance(usual, int) else 0  # a count, and 0 is not its default
         if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
-    if args.command == "train" and METHODS[args.method][1] != "rubric":
-        args.teacher_context = METHODS[args.method][1]
+    if args.command == "train":  # what a method or a stage settles is no flag's to say
+        if args.stage != "reason":
+            args.student_context, args.teacher_context = STAGES[args.stage]
+        if METHODS[args.method][1] != "rubric":
+            args.teacher_context = METHODS[args.method][1]
+        if args.rubrics == "none":
+            args.teacher_context = args.student_context
     return args
 
 def main(argv: list[str] | None = None) -> int:

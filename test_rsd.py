@@ -125,7 +125,7 @@ def test_one_builder_for_training_and_evaluation(tok, prompts, monkeypatch):  # 
     rows, seen = rsd.toy_rows("test", 4), []
     monkeypatch.setattr(rsd, "sample_completions",
                         lambda model, p, stop, **k: seen.extend(p) or [([2], True)] * len(p))
-    rsd.evaluate(tiny(tok), tok, rows, prompts["student"])
+    rsd.evaluate(tiny(tok), tok, rsd.make_examples(tok, rows, prompts["student"], prompts["student"]))
     examples = rsd.make_examples(tok, rows, prompts["student"], prompts["rubric"])
     assert [e.prompt_ids for e in examples] == seen
     assert tok.decode(seen[0]) == (f"<|im_start|>user\n{rows[0]['question']}<|im_end|>\n"
@@ -155,7 +155,7 @@ def test_every_prompt_file_shows_what_its_name_says(prompts):
     for folder in (REPO / "prompts", REPO / "prompts" / "toy"):
         for name, text in rsd.load_prompts(folder).items():
             fields = set(rsd.PLACEHOLDER.findall(text)) - {"question"}
-            parts = set(name.split("+")) - {"student", "writer"}
+            parts = set(name.replace("analysis", "rubric", name == "analysis").split("+")) - {"student", "writer"}
             assert fields == {"rubric_json" if p == "rubric" and "writer" in name else p for p in parts}
 
 
@@ -267,7 +267,7 @@ def test_generate_rubrics_draws_again_and_gives_reasons(tok, prompts, monkeypatc
         return [(tok.encode(t), True) for t in script[len(asked) - 1]]
 
     monkeypatch.setattr(rsd, "sample_completions", fake)
-    got = rsd.generate_rubrics(tiny(tok), tok, rows, prompts["writer"], tries=3)
+    got = rsd.generate_rubrics(tiny(tok), tok, [[5, 6], [7], [8]], tries=3)
     assert asked == [3, 2, 1]
     assert [(bool(g["rubric"]), g["tries"], g["reason"]) for g in got] == [
         (True, 2, ""), (True, 1, ""), (False, 3, "no JSON array")]
@@ -690,7 +690,7 @@ def test_evaluate_summary(tok, prompts, monkeypatch):
     rows = rsd.toy_rows("test", 4)
     texts = [rows[0]["solution"], "no", rows[2]["solution"], "no"]
     monkeypatch.setattr(rsd, "sample_completions", lambda m, p, s, **k: [(tok.encode(t), t != "no") for t in texts])
-    summary, samples = rsd.evaluate(tiny(tok), tok, rows, prompts["student"])
+    summary, samples = rsd.evaluate(tiny(tok), tok, rsd.make_examples(tok, rows, "{question}", "{question}"))
     assert summary["accuracy"] == summary["rubric_score"] == summary["truncated"] == 0.5
     assert summary["accuracy_se"] == pytest.approx(math.sqrt(1 / 3) / 2) and summary["accuracy_n"] == 4
     assert [s["completion"] for s in samples] == texts
@@ -725,10 +725,6 @@ def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, cap
     assert loaded.decode(rsd.context_ids(loaded, "{question}", {"question": "Why?"})) == "Why?\n\nAnswer:\n"
     assert rsd.turn_end(loaded) == loaded.eos_token_id
 
-
-def test_hub_names():
-    assert rsd.resolve_model("Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
-    assert rsd.resolve_model("owner/name") == "owner/name"
 
 
 ROWS = [{"question": "Why {x}?", "reference_answer": "4 m", "rubric": ["Essential Criteria: Says 4 m."]},
