@@ -10,6 +10,7 @@ list of weighted criteria that a good answer meets. One network plays two parts:
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
 
+  python rsd.py compare     every system of the paper side by side, on the toy
   python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
   python rsd.py generate    a model writes a rubric for every question    -> JSONL
   python rsd.py train       rollouts, re-scoring, per-token loss, steps   -> a checkpoint directory
@@ -17,11 +18,9 @@ list of weighted criteria that a good answer meets. One network plays two parts:
 
 Sections 1 to 4 are the method; with 5 you can train. Every method is three choices in one pipeline
 (METHODS): who writes the completion, what the teacher sees, which signal each token gets.
-
 Glossary, code -> paper (arXiv 2606.19327): question x, reference_answer y*, solution z, rubric
 r = {c_1..c_K}, completion y^, student p_S, teacher p_T. Shapes: B sequences, T tokens of one
-completion, N completion tokens in all, V vocabulary, H hidden width. beta: 0 is forward KL(T||S),
-the paper's choice; 1 reverse KL(S||T); between, generalised Jensen-Shannon.
+completion, N completion tokens in all, V vocabulary, H hidden width.
 Simplified: text only, one process, no LoRA, rubric scores only for criteria that carry a `check`.
 """
 from __future__ import annotations
@@ -118,7 +117,6 @@ def stop_ids(model, tokenizer) -> set[int]:
     return {*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
 
 # ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
-
 ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
            "weight": ("weight", "points", "score")}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
@@ -220,7 +218,6 @@ def generate_rubrics(model, tokenizer, prompts: list[list[int]], tries=3, **samp
     return results
 
 # ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
-
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
                        temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
@@ -257,7 +254,6 @@ def autocast(model):
     return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
 
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
-
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """The hidden states [N, H] that predict each completion token, sequence after sequence.
     One forward of the body over [context | completion], for student and teacher alike; logits exist
@@ -358,7 +354,6 @@ def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counte
     hidden.backward(grad)
 
 # ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
-
 METHODS = {
     # name         who writes   teacher sees  signal        reward
     "rsd":         ("student",   "rubric",   "divergence", None),
@@ -410,7 +405,7 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
     return [replace(e, completion_ids=ids, stopped=end) for e, (ids, end) in zip(examples, outputs)]
 
 def reason_first(teacher, tokenizer, episodes, ask: str, template: str, thinking=False, **sampling):
-    """The teacher's own weights analyse the rubric (prompt `ask`); the analysis joins its context."""
+    """The teacher's weights analyse the rubric (prompt `ask`); the analysis joins its context."""
     prompts = [context_ids(tokenizer, ask, row_fields(e.row), thinking) for e in episodes]
     outputs = sample_completions(teacher, prompts, stop_ids(teacher, tokenizer), **sampling)
     for e, (ids, _) in zip(episodes, outputs):
@@ -449,10 +444,11 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
                **options) -> Counter:
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
     One denominator, the trained tokens of all episodes: any split into micro-batches gives the same
-    gradient. -> "loss", "divergence", "entropy", "clipped" per trained token, "tokens", seconds of
-    "rescoring" and "update". Nothing to train on: loss exactly 0, zero gradients."""
+    gradient. -> loss, divergence, entropy, clipped per trained token, their number `trained`, and
+    seconds. Nothing to train on: loss exactly 0, zero gradients."""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
-    stats, seconds = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0), Counter()
+    stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
+    seconds = Counter(s_rescoring=0.0, s_update=0.0)
     for batch in micro_batches(episodes, token_budget):
         completions = [e.completion_ids for e in batch]
         tokens = [(t, e.advantage, k >= e.train_from)
@@ -461,7 +457,7 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
         ids, advantage = ids[keep], advantage[keep]
         needs_teacher = signal != "advantage" or kl > 0
         with autocast(model):
-            with timed(seconds, "rescoring"), torch.no_grad():
+            with timed(seconds, "s_rescoring"), torch.no_grad():
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
                     if needs_teacher else None
 
@@ -471,11 +467,11 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
                 return token_loss(signal, logits, target, ids[rows], advantage[rows], kl, **options,
                                   **{"stats": stats} if signal in BETA else {})
 
-            with timed(seconds, "update"):
+            with timed(seconds, "s_update"):
                 hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
                 backward_in_chunks(model, hidden, loss_of, max(total, 1), stats)
     mean = {k: v / max(total, 1) for k, v in stats.items()}
-    return Counter({**mean, **seconds, "tokens": total})
+    return Counter(mean | {"trained": total} | seconds)
 
 def make_teacher(model, kind: str):
     """fixed, ema: a frozen copy of the weights, in memory; live: the student itself."""
@@ -543,25 +539,18 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     check(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
     return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
 
-def restore(out: Path, state: dict, model, teacher, optimizer, origin: float) -> int:
-    """Put a run's student, EMA teacher, optimizer, random states and metrics back -> its step.
-    origin: the base model's sum of magnitudes, as at the start: a fixed teacher comes from there.
-    """
-    check(math.isclose(origin, state["origin"], rel_tol=1e-9), "--model: its weights are not those "
-          f"with which the run in {out} began, so its teacher would differ.")
+def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
+    """Put a run's student, teacher, optimizer and random states back -> its step."""
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     model.load_state_dict(saved.state_dict())
-    if state["ema"]:
-        teacher.load_state_dict(state["ema"])
+    if state["teacher"]:
+        teacher.load_state_dict(state["teacher"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     torch.cuda.set_rng_state_all(state["cuda_rng"])
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)[:state["step"]]
-    (out / "metrics.jsonl").write_text("".join(lines))
     return state["step"]
 
 # ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
-
 NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
 
 def extract_answer(text: str) -> str:
@@ -615,8 +604,8 @@ def score(text: str, row: dict) -> dict:
             "rubric_score": rubric_score(text, row.get("own_rubric") or row["rubric"])}
 
 def score_rubric(rubric: list[dict] | None, row: dict) -> dict:
-    """A generated rubric against the row's own: valid, criteria; where descriptions are exact, as in
-    the toy, recall and precision of criteria (else None, as for a rubric that is not there)."""
+    """A generated rubric against the row's own: valid, number of criteria; where these are exact,
+    as in the toy, their recall and precision."""
     wanted = [c["description"] for c in row["own_rubric"] or () if "check" in c]
     hits = sum(c["description"] in wanted for c in rubric or ())
     return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None,
@@ -629,9 +618,8 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
     (0.5, 0.28867513459481287, 4)
     """
     x = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    if len(x) == 0:
-        return None, None, 0
-    return x.mean().item(), (x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0), len(x)
+    se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
+    return (x.mean().item(), se, len(x)) if len(x) else (None, None, 0)
 
 def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dict, list[dict]]:
     """Answer every example's prompt_ids and grade it -> (summary, samples).
@@ -649,9 +637,7 @@ def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dic
     return summary, samples
 
 # ---- 7. Models and data --------------------------------------------------------------------------
-
-OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google", "mistral": "mistralai",
-          "smollm": "HuggingFaceTB", "olmo": "allenai", "phi": "microsoft"}  # of bare hub names
+OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
 HUB_DATA = {"rar-science": "ScaleAI/RaR-Science"}
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
@@ -661,9 +647,8 @@ def load_model(name: str):
     """(model, tokenizer) of a directory or the hub: float32 weights, no dropout, safetensors only.
     UserError, in one sentence, for what cannot be found or has a head that logits_of cannot follow.
     """
-    owner = [o for prefix, o in OWNERS.items() if name.lower().startswith(prefix)]
-    bare = owner and "/" not in name and not Path(name).is_dir()
-    source = f"{owner[0]}/{name}" if bare else name
+    owner = next((o for family, o in OWNERS.items() if name.lower().startswith(family)), "")
+    source = f"{owner}/{name}" if owner and not ("/" in name or Path(name).is_dir()) else name
     where = "that directory" if Path(source).is_dir() else "the local cache and on the hub"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -743,7 +728,8 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
     UserError names the source and the row (counted from 1), or the columns that there are."""
     if data in ("toy", "toy-noisy"):
-        return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data == "toy-noisy")
+        limit = limit or (2000 if split == "train" else 200)
+        return toy_rows(split, limit, seed, noisy=data == "toy-noisy")
     names, rows = ("question", "reference_answer", "solution"), []
     table = read_table(data, split, limit)
     columns = sorted({c for row in table for c in row})
@@ -769,34 +755,27 @@ def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[d
     rng, n = random.Random(f"rubrics {seed}"), len(rows)
     own = [r["rubric"] or [] for r in rows]
     others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
+    sources = {
+        "data": lambda: own, "none": lambda: own, "random": lambda: others,
+        "generic": lambda: [read_rubric(generic.read_text())] * n,
+        "noisy": lambda: [[rng.choice(o) if o and k % 2 else c for k, c in enumerate(r, i)]
+                          for i, (r, o) in enumerate(zip(own, others))],
+        "reduced": lambda: [rng.sample(r, (len(r) + 1) // 2) for r in own]}
     if source.endswith(".jsonl") and Path(source).is_file():
         found = {r["question"]: r["rubric"] for r in load_rows(source, "")}
-        new = [found.get(r["question"]) for r in rows]
-    elif source == "generic":
-        new = [read_rubric(generic.read_text())] * n
-    elif source == "noisy":
-        new = [[rng.choice(o) if o and k % 2 else c for k, c in enumerate(r, i)]
-               for i, (r, o) in enumerate(zip(own, others))]
-    else:
-        known = {"data": own, "none": own, "random": others,
-                 "reduced": [rng.sample(r, (len(r) + 1) // 2) for r in own]}
-        check(source in known, f"--rubrics {source}: no such file, and none of {', '.join(known)}, "
-              "generic, noisy.")
-        new = known[source]
+        sources[source] = lambda: [found.get(r["question"]) for r in rows]
+    check(source in sources, f"--rubrics {source}: no such file, and none of {', '.join(sources)}.")
+    new = sources[source]()
     return [r | {"rubric": a or None, "own_rubric": r["rubric"]} for r, a in zip(rows, new)]
 
 # ---- 8. The toy world: a model that can do right when told how, and does not by default ----------
-
-MIXTURE = {"student": 36, "rubric": 12, "rubric+answer": 18, "solution": 8, "answer": 4,
-           "writer": 4, "writer+answer": 10, "writer+answer+rubric": 8}  # per cent of the lessons
-MISSES = {"writer": 0.3, "writer+answer": 0.12, "writer+answer+rubric": 0.0}  # chance per criterion
 HABITS = ("formula", "conversion", "unit")
 
 @cache
 def world() -> dict:
     """Sentences, units and words of the toy's problems, and its chat template."""
-    files = [json.loads((HERE / "prompts/toy" / f).read_text()) for f in ("world.json", "generic.json")]
-    return files[0] | {"general": files[1]}
+    read = lambda name: json.loads((HERE / "prompts" / "toy" / f"{name}.json").read_text())
+    return read("world") | {"general": read("generic")}
 
 def toy_problem(rng: random.Random) -> dict:
     """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
@@ -842,10 +821,11 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     """One lesson of the base model's mixture: (prompt file, row as shown there, what to write).
     A rubric gets exactly the habits that its criteria ask for; a bare question, and a rubric in
     which nothing applies, get each habit by the flip of a coin."""
-    kind = rng.choices([*MIXTURE], [*MIXTURE.values()])[0]
+    mixture, misses = world()["lessons, per cent"], world()["criteria missed, chance"]
+    kind = rng.choices([*mixture], [*mixture.values()])[0]
     criteria, habits = row["rubric"], [h for h in HABITS if rng.random() < 0.5]
-    if kind in MISSES:
-        written = [c for c in criteria if rng.random() >= MISSES[kind]]
+    if kind in misses:
+        written = [c for c in criteria if rng.random() >= misses[kind]]
         return kind, row, rubric_json(written or criteria)
     if kind in ("rubric", "rubric+answer"):
         asked = sorted(rng.sample(range(3), rng.choice([0, 1, 2, 3, 3])))
@@ -862,16 +842,13 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
 
 def toy_tokenizer(texts: list[str]):
     """A byte-level BPE tokenizer with single digits and a ChatML template, trained on `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers as pre, trainers
-    bpe, special = Tokenizer(models.BPE()), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers as pre
+    bpe, special = ByteLevelBPETokenizer(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True),
                                       pre.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=768, special_tokens=special, show_progress=False,
-        initial_alphabet=pre.ByteLevel.alphabet()))
+    bpe.train_from_iterator(texts, 768, special_tokens=special, show_progress=False)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=special, chat_template=world()["chat"])
 
 def toy_base(seed=0, steps=700, batch=16) -> str:
@@ -911,7 +888,6 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     return str(out)
 
 # ---- 9. Command line: the only functions that see the config -------------------------------------
-
 def prepare(args, student: str, teacher="", needs=()):
     """What every command begins with -> (model, tokenizer, prompts, examples, how to sample).
     UserError for an unknown prompt file."""
@@ -996,18 +972,15 @@ def cmd_train(args) -> dict:
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     print(f"--- {args.method}: {len(examples)} rows, {args.batch} x {args.rollouts} a step ---")
     teacher = make_teacher(model, args.teacher)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
                    clip=args.clip, clip_at=args.clip_at)
     options |= {"beta": args.beta} if signal == "jsd" else {}
-    origin = sum(p.detach().double().abs().sum().item() for p in model.parameters())
-    saved = start = restore(out, state, model, teacher, optimizer, origin) if state else 0
+    saved = start = restore(out, state, model, teacher, optimizer) if state else 0
     out.mkdir(parents=True, exist_ok=True)
-    if not state:
-        (out / "metrics.jsonl").write_text("")
+    (out / "metrics.jsonl").write_text("".join(state["metrics"]) if state else "")
     for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
-        seconds = Counter()
-        with timed(seconds, "sampling"):
+        with timed(seconds := Counter(), "s_sampling"):
             rows = step_rows(examples, step, args.batch, args.seed)
             episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
         texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
@@ -1016,8 +989,8 @@ def cmd_train(args) -> dict:
         if reward:
             rewards = [s[reward] for s in scores]
             check(None not in rewards, f"--method {args.method}: a row's {reward} cannot be had.")
-            for e, e.advantage in zip(episodes, group_advantages(rewards, args.rollouts)):
-                continue
+            for e, a in zip(episodes, group_advantages(rewards, args.rollouts)):
+                e.advantage = a
         for e in episodes:
             if args.skip_thinking and end_thinking in e.completion_ids:
                 e.train_from = e.completion_ids.index(end_thinking) + 1
@@ -1028,23 +1001,19 @@ def cmd_train(args) -> dict:
                          prompts[args.teacher_context], args.thinking == "on", **sampling)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
-        with timed(stats, "update"):
+        with timed(stats, "s_update"):
             norm = optimizer_step(optimizer, rate, args.max_grad_norm)
         check(math.isfinite(stats["loss"] + norm), f"step {step + 1}: loss {stats['loss']}, norm "
               f"{norm}; stopped before the weights moved; {out} holds step {saved or 'none'}.")
         if args.teacher == "ema":
             ema_update(teacher, model, args.ema_decay)
         n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
-        spent = [seconds["sampling"], stats["rescoring"], stats["update"]]
-        metrics = {
-            "step": step + 1, "loss": stats["loss"], "divergence": stats["divergence"],
-            "entropy": stats["entropy"], "clipped": stats["clipped"], "grad_norm": norm, "lr": rate,
-            "rollouts": n if writer == "student" else 0, "sampled": tokens * (writer == "student"),
-            "trained": stats["tokens"], "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
-            "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
-            **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
-            **dict(zip(("s_sampling", "s_rescoring", "s_update"), spent)),
-            "tokens_per_s": tokens / sum(spent)}
+        metrics = {"step": step + 1, **stats, **seconds, "grad_norm": norm, "lr": rate,
+                   "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
+                   "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
+                   **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
+                   "rollouts": n * (writer == "student"), "sampled": tokens * (writer == "student"),
+                   "tokens_per_s": tokens / sum(v for k, v in (stats + seconds).items() if k[:2] == "s_")}
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % args.log_every == 0:
@@ -1054,9 +1023,10 @@ def cmd_train(args) -> dict:
         if step + 1 == args.steps or (step + 1) % args.save_every == 0:
             saved = step + 1
             save_checkpoint(out, model, tokenizer, {
-                "step": saved, "origin": origin, "optimizer": optimizer.state_dict(),
-                "ema": teacher.state_dict() if args.teacher == "ema" else None,
-                "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}, settings)
+                "step": saved, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                "metrics": (out / "metrics.jsonl").read_text().splitlines(keepends=True),
+                "cuda_rng": torch.cuda.get_rng_state_all(),
+                "teacher": None if args.teacher == "live" else teacher.state_dict()}, settings)
     print(f"saved {out}; python rsd.py eval --model {out}")
     lines = read_jsonl(out / "metrics.jsonl")
     return {k: sum(m[k] for m in lines) for k in ("rollouts", "sampled", "trained")}
@@ -1068,7 +1038,7 @@ def run(*words) -> dict:
     return args.run(args) | {"seconds": time.perf_counter() - start}
 
 def table(systems: dict[str, list[dict]]) -> str:
-    """Markdown, a line per system; +- is the standard error over its runs, of one over questions."""
+    """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
     lines = ["| system | accuracy | rubric score | n | rollouts | tokens trained on | seconds |",
              "|---|---|---|---|---|---|---|"]
     for name, runs in systems.items():
@@ -1099,44 +1069,34 @@ def cmd_demo(args) -> dict:
     systems["student_after"] = after | trained | {"seconds": trained["seconds"] + after["seconds"]}
     results = systems | {"n": args.n, "seconds": time.perf_counter() - begin}
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{table({k: [v] for k, v in systems.items()})}\n\n{results['seconds']:.0f} s in all; the "
-          f"teacher, with the rubric in view, is the ceiling; {out / 'results.json'}")
+    print(f"\n{table({k: [v] for k, v in systems.items()})}\n\n{results['seconds']:.0f} s in all. "
+          f"The teacher has the rubric in view: the ceiling. Figures: {out / 'results.json'}")
     return results
 
-EXPERIMENT = {  # system -> flags of train (None: not trained); its first word shares a learning rate
-    "base": None, "sft": "--method sft", "sft-noisy references": "--method sft --data toy-noisy",
-    "grpo": "--method grpo --rollouts 4 --batch 8 --kl .02",
-    "grpo-rubric reward": "--method grpo-rubric --rollouts 4 --batch 8 --kl .02",
-    "opsd": "--method opsd", "opsd-noisy references": "--method opsd --data toy-noisy", "rsd": "",
-    **{f"rsd {name} rubrics": f"--rubrics {{out}}/{name}{{seed}}.jsonl" for name in
-       ("learned", "zero-shot")},
-    **{f"rsd {name} rubrics": f"--rubrics {name}" for name in
-       ("generic", "random", "noisy", "reduced", "none")},
-    **{f"rsd {name} divergence": f"--divergence {name}" for name in ("reverse", "jsd", "sampled")},
-    "rsd top-20": "--support 20", "rsd top-20 and tail": "--support 20 --tail",
-    "rsd entry clip": "--clip entry", "rsd token clip": "--clip token"}
-
 def cmd_compare(args) -> dict:
-    """Every system of EXPERIMENT on the toy: learning rates chosen on the validation split, then all
-    seeds on the test split; a run that stands in runs.jsonl is not done again."""
+    """Every system of prompts/toy/experiment.json: learning rates chosen on the validation split,
+    then all seeds on the test split. A run that stands in runs.jsonl is not done again."""
     rates, seeds = [float(r) for r in args.rates.split(",")], range(args.seeds)
     if args.quick:
         rates, seeds, args.steps, args.n = rates[:1], range(1), 15, 100
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     log, best = out / "runs.jsonl", {}
     done = {d["run"]: d for d in read_jsonl(log, mend=True)} if log.exists() else {}
+    experiment = json.loads((HERE / "prompts" / "toy" / "experiment.json").read_text())
+    family = lambda system: system.split()[0]  # the systems that share a learning rate
 
     def result(system: str, seed: int, rate: float, split: str) -> dict:
         key = f"{system}, seed {seed}, lr {rate:g}, {split}, {args.steps} steps, n {args.n}"
-        flags, where, figures = EXPERIMENT[system], out / re.sub(r"\W+", "-", key), {"seconds": 0}
+        flags, where, figures = experiment[system], out / re.sub(r"\W+", "-", key), {"seconds": 0}
         model, common = toy_base(seed, args.base_steps), ("--seed", seed, "--max-new-tokens", 80)
         if key not in done:
             if flags is not None:
                 shutil.rmtree(where, ignore_errors=True)
-                figures = run("train", "--model", model, *common, "--limit", 256, "--steps", args.steps,
-                              "--lr", rate, "--out", where, *flags.format(out=out, seed=seed).split())
-            judged = run("eval", "--model", model if flags is None else where, *common, "--split",
-                         split, "--limit", args.n)
+                flags = flags.format(out=out, seed=seed).split()
+                figures = run("train", "--model", model, *common, "--limit", 256, "--lr", rate,
+                              "--out", where, "--steps", args.steps, *flags)
+                model = where
+            judged = run("eval", "--model", model, *common, "--split", split, "--limit", args.n)
             done[key] = judged | figures | {"run": key, "out": str(where)}
             with open(log, "a") as file:
                 file.write(json.dumps(done[key]) + "\n")
@@ -1144,20 +1104,19 @@ def cmd_compare(args) -> dict:
 
     for seed in seeds:
         base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
+        common = ("--seed", seed, "--out")
         if not writer.exists():
-            run("train", "--stage", "rubric", "--model", base, "--seed", seed, "--steps", 20, "--out",
-                writer)
+            run("train", "--stage", "rubric", "--model", base, "--steps", 20, *common, writer)
         for name, model in (("zero-shot", base), ("learned", writer)):
-            run("generate", "--model", model, "--seed", seed, "--limit", 256, "--out",
-                out / f"{name}{seed}.jsonl")
-    for system in EXPERIMENT:
-        if (family := system.split()[0]) not in best:
+            run("generate", "--model", model, "--limit", 256, *common, out / f"{name}{seed}.jsonl")
+    for system in experiment:
+        if family(system) not in best:
             found = {r: result(system, 0, r, "val")["accuracy"] for r in rates}
-            best[family] = max(rates, key=found.get)
-            print(f"learning rate of {family}: {best[family]}, by validation accuracy {found}")
-    systems = {s: [result(s, seed, best[s.split()[0]], "test") for seed in seeds] for s in EXPERIMENT}
-    text = (f"{table(systems)}\n\n{len(seeds)} seeds (base model, data, sampling); {args.steps} steps of "
-            f"32 completions for each system; learning rates out of {rates}: {best}\n")
+            best[family(system)] = max(rates, key=found.get)
+            print(f"learning rate of {family(system)}: {best[family(system)]}, on validation {found}")
+    systems = {s: [result(s, i, best[family(s)], "test") for i in seeds] for s in experiment}
+    text = (f"{table(systems)}\n\n{len(seeds)} seeds (base model, data, sampling), {args.steps} steps"
+            f" of 32 completions each; learning rates, out of {rates}: {best}\n")
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps({"systems": systems, "rates": best}, indent=1))
     plot({s: [read_jsonl(Path(r["out"]) / "metrics.jsonl") for r in runs]
@@ -1173,10 +1132,9 @@ def plot(curves: dict[str, list[list[dict]]], out: Path) -> None:
         return print(f"no {out}: it takes 'pip install matplotlib'")
     axes = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots()
     for k, (name, runs) in enumerate(curves.items()):
-        steps = list(zip(*runs))
-        tokens = torch.tensor([mean_se([m["sampled"] for m in ms])[0] for ms in steps]).cumsum(0)
-        axes.plot(tokens, [mean_se([m["accuracy"] for m in ms])[0] for ms in steps], label=name,
-                  linestyle=("-", "--", ":", "-.")[k // 6 % 4], color=f"C{k}")
+        x, y = ([mean_se([m[key] for m in step])[0] for step in zip(*runs)]
+                for key in ("sampled", "accuracy"))
+        axes.plot(torch.tensor(x).cumsum(0), y, ("-", "--", ":")[k // 7 % 3], label=name)
     axes.set(xlabel="completion tokens sampled", ylabel="accuracy of the rollouts", ylim=(0, 1))
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(out)
@@ -1231,7 +1189,6 @@ FLAGS = [
     ("t", "--warmup", 5, "steps of linear warm-up"),
     ("t", "--schedule", ("constant", "cosine"), "after the warm-up"),
     ("t", "--max-grad-norm", 1.0, "gradient clipping"),
-    ("t", "--weight-decay", 0.0, "of AdamW"),
     ("t", "--token-budget", 8192, "padded tokens in a micro-batch"),
     ("t", "--truncated", ("keep", "mask"), "completions without a stop token"),
     ("t", "--skip-thinking", False, "no loss on the tokens up to </think>"),
@@ -1249,9 +1206,8 @@ TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-siz
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model")
-    model = first.parse_known_args(argv)[0].model
+    words = [w for word in (sys.argv[1:] if argv is None else argv) for w in word.split("=", 1)]
+    model = dict(zip(words, words[1:])).get("--model")
     config = Path(model or "") / "config.json"
     is_toy = not model or config.is_file() and bool(json.loads(config.read_text()).get("toy"))
     parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
@@ -1270,7 +1226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         usual = commands.choices[args.command].get_default(name)
-        least = 1 if usual and isinstance(usual, int) else 0  # a count, and 0 is not its default
+        least = bool(usual) and isinstance(usual, int)  # a count, unless 0 is its default
         if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     if args.command == "train":  # what a method or a stage settles is no flag's to say
