@@ -1,15 +1,12 @@
 """Rubric-Conditioned Self-Distillation (RSD) in one file.
-
 Post-training usually copies one chain of thought or chases one scalar reward. RSD uses a rubric, a
 list of weighted criteria that a good answer meets. One network plays two parts:
-
   1. the student reads the bare question x and samples a completion y ~ p_S(.|x)
   2. the teacher, the same network with the rubric r in its context, re-scores every token of y
   3. at every position t of y the two next-token distributions are compared:
          loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
-
   python rsd.py compare     every system of the paper side by side, on the toy
   python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
   python rsd.py generate    a model writes a rubric for every question    -> JSONL
@@ -27,7 +24,7 @@ from __future__ import annotations
 
 import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -58,7 +55,6 @@ MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
 @dataclass
 class Episode:
     """One row on its way from sampling to the update. Token ids only: text is never re-encoded."""
-
     row: dict
     prompt_ids: list[int]  # what the student sees
     teacher_ids: list[int]  # what the teacher sees in its place
@@ -95,9 +91,9 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
     """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued.
-    The one builder for training and evaluation, student and teacher. Braces, backslashes and $ in
-    data stay as they are, and "<|im_end|>" in data never becomes the control token. `thinking` goes
-    to the chat template as enable_thinking. KeyError: a placeholder that the row cannot fill."""
+    The one builder for all: braces, backslashes and $ in data stay as they are, and "<|im_end|>"
+    there never becomes the control token. `thinking`: enable_thinking of the template. KeyError: a
+    placeholder that the row cannot fill."""
     message = PLACEHOLDER.sub(lambda m: plain(tokenizer, fields[m[1]]), template)
     return encode(tokenizer, tokenizer.apply_chat_template(
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
@@ -130,8 +126,6 @@ def read_criterion(item, need_title=False) -> dict:
     A string without a known first word weighs 1. ValueError says what is missing.
     >>> read_criterion("Pitfall Criteria: Ignores friction.")
     {'title': 'Pitfall', 'description': 'Ignores friction.', 'weight': -1}
-    >>> read_criterion({"criterion": "Cites a source", "points": "2"})
-    {'title': '', 'description': 'Cites a source', 'weight': 2}
     """
     if isinstance(item, str):
         word, colon, rest = item.partition(":")
@@ -163,7 +157,6 @@ def mend_backslashes(text: str) -> str:
         real = (after[0] in '"\\/' or re.match("u[0-9a-fA-F]{4}", after)
                 or after[0] in "bfnrt" and not LATEX.match(after))
         return m[0] if real else "\\\\" + m[1]
-
     return re.sub(r"\\(.)", mend, text, flags=re.S)
 
 def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
@@ -174,8 +167,6 @@ def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
     costs only what is broken. LaTeX backslashes are mended. Nothing else is guessed.
     >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
     ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
-    >>> parse_rubric("<think>So the rubric")
-    (None, 'unfinished thinking')
     """
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
@@ -204,8 +195,7 @@ def rubric_json(rubric: list[dict]) -> str:
 
 def generate_rubrics(model, tokenizer, prompts: list[list[int]], tries=3, **sampling) -> list[dict]:
     """One rubric per prompt of ids -> [{"rubric": criteria or None, "reason", "tries", "text"}].
-    What parse_rubric refuses is drawn again, up to `tries` draws in all; what still fails has None
-    and the reason. `sampling` goes to sample_completions."""
+    What parse_rubric refuses is drawn again, up to `tries` draws; what still fails has None."""
     results, todo = [{}] * len(prompts), range(len(prompts))
     for attempt in range(1, tries + 1):
         outputs = sample_completions(model, [prompts[i] for i in todo],
@@ -223,9 +213,8 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
                        temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped: bool), in the order given.
     Token in, token out. A completion ends with its first stop token, which is part of it; without
-    one it has max_new_tokens ids and stopped is False. Padding is on the left and hidden by the
-    mask. temperature 0 is greedy. The model's own generation defaults (a repetition penalty, say)
-    are set aside: these are samples of p_S alone."""
+    one it has max_new_tokens ids and stopped is False. Padding is on the left, under the mask.
+    temperature 0 is greedy. The model's generation defaults (repetition penalty) are set aside."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stop),
@@ -239,7 +228,7 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
             pad = [width - len(prompts[i]) for i in rows]
             ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pad, rows)])  # (b, width)
             mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad])
-            with autocast(model):
+            with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
                 out = model.generate(input_ids=ids.to(model.device), generation_config=config,
                                      attention_mask=mask.to(model.device))
             for i, tokens in zip(rows, out[:, width:].tolist()):
@@ -249,16 +238,12 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
         model.generation_config = own
     return results
 
-def autocast(model):
-    """bf16 arithmetic on a GPU, whatever precision the weights have; nothing elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
-
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """The hidden states [N, H] that predict each completion token, sequence after sequence.
-    One forward of the body over [context | completion], for student and teacher alike; logits exist
-    only where and when asked for, by logits_of(model, hidden). Padding is on the right, behind
-    everything: a causal model never looks there, positions count from 0, no mask is needed."""
+    """The hidden states [N, H] that predict each completion token, sequence after sequence: one
+    forward of the body over [context | completion], student and teacher alike; logits exist only
+    where asked for, by logits_of(model, hidden). Padding is on the right, behind everything, where
+    a causal model never looks: positions count from 0, and no mask is needed."""
     seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
     width = max(map(len, seqs))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
@@ -296,7 +281,6 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
     s, t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
     if 0 < top_k < s.shape[-1]:
         index = t.topk(top_k, dim=-1).indices
-
         def support(x):  # [N, V] -> [N, top_k], or [N, top_k + 1] with the tail
             kept = x.gather(-1, index)
             if not tail:
@@ -324,8 +308,8 @@ def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options)
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
     forward, reverse, jsd: the divergence, with its `options`. sampled: policy gradient on the token
     sampled, advantage log p_T - log p_S, detached. advantage: policy gradient with that advantage
-    (GRPO; with 1 it is cross-entropy, SFT), plus kl times the reverse KL to the teacher. Samples
-    are of the current weights, strictly on policy: no importance ratio, so nothing to clip."""
+    (1: cross-entropy, SFT; GRPO's), plus kl times the reverse KL to the teacher. Samples are of the
+    current weights, strictly on policy: no importance ratio, so nothing to clip."""
     if signal in BETA:
         return divergence(student, teacher, **{"beta": BETA[signal]} | options)
     logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
@@ -360,26 +344,22 @@ METHODS = {
     "opsd":        ("student",   "solution", "divergence", None),
     "grpo":        ("student",   "student",  "advantage",  "accuracy"),
     "grpo-rubric": ("student",   "student",  "advantage",  "rubric_score"),
-    "sft":         ("reference", "student",  "advantage",  None),
-}
+    "sft":         ("reference", "student",  "advantage",  None)}
 STAGES = {  # what the student and the teacher of rsd see; learning to write rubrics is stage 1
     "reason": ("student", "rubric"),
     "rubric": ("writer+answer", "writer+answer+rubric"),  # as in the public code
-    "rubric-paper": ("writer", "writer+answer"),  # as in the paper
-}
-LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|for (my|your) eyes"
-                  r"|(given|provided|private) guidance)\b", re.I)
+    "rubric-paper": ("writer", "writer+answer")}
+LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b", re.I)
 
 def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False,
                   needs=()) -> list[Episode]:
     """Rows and two prompt files -> episodes without completions; what is left out is said aloud.
-    needs: fields that a row must have beside those of the files. room: tokens that a context may
-    have; a longer one is never cut (that would drop the question), its row is left out. UserError
-    where no row remains."""
+    needs: further fields that a row must have. room: tokens for a context; a longer one is never
+    cut (that would drop the question), its row is left out. UserError where no row remains."""
     examples, dropped = [], Counter()
     needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
     for row in tqdm(rows, desc="contexts", leave=False):
-        fields = row_fields(row)
+        fields = {"analysis": "-"} | row_fields(row)  # reason_first writes the real one
         if missing := sorted(needs - fields.keys()):
             dropped[f"no {missing[0]}"] += 1
             continue
@@ -406,17 +386,14 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
 
 def reason_first(teacher, tokenizer, episodes, ask: str, template: str, thinking=False, **sampling):
     """The teacher's weights analyse the rubric (prompt `ask`); the analysis joins its context."""
-    prompts = [context_ids(tokenizer, ask, row_fields(e.row), thinking) for e in episodes]
-    outputs = sample_completions(teacher, prompts, stop_ids(teacher, tokenizer), **sampling)
+    asked = [context_ids(tokenizer, ask, row_fields(e.row), thinking) for e in episodes]
+    outputs = sample_completions(teacher, asked, stop_ids(teacher, tokenizer), **sampling)
     for e, (ids, _) in zip(episodes, outputs):
         row = e.row | {"analysis": tokenizer.decode(ids, skip_special_tokens=True) or "-"}
         e.teacher_ids = context_ids(tokenizer, template, row_fields(row), thinking)
 
 def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
-    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal rewards give exactly 0.
-    >>> group_advantages([1, 0, .1, .1], 2, eps=0.5)
-    [0.5, -0.5, 0.0, 0.0]
-    """
+    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     centred = (r != r[:, :1]).any(1, keepdim=True) * (r - r.mean(1, True))
     return (centred / (r.std(1, correction=0, keepdim=True) + eps)).flatten().tolist()
@@ -456,7 +433,7 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
         ids, advantage, keep = (torch.tensor(x, device=model.device) for x in zip(*tokens))
         ids, advantage = ids[keep], advantage[keep]
         needs_teacher = signal != "advantage" or kl > 0
-        with autocast(model):
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
             with timed(seconds, "s_rescoring"), torch.no_grad():
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
                     if needs_teacher else None
@@ -509,12 +486,11 @@ def step_rows(items: list, step: int, batch: int, seed: int) -> list:
     return [items[i] for i in order[step * batch - first * n:][:batch]]
 
 def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) -> None:
-    """Replace directory `out` whole: written under another name, then renamed into place.
-    It holds what from_pretrained loads, trainer.pt (`state`), rsd.json (`settings`) and the metrics
-    so far. A crash leaves the old directory, the new one, or OUT.old, which open_run puts back."""
+    """Replace directory `out` whole (model, tokenizer, trainer state): written under another
+    name, then renamed. A crash leaves the old one, or OUT.old, which open_run puts back."""
     new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     torch.save(state, new / "trainer.pt")
@@ -543,8 +519,7 @@ def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
     """Put a run's student, teacher, optimizer and random states back -> its step."""
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     model.load_state_dict(saved.state_dict())
-    if state["teacher"]:
-        teacher.load_state_dict(state["teacher"])
+    teacher.load_state_dict(state["teacher"] or saved.state_dict())
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -583,9 +558,8 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     return a == b
 
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
-    """Points of the criteria met over the positive points, in [0, 1] (HealthBench's rule).
-    A criterion is met where its `check`, a regular expression, is found; None where one has none,
-    since that takes a judge. A rubric of penalties only: 1 less the share incurred."""
+    """Points of the criteria met (whose `check`, a regular expression, is found) over the positive
+    points, in [0, 1] (HealthBench); of penalties only, 1 less the share; None without checks."""
     if not rubric or not all("check" in c for c in rubric):
         return None
     met = sum(c["weight"] for c in rubric if re.search(c["check"], text))
@@ -594,9 +568,8 @@ def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     return min(1.0, max(0.0, met / best)) if best else 1 - met / worst if worst else None
 
 def score(text: str, row: dict) -> dict:
-    """{"accuracy": 0/1, "rubric_score": 0..1}, each None where this row cannot be checked.
-
-    Checkable without a judge is a reference with a \\boxed{}, or of at most 40 characters."""
+    """{"accuracy": 0/1, "rubric_score": 0..1}, each None where it takes a judge: for a reference of
+    over 40 characters without \\boxed{}, and for criteria without a check."""
     reference = row["reference_answer"] or ""
     boxed = "\\boxed{" in reference
     right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
@@ -613,18 +586,14 @@ def score_rubric(rubric: list[dict] | None, row: dict) -> dict:
             "precision": hits / len(rubric) if rubric and wanted else None}
 
 def mean_se(values: list) -> tuple[float | None, float | None, int]:
-    """Mean, standard error and number of the values that are not None.
-    >>> mean_se([1.0, 0.0, None, 1.0, 0.0])
-    (0.5, 0.28867513459481287, 4)
-    """
+    """Mean, standard error and number of the values that are not None."""
     x = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
     se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
     return (x.mean().item(), se, len(x)) if len(x) else (None, None, 0)
 
 def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dict, list[dict]]:
-    """Answer every example's prompt_ids and grade it -> (summary, samples).
-    summary: n, and the mean, _se and _n of accuracy, rubric_score, tokens, truncated. `sampling`
-    goes to sample_completions."""
+    """Answer every example's prompt_ids and grade it -> (summary, samples). summary: n; mean, _se
+    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions."""
     outputs = sample_completions(model, [e.prompt_ids for e in examples],
                                  stop_ids(model, tokenizer), **sampling)
     samples, summary = [], {"n": len(examples)}
@@ -645,8 +614,7 @@ PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\
 
 def load_model(name: str):
     """(model, tokenizer) of a directory or the hub: float32 weights, no dropout, safetensors only.
-    UserError, in one sentence, for what cannot be found or has a head that logits_of cannot follow.
-    """
+    UserError for what cannot be found, or has a head that logits_of cannot follow."""
     owner = next((o for family, o in OWNERS.items() if name.lower().startswith(family)), "")
     source = f"{owner}/{name}" if owner and not ("/" in name or Path(name).is_dir()) else name
     where = "that directory" if Path(source).is_dir() else "the local cache and on the hub"
@@ -657,7 +625,7 @@ def load_model(name: str):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **how)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} in {where} and could not load it "
-                        f"({one_line(error)}); pass --model DIR, a downloaded copy.") from error
+                        f"({str(error)!r:.150}); pass --model DIR, a downloaded copy.") from error
     if tokenizer.chat_template is None:
         print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = PLAIN_CHAT
@@ -669,10 +637,6 @@ def load_model(name: str):
           f"{model.config.model_type} is more than a matrix product and a soft cap: not supported.")
     return model, tokenizer
 
-def one_line(error: Exception) -> str:
-    """What an exception says, at most 150 characters."""
-    return " ".join(str(error).split())[:150]
-
 def read_rubric(value) -> list[dict] | None:
     """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
     ValueError, or re.error for a check, says what is wrong."""
@@ -680,8 +644,8 @@ def read_rubric(value) -> list[dict] | None:
     if not isinstance(value, list):
         raise ValueError("it is no list of criteria")
     rubric = [read_criterion(item) for item in value]
-    for check in (c["check"] for c in rubric if "check" in c):
-        re.compile(check)
+    for c in rubric:
+        re.compile(c.get("check", ""))
     return rubric or None
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
@@ -718,8 +682,8 @@ def read_table(data: str, split: str, limit: int) -> list[dict]:
     except UserError:
         raise
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
-        raise UserError(f"{data}: looked for {source} and could not read it ({one_line(error)}); a "
-                        "data set of the hub can also be given as a file.") from error
+        raise UserError(f"{data}: looked for {source} and could not read it ({str(error)!r:.150}); "
+                        "a data set of the hub can also be given as a file.") from error
     is_table = isinstance(table, list) and all(isinstance(row, dict) for row in table)
     check(is_table and table, f"{data} {'has no rows' if is_table else 'is no list of objects'}.")
     return table[:limit or None]
@@ -746,12 +710,10 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     return rows
 
 def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
-    """Rows with the rubric from `source`: "data" (their own; so "none", whose teacher sees none), a
-    .jsonl that generate wrote, or for ablation "generic" (that file, for every question), "random"
-    (another question's), "noisy" (every other criterion another question's), "reduced" (half).
-
-    The row's own rubric stays beside it as own_rubric: it alone grades answers. UserError for an
-    unknown source."""
+    """Rows with the rubric from `source`: "data" (their own), "none" (no teacher sees it), a .jsonl
+    that generate wrote; for ablation "generic" (that file, for every question), "random" (another
+    question's), "noisy" (every other criterion another question's), "reduced" (half). The row's own
+    stays beside it as own_rubric: it alone grades answers. UserError for an unknown source."""
     rng, n = random.Random(f"rubrics {seed}"), len(rows)
     own = [r["rubric"] or [] for r in rows]
     others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
@@ -792,8 +754,7 @@ def toy_problem(rng: random.Random) -> dict:
     return row | {"solution": toy_solution(row, HABITS)}
 
 def toy_solution(row: dict, habits, slip=False) -> str:
-    """The solution that shows just these habits; without the conversion, or with a slip, its number
-    is wrong."""
+    """The solution with just these habits; without the conversion, or with a slip, it is wrong."""
     p, (factor, small) = row["toy"], world()["units"][row["toy"]["big"]]
     b = p["b"] * (factor if "conversion" in habits else 1)
     steps = [p["law"]] if "formula" in habits else []
@@ -805,13 +766,12 @@ def toy_solution(row: dict, habits, slip=False) -> str:
 def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
     """n different problems of a split; the question's hash settles its split, so none is in two.
     noisy: half of the solutions leave out a habit or make a slip, as real chains of thought do."""
-    rng, rows, homes = random.Random(f"{split} {seed}"), {}, {0: "test", 1: "val"}
+    rng, rows, homes = random.Random(f"{split} {seed}"), {}, ["test", "val", *["train"] * 6]
     for _ in range(min(100 * n, 300_000)):
         row = toy_problem(rng)
-        if homes.get(zlib.crc32(row["question"].encode()) % 8, "train") == split and len(rows) < n:
+        if homes[zlib.crc32(row["question"].encode()) % 8] == split and len(rows) < n:
             rows[row["question"]] = row
-    check(len(rows) == n, f"--split {split} --limit {n}: the toy has train, val and test, and "
-          f"{len(rows)} different problems there.")
+    check(len(rows) == n, f"--split {split} --limit {n}: the toy has only {len(rows)} different.")
     for row in rows.values() if noisy else ():
         fault = rng.choice([*HABITS, "slip", None, None, None, None])
         row["solution"] = toy_solution(row, set(HABITS) - {fault}, slip=fault == "slip")
@@ -872,15 +832,13 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
                     if (p.ndim == 2 and "layers" in name) == kind] for kind in (True, False)}
     optimizers = [torch.optim.Muon(split[True], adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
                   torch.optim.AdamW(split[False], betas=(0.9, 0.98), weight_decay=0.01)]
-    for step in (bar := tqdm(range(steps), desc=f"toy base model (once, {out})")):
-        episodes = []
-        for kind, row, text in lessons[step * batch:(step + 1) * batch]:
-            ids = context_ids(tokenizer, prompts[kind], row_fields(row))
-            episodes.append(Episode(row, ids, ids, tokenizer.encode(text) + [turn_end(tokenizer)]))
-        stats = accumulate(model, None, episodes, "advantage", token_budget=2048)
+    for step in tqdm(range(steps), desc=f"toy base model (once, {out})"):
+        episodes = [Episode(row, context_ids(tokenizer, prompts[kind], row_fields(row)), [],
+                            tokenizer.encode(text) + [turn_end(tokenizer)])
+                    for kind, row, text in lessons[step * batch:(step + 1) * batch]]
+        accumulate(model, None, episodes, "advantage", token_budget=2048)
         for optimizer in optimizers:
             optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
-        bar.set_postfix(loss=f"{stats['loss']:.3f}", refresh=False)
     new = out.with_name(out.name + ".new")
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
@@ -895,12 +853,11 @@ def prepare(args, student: str, teacher="", needs=()):
     for name in (student, teacher):
         check(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
-    rows = with_rubrics(rows, getattr(args, "rubrics", "data"), Path(args.prompts) / "generic.json")
+    generic = Path(args.prompts) / "generic.json"
+    rows = with_rubrics(rows, getattr(args, "rubrics", "data"), generic, args.seed)
     model, tokenizer = load_model(args.model or toy_base())
-    if "{analysis}" in prompts[teacher]:  # written by the teacher, as long as a completion
-        rows = [row | {"analysis": "-"} for row in rows]
-    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens * (
-        2 if "{analysis}" in prompts[teacher] else 1)
+    parts = 2 if "{analysis}" in prompts[teacher] else 1  # the teacher's analysis, the completion
+    room = getattr(model.config, "max_position_embeddings", math.inf) - parts * args.max_new_tokens
     examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
                              args.thinking == "on", needs)
     torch.manual_seed(args.seed)
@@ -912,9 +869,8 @@ def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
     out, origin = Path(args.out), {"model": args.model or "toy", "writer": args.writer}
     done = {d.get("question"): d for d in read_jsonl(out, mend=True)} if out.exists() else {}
-    for line in done.values():
-        was = {k: line.get(k) for k in origin}
-        check(was == origin, f"--out {out} holds rubrics of {was}, not of {origin}.")
+    check(all(d.get(k) == v for d in done.values() for k, v in origin.items()),
+          f"--out {out} holds rubrics of another model or prompt; choose another --out.")
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
     unique = {e.row["question"]: e for e in examples}
     todo = [e for question, e in unique.items() if question not in done]
@@ -952,10 +908,7 @@ def cmd_eval(args) -> dict:
         print(f"{key:13s}" + (f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else
                               "n/a: no row can be checked without a judge"))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in vars(args).items() if k != "run"}
-        Path(args.out).write_text(json.dumps({"summary": summary, "settings": settings,
-                                              "samples": samples}, indent=1, ensure_ascii=False))
+        Path(args.out).write_text(json.dumps({"summary": summary, "samples": samples}, indent=1))
     return summary
 
 def cmd_train(args) -> dict:
@@ -970,12 +923,11 @@ def cmd_train(args) -> dict:
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
-    print(f"--- {args.method}: {len(examples)} rows, {args.batch} x {args.rollouts} a step ---")
     teacher = make_teacher(model, args.teacher)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
-                   clip=args.clip, clip_at=args.clip_at)
-    options |= {"beta": args.beta} if signal == "jsd" else {}
+                   clip=args.clip, clip_at=args.clip_at,
+                   beta=args.beta if signal == "jsd" else BETA.get(signal))
     saved = start = restore(out, state, model, teacher, optimizer) if state else 0
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.jsonl").write_text("".join(state["metrics"]) if state else "")
@@ -996,9 +948,9 @@ def cmd_train(args) -> dict:
                 e.train_from = e.completion_ids.index(end_thinking) + 1
             if args.truncated == "mask" and not e.stopped:
                 e.train_from = len(e.completion_ids)
-        if "{analysis}" in prompts[args.teacher_context]:
-            reason_first(teacher, tokenizer, episodes, prompts["analysis"],
-                         prompts[args.teacher_context], args.thinking == "on", **sampling)
+        if "{analysis}" in (view := prompts[args.teacher_context]):
+            reason_first(teacher, tokenizer, episodes, prompts["analysis"], view,
+                         args.thinking == "on", **sampling)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         with timed(stats, "s_update"):
@@ -1013,7 +965,8 @@ def cmd_train(args) -> dict:
                    "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
                    **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
                    "rollouts": n * (writer == "student"), "sampled": tokens * (writer == "student"),
-                   "tokens_per_s": tokens / sum(v for k, v in (stats + seconds).items() if k[:2] == "s_")}
+                   "tokens_per_s": tokens / sum(
+                       seconds[k] + stats[k] for k in ("s_sampling", "s_rescoring", "s_update"))}
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % args.log_every == 0:
@@ -1074,8 +1027,8 @@ def cmd_demo(args) -> dict:
     return results
 
 def cmd_compare(args) -> dict:
-    """Every system of prompts/toy/experiment.json: learning rates chosen on the validation split,
-    then all seeds on the test split. A run that stands in runs.jsonl is not done again."""
+    """Every system of prompts/toy/experiment.json side by side on the toy -> table and curves.
+    Learning rates are chosen on the validation split; what stands in runs.jsonl is not redone."""
     rates, seeds = [float(r) for r in args.rates.split(",")], range(args.seeds)
     if args.quick:
         rates, seeds, args.steps, args.n = rates[:1], range(1), 15, 100
@@ -1084,7 +1037,6 @@ def cmd_compare(args) -> dict:
     done = {d["run"]: d for d in read_jsonl(log, mend=True)} if log.exists() else {}
     experiment = json.loads((HERE / "prompts" / "toy" / "experiment.json").read_text())
     family = lambda system: system.split()[0]  # the systems that share a learning rate
-
     def result(system: str, seed: int, rate: float, split: str) -> dict:
         key = f"{system}, seed {seed}, lr {rate:g}, {split}, {args.steps} steps, n {args.n}"
         flags, where, figures = experiment[system], out / re.sub(r"\W+", "-", key), {"seconds": 0}
@@ -1101,7 +1053,6 @@ def cmd_compare(args) -> dict:
             with open(log, "a") as file:
                 file.write(json.dumps(done[key]) + "\n")
         return done[key]
-
     for seed in seeds:
         base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
         common = ("--seed", seed, "--out")
@@ -1113,10 +1064,10 @@ def cmd_compare(args) -> dict:
         if family(system) not in best:
             found = {r: result(system, 0, r, "val")["accuracy"] for r in rates}
             best[family(system)] = max(rates, key=found.get)
-            print(f"learning rate of {family(system)}: {best[family(system)]}, on validation {found}")
+            print(f"learning rate of {family(system)}: {best[family(system)]}, validation: {found}")
     systems = {s: [result(s, i, best[family(s)], "test") for i in seeds] for s in experiment}
-    text = (f"{table(systems)}\n\n{len(seeds)} seeds (base model, data, sampling), {args.steps} steps"
-            f" of 32 completions each; learning rates, out of {rates}: {best}\n")
+    text = (f"{table(systems)}\n\n{len(seeds)} seeds (base model, data, sampling), {args.steps} "
+            f"steps of 32 completions each; learning rates, out of {rates}: {best}\n")
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps({"systems": systems, "rates": best}, indent=1))
     plot({s: [read_jsonl(Path(r["out"]) / "metrics.jsonl") for r in runs]
@@ -1130,7 +1081,8 @@ def plot(curves: dict[str, list[list[dict]]], out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return print(f"no {out}: it takes 'pip install matplotlib'")
-    axes = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots()
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots()
     for k, (name, runs) in enumerate(curves.items()):
         x, y = ([mean_se([m[key] for m in step])[0] for step in zip(*runs)]
                 for key in ("sampled", "accuracy"))
@@ -1139,13 +1091,8 @@ def plot(curves: dict[str, list[list[dict]]], out: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(out)
 
-COMMANDS = {"demo": (cmd_demo, "the whole method on the toy, in minutes on a CPU"),
-            "compare": (cmd_compare, "every system of the paper, side by side on the toy"),
-            "generate": (cmd_generate, "a model writes a rubric for every question"),
-            "train": (cmd_train, "distil the rubric-guided teacher into the student"),
-            "eval": (cmd_eval, "accuracy and rubric score of a model")}
-# Commands by their first letter; the default, a tuple for choices (the first one is the default),
-# a dict for a default per command; the help. Where the model is the toy, TOY overrides.
+COMMANDS = {f.__name__[4:]: f for f in (cmd_demo, cmd_generate, cmd_train, cmd_eval, cmd_compare)}
+# Commands by first letter; the default (a tuple: choices, a dict: per command; see TOY); the help.
 FLAGS = [
     ("gte", "--model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); not given: the toy"),
     ("gte", "--data", "rar-science", "toy, rar-science, a hub id, or a .jsonl .json .parquet"),
@@ -1212,9 +1159,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     is_toy = not model or config.is_file() and bool(json.loads(config.read_text()).get("toy"))
     parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (run, about) in COMMANDS.items():
-        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        sub.set_defaults(run=run)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.__doc__.split("\n")[0], allow_abbrev=False)
+        sub.set_defaults(run=command)
         for _, flag, values, text in (f for f in FLAGS if name[0] in f[0]):
             usual, toy = (v[name[0]] if isinstance(v, dict) else v
                           for v in (values, TOY.get(flag, values)))

@@ -93,7 +93,7 @@ def train_args(base, out, *more):
 
 def test_doctests():
     failed, tried = doctest.testmod(rsd)
-    assert failed == 0 and tried >= 10
+    assert failed == 0 and tried >= 6
 
 
 def test_filling_leaves_data_alone(tok):
@@ -555,6 +555,77 @@ def test_opsd_and_rsd_differ_in_the_teachers_context_alone(tok, prompts):
         assert replace(x, teacher_ids=y.teacher_ids) == y and x.teacher_ids != y.teacher_ids
 
 
+def test_grpo_gradient_against_a_hand_computed_case(tok):
+    model, (a, b) = tiny(tok), episodes(tok, 2)
+    group = [replace(a, completion_ids=[7, 2]), replace(a, completion_ids=[9, 8, 2])]
+    for e, advantage in zip(group, rsd.group_advantages([1.0, 0.0], 2, eps=0)):
+        e.advantage = advantage  # +1 and -1: (r - .5) / .5
+    rsd.accumulate(model, None, group, "advantage")
+    got = grads(model).clone()
+    model.zero_grad()
+    logp = lambda e: model(torch.tensor([e.prompt_ids + e.completion_ids])).logits[0].log_softmax(-1)
+    n = len(a.prompt_ids)
+    up, down = logp(group[0]), logp(group[1])
+    (-(up[n - 1, 7] + up[n, 2] - down[n - 1, 9] - down[n, 8] - down[n + 1, 2]) / 5).backward()
+    torch.testing.assert_close(got, grads(model), atol=1e-6, rtol=1e-4)
+    model.zero_grad()
+    for e in group:
+        e.advantage = 0.0  # a group of equal rewards
+    rsd.accumulate(model, None, group, "advantage")
+    assert (grads(model) == 0).all()
+
+
+def test_stage_one_shows_the_right_prompts(tok):
+    row = rsd.toy_rows("train", 1)[0]
+    chat = lambda text: f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    q, y, r = row["question"], row["reference_answer"], rsd.rubric_json(row["rubric"])
+    golden = {"rubric": (f"{q}\nCorrect: {y}\nWrite a rubric.", f"{q}\nCorrect: {y}\nRubric: {r}\nWrite a rubric."),
+              "rubric-paper": (f"{q}\nWrite a rubric.", f"{q}\nCorrect: {y}\nWrite a rubric.")}
+    prompts = rsd.load_prompts(REPO / "prompts" / "toy")
+    for stage, want in golden.items():
+        args = rsd.parse_args(["train", "--stage", stage])
+        assert (args.student_context, args.teacher_context) == rsd.STAGES[stage]
+        (e,) = rsd.make_examples(tok, [row], prompts[args.student_context], prompts[args.teacher_context])
+        assert (tok.decode(e.prompt_ids), tok.decode(e.teacher_ids)) == tuple(map(chat, want))
+
+
+@pytest.mark.parametrize("folder", ["prompts", "prompts/toy"])
+def test_every_rubric_source_keeps_rows_and_schema(folder):
+    rows, generic = rsd.toy_rows("train", 40), REPO / folder / "generic.json"
+    of = lambda source: [r["rubric"] for r in rsd.with_rubrics(rows, source, generic)]
+    own = [r["rubric"] for r in rows]
+    for source in ("data", "none", "generic", "random", "noisy", "reduced"):
+        new = rsd.with_rubrics(rows, source, generic)
+        assert [r["question"] for r in new] == [r["question"] for r in rows]
+        assert [r["own_rubric"] for r in new] == own
+        assert all({"title", "description", "weight"} <= c.keys() for r in new for c in r["rubric"])
+        assert source in ("data", "none") or of(source) == of(source) != own
+    assert of("data") == of("none") == own
+    assert len({json.dumps(r) for r in of("generic")}) == 1 and len(of("generic")[0]) == 6
+    assert all(r in own for r in of("random"))
+    assert all(len(r) == 2 and all(c in o for c in r) for r, o in zip(of("reduced"), own))
+    changed = [sum(c != d for c, d in zip(r, o)) for r, o in zip(of("noisy"), own)]
+    assert all(len(r) == 3 for r in of("noisy")) and max(changed) == 2 and min(changed) <= 1
+
+
+def test_reason_first_follows_the_teachers_weights_and_not_the_students(tok, prompts):
+    rows = rsd.toy_rows("train", 3)
+    template = prompts["rubric+analysis"]
+
+    def contexts(teacher, student):
+        examples = rsd.make_examples(tok, rows, prompts["student"], template)
+        for e in examples:
+            e.completion_ids = rsd.sample_completions(student, [e.prompt_ids], {2}, 4, temperature=0)[0][0]
+        rsd.reason_first(teacher, tok, examples, prompts["analysis"], template, max_new_tokens=8, temperature=0)
+        return [e.teacher_ids for e in examples]
+
+    one = contexts(tiny(tok, 1), tiny(tok, 2))
+    assert one == contexts(tiny(tok, 1), tiny(tok, 3)) and one != contexts(tiny(tok, 4), tiny(tok, 2))
+    text = rsd.sample_completions(tiny(tok, 1), [rsd.context_ids(tok, prompts["analysis"], rsd.row_fields(rows[0]))],
+                                  {2}, 8, temperature=0)[0][0]
+    assert tok.decode(text, skip_special_tokens=True) in tok.decode(one[0])
+
+
 def test_step_rows_visits_every_row_once_an_epoch():
     items = list(range(10))
     seen = [x for step in range(5) for x in rsd.step_rows(items, step, 4, 7)]
@@ -819,6 +890,14 @@ def test_toy_checks_are_exact():
                                             "rubric_score": weight / 10}
 
 
+def test_half_of_the_noisy_solutions_are_faulty():
+    rows, clean = rsd.toy_rows("train", 400, noisy=True), rsd.toy_rows("train", 400)
+    assert [r["question"] for r in rows] == [r["question"] for r in clean]
+    faulty = [r for r, c in zip(rows, clean) if r["solution"] != c["solution"]]
+    assert 160 < len(faulty) < 240
+    assert all(rsd.score(r["solution"], r) != {"accuracy": 1.0, "rubric_score": 1.0} for r in faulty)
+
+
 # ---- the real command line -------------------------------------------------------------------------
 
 
@@ -857,6 +936,64 @@ def test_every_method_trains(base, tmp_path, method):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert len(lines) == 4 and all(math.isfinite(m["loss"]) for m in lines)
     assert method != "sft" or lines[3]["loss"] < lines[0]["loss"]
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("stage", ["rubric", "rubric-paper"])
+def test_stage_one_trains(base, tmp_path, stage):
+    assert rsd.main(train_args(base, tmp_path / "run", "--stage", stage)) == 0
+    assert {"valid", "recall", "precision"} <= metrics_of(tmp_path / "run")[0].keys()
+
+
+def test_the_control_without_rubrics_starts_at_loss_zero(base, tmp_path):
+    assert rsd.main(train_args(base, tmp_path / "none", "--rubrics", "none")) == 0
+    assert rsd.main(train_args(base, tmp_path / "data")) == 0
+    assert metrics_of(tmp_path / "none")[0]["loss"] == 0 < metrics_of(tmp_path / "data")[0]["loss"]
+
+
+def test_masks_for_thinking_and_for_truncated_completions(base, tmp_path, monkeypatch):
+    thought = rsd.load_model(str(base))[1].convert_tokens_to_ids("<|endoftext|>")
+    script = [([5, thought, 6, 2], True), ([5, 6, 7], False)] * 2
+    monkeypatch.setattr(rsd, "sample_completions", lambda *a, **k: script)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "convert_tokens_to_ids", lambda self, t: thought)
+    for more, trained in (([], 14), (["--skip-thinking"], 10), (["--truncated", "mask"], 8),
+                          (["--skip-thinking", "--truncated", "mask"], 4)):
+        out = tmp_path / "-".join(more)
+        assert rsd.main(train_args(base, out / "x", "--divergence", "jsd", *more)) == 0
+        assert metrics_of(out / "x")[0]["trained"] == trained
+
+
+def test_compare_fills_every_row_and_resumes(tmp_path, monkeypatch):
+    words, experiment = [], json.loads((REPO / "prompts" / "toy" / "experiment.json").read_text())
+
+    def fake(*command):
+        rsd.parse_args([str(w) for w in command])  # every row's flags are ones that the command has
+        words.append(command)
+        where = Path(command[command.index("--out") + 1]) if "--out" in command else None
+        if command[0] == "train":
+            where.mkdir()
+            (where / "metrics.jsonl").write_text('{"sampled": 5, "accuracy": 0.5}\n' * 3)
+            return {"rollouts": 3, "sampled": 15, "trained": 15, "seconds": 1.0}
+        rate = float(str(command[command.index("--model") + 1]).partition("lr-")[2][:1] or 0)
+        return {"accuracy": rate / 10, "rubric_score": .5, "accuracy_se": 0, "rubric_score_se": 0, "n": 4}
+
+    monkeypatch.setattr(rsd, "run", fake)
+    monkeypatch.setattr(rsd, "toy_base", lambda seed, steps: f"base{seed}")
+    command = ["compare", "--out", str(tmp_path / "c"), "--seeds", "2", "--rates", "1,3,2"]
+    assert rsd.main(command) == 0
+    table = (tmp_path / "c" / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:2 + len(experiment)]] == list(experiment)
+    assert "'rsd': 3.0" in table  # the rate that did best on validation
+    evals = [c for c in words if c[0] == "eval"]
+    families = {s.split()[0] for s in experiment}
+    assert len(evals) == 2 * len(experiment) + 3 * len(families)
+    assert all(c[c.index("--split") + 1] in ("val", "test") for c in evals)
+    words.clear()
+    assert rsd.main(command) == 0 and not [c for c in words if c[0] == "eval"]
+    assert (tmp_path / "c" / "table.md").read_text() == table
 
 
 def test_command_line_demo(tmp_path):
