@@ -7,6 +7,7 @@ list of weighted criteria that a good answer meets. One network plays two parts:
          loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
+
   python rsd.py compare     every system of the paper side by side, on the toy
   python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
   python rsd.py generate    a model writes a rubric for every question    -> JSONL
@@ -228,7 +229,7 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
             pad = [width - len(prompts[i]) for i in rows]
             ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pad, rows)])  # (b, width)
             mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad])
-            with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda", False):
                 out = model.generate(input_ids=ids.to(model.device), generation_config=config,
                                      attention_mask=mask.to(model.device))
             for i, tokens in zip(rows, out[:, width:].tolist()):
@@ -422,7 +423,8 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
     One denominator, the trained tokens of all episodes: any split into micro-batches gives the same
     gradient. -> loss, divergence, entropy, clipped per trained token, their number `trained`, and
-    seconds. Nothing to train on: loss exactly 0, zero gradients."""
+    seconds. Nothing to train on: loss exactly 0, zero gradients. Autocast keeps no cache, since a
+    cast made for a live teacher, under no_grad, would cut the student's gradient."""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
@@ -433,7 +435,7 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
         ids, advantage, keep = (torch.tensor(x, device=model.device) for x in zip(*tokens))
         ids, advantage = ids[keep], advantage[keep]
         needs_teacher = signal != "advantage" or kl > 0
-        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda", False):
             with timed(seconds, "s_rescoring"), torch.no_grad():
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
                     if needs_teacher else None
@@ -1022,8 +1024,8 @@ def cmd_demo(args) -> dict:
     systems["student_after"] = after | trained | {"seconds": trained["seconds"] + after["seconds"]}
     results = systems | {"n": args.n, "seconds": time.perf_counter() - begin}
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{table({k: [v] for k, v in systems.items()})}\n\n{results['seconds']:.0f} s in all. "
-          f"The teacher has the rubric in view: the ceiling. Figures: {out / 'results.json'}")
+    rows = table({k.replace("_", " "): [v] for k, v in systems.items()})
+    print(f"\n{rows}\n\n{results['seconds']:.0f} s in all; the figures are in {out / 'results.json'}")
     return results
 
 def cmd_compare(args) -> dict:

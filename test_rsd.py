@@ -172,6 +172,14 @@ def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts, capsys): 
         rsd.make_examples(tok, [rows[0] | {"rubric": None}], prompts["student"], prompts["rubric"])
 
 
+def test_the_readmes_snippet_runs(tok):
+    code = (REPO / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    eps, model = episodes(tok, 3), tiny(tok)
+    exec(code, {"model": model, "teacher": tiny(tok, 1), "stop": {2}, "prompts": [e.prompt_ids for e in eps],
+                "teacher_prompts": [e.teacher_ids for e in eps]})
+    assert grads(model).abs().sum() > 0
+
+
 # ---- 2. rubrics ------------------------------------------------------------------------------------
 
 GOOD = {"title": "Law", "description": "States it.", "weight": 5}
