@@ -7,7 +7,6 @@ list of weighted criteria that a good answer meets. One network plays two parts:
          loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
-
   python rsd.py compare     every system of the paper side by side, on the toy
   python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
   python rsd.py generate    a model writes a rubric for every question    -> JSONL
@@ -19,7 +18,6 @@ Sections 1 to 4 are the method; with 5 you can train. Every method is three choi
 Glossary, code -> paper (arXiv 2606.19327): question x, reference_answer y*, solution z, rubric
 r = {c_1..c_K}, completion y^, student p_S, teacher p_T. Shapes: B sequences, T tokens of one
 completion, N completion tokens in all, V vocabulary, H hidden width.
-Simplified: text only, one process, no LoRA, rubric scores only for criteria that carry a `check`.
 """
 from __future__ import annotations
 
@@ -31,7 +29,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -47,9 +44,7 @@ def check(ok, message: str) -> None:
         raise UserError(message)
 
 # ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
-# A context is a file of prompts/, named after what it shows: "student" is the bare question;
-# "rubric", "rubric+answer", "answer", "solution" are teachers'; "writer*" ask for a rubric.
-
+# A context is a file of prompts/, named after what it shows ("student": the bare question).
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
 
@@ -82,8 +77,9 @@ def row_fields(row: dict) -> dict[str, str]:
 
 def plain(tokenizer, text: str) -> str:
     """Data as plain text: MARK cuts the names of control tokens in two, so that none is one."""
-    names = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
-    return re.sub(names or "$^", lambda m: m[0][0] + MARK + m[0][1:], text.replace(MARK, "\ufffd"))
+    names = sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
+    pattern, text = "|".join(map(re.escape, names)) or "$^", text.replace(MARK, "\ufffd")
+    return re.sub(pattern, lambda m: m[0][0] + MARK + m[0][1:], text)
 
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a text, piece by piece between the MARKs of plain()."""
@@ -105,7 +101,7 @@ def turn_end(tokenizer) -> int:
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@@"}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
     first = tokenizer.encode(after, add_special_tokens=False)[:1]
-    return first[0] if set(first) & set(tokenizer.added_tokens_decoder) else tokenizer.eos_token_id
+    return first[0] if set(first) & set(tokenizer.all_special_ids) else tokenizer.eos_token_id
 
 def stop_ids(model, tokenizer) -> set[int]:
     """All tokens that end a completion (Qwen has two): generation config, tokenizer, chat."""
@@ -117,9 +113,10 @@ def stop_ids(model, tokenizer) -> set[int]:
 ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
            "weight": ("weight", "points", "score")}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
-LATEX = re.compile(r"([bf][a-zA-Z]{2,}|n(abla|atural|e|eq|eg|earrow|geq|i|leq|mid|ot|otin|u)"
-                   r"|r(angle|ceil|floor|ho|ight\w*|m|ule)|t(an|anh|au|ext\w*|frac|herefore|heta"
-                   r"|ilde|imes|o|op|riangle\w*))(?![a-zA-Z])")
+LATEX = re.compile(
+    r"([bf][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|geq|leq|mid|oindent|olimits"
+    r"|onumber|ot|otin|u)|r(angle|brac[ek]|ceil|floor|ho|ight\w*|m|oot|ule|[vV]ert)|t(ag|an|anh|au"
+    r"|binom|frac|ext\w*|herefore|heta|hinspace|ilde|imes|o|op|riangle\w*|t))(?![a-zA-Z])")
 
 def read_criterion(item, need_title=False) -> dict:
     """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
@@ -163,7 +160,7 @@ def mend_backslashes(text: str) -> str:
 def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
     r"""Whatever a model wrote -> (criteria, "") or (None, why not).
 
-    Thinking is dropped; the last array that holds a complete criterion (title, description, numeric
+    Thinking is dropped; the array with most complete criteria (title, description, numeric
     weight) is read object by object, so an array cut off at the token limit, or one broken object,
     costs only what is broken. LaTeX backslashes are mended. Nothing else is guessed.
     >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
@@ -172,22 +169,22 @@ def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None, "unfinished thinking"
-    text, decoder, why = mend_backslashes(text), json.JSONDecoder(strict=False), "no JSON array"
+    text, decoder = mend_backslashes(text), json.JSONDecoder(strict=False)
+    best, why = [], "no JSON array"
     for start in [m.start() for m in re.finditer(r"\[\s*\{", text)][::-1] or [0]:
-        found, at = [], start
-        while opening := re.compile(r'\{\s*"').search(text, at):
+        found, at, closed = [], start, None
+        while not closed and (opening := re.compile(r'\{\s*"').search(text, at)):
             try:
                 item, at = decoder.raw_decode(text, opening.start())
                 found.append(read_criterion(item, need_title=True))
             except ValueError as error:  # cut off, broken, or a field is missing: go on behind it
                 at = max(at, opening.end())
                 why = "broken JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-        closed = re.match(r"\s*,?\s*\]", text[at:])
+            closed = re.match(r"\s*,?\s*\]", text[at:])
         if found and not closed and len(text[:start].split()) > 60:
             return None, "unfinished thinking"  # long prose, then a draft that breaks off
-        if found:
-            return found, ""
-    return None, why
+        best = max(best, found, key=len)  # of several arrays the fullest, then the last
+    return (best, "") if best else (None, why)
 
 def rubric_json(rubric: list[dict]) -> str:
     """The form in which rubrics are asked for and written: a JSON array, without the checks."""
@@ -212,10 +209,10 @@ def generate_rubrics(model, tokenizer, prompts: list[list[int]], tries=3, **samp
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
                        temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
-    """B prompts of ids -> B pairs (completion ids [T_b], stopped: bool), in the order given.
-    Token in, token out. A completion ends with its first stop token, which is part of it; without
-    one it has max_new_tokens ids and stopped is False. Padding is on the left, under the mask.
-    temperature 0 is greedy. The model's generation defaults (repetition penalty) are set aside."""
+    """B prompts of ids -> B pairs (completion ids [T_b], stopped: bool), in order. Token in, token
+    out. A completion ends with its first stop token, which is part of it; without one it has
+    max_new_tokens ids. Padding is on the left, under the mask. temperature 0 is greedy. The model's
+    own generation defaults (a repetition penalty, say) are set aside."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stop),
@@ -242,9 +239,8 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """The hidden states [N, H] that predict each completion token, sequence after sequence: one
-    forward of the body over [context | completion], student and teacher alike; logits exist only
-    where asked for, by logits_of(model, hidden). Padding is on the right, behind everything, where
-    a causal model never looks: positions count from 0, and no mask is needed."""
+    forward of the body over [context | completion]; logits_of(model, hidden) gives logits. Padding
+    is on the right, where a causal model never looks: positions count from 0, no mask is needed."""
     seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
     width = max(map(len, seqs))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
@@ -256,7 +252,7 @@ def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> t
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     """The model's head on hidden states: [N, H] -> [N, V], soft-capping included (Gemma)."""
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", 0)
-    logits = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+    logits = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -268,13 +264,12 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
                temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
     """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
     beta 0: forward KL(T||S). 1: reverse KL(S||T). Between: beta*KL(T||m) + (1-beta)*KL(S||m) with
-    m = beta*T + (1-beta)*S. Mind the jump: that goes to 0 as beta goes to 0 or to 1, where the
-    plain KLs take over.
-    top_k > 0: only the teacher's top_k tokens, renormalised; with tail, one more bucket holds the
-    rest of the mass instead (top_k = V then is the full divergence).
-    clip "entry" caps every vocabulary entry at clip_at before the sum, as the public code does:
-    the sum can turn negative and invert the training. "token" caps the sum.
-    stats grows by sums over tokens: "divergence" before clipping, "clipped" fraction.
+    m = beta*T + (1-beta)*S. Mind the jump: that goes to 0 as beta goes to 0 or 1, where the plain
+    KLs take over. top_k > 0: only the teacher's top_k tokens, renormalised; with tail, one bucket
+    more holds the rest of the mass instead (top_k = V then is the full divergence). clip "entry"
+    caps every vocabulary entry at clip_at before the sum, as the public code does: the sum can
+    turn negative and invert the training. "token" caps the sum. stats grows by sums over tokens:
+    "divergence" before clipping, "clipped" fraction.
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
@@ -308,9 +303,9 @@ BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
     forward, reverse, jsd: the divergence, with its `options`. sampled: policy gradient on the token
-    sampled, advantage log p_T - log p_S, detached. advantage: policy gradient with that advantage
-    (1: cross-entropy, SFT; GRPO's), plus kl times the reverse KL to the teacher. Samples are of the
-    current weights, strictly on policy: no importance ratio, so nothing to clip."""
+    sampled, advantage log p_T - log p_S. advantage: policy gradient with that one (1: SFT's cross-
+    entropy; GRPO's), plus kl times the reverse KL to the teacher. Samples are of the current
+    weights, strictly on policy: no importance ratio, so nothing to clip."""
     if signal in BETA:
         return divergence(student, teacher, **{"beta": BETA[signal]} | options)
     logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
@@ -355,12 +350,13 @@ LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance
 def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False,
                   needs=()) -> list[Episode]:
     """Rows and two prompt files -> episodes without completions; what is left out is said aloud.
-    needs: further fields that a row must have. room: tokens for a context; a longer one is never
-    cut (that would drop the question), its row is left out. UserError where no row remains."""
+    needs: further fields, or scores, that a row must have. room: tokens for a context; a longer one
+    is never cut (which drops the question), its row is left out. UserError where no row remains."""
     examples, dropped = [], Counter()
     needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
     for row in tqdm(rows, desc="contexts", leave=False):
         fields = {"analysis": "-"} | row_fields(row)  # reason_first writes the real one
+        fields |= {k: "" for k, v in score("", row).items() if v is not None}
         if missing := sorted(needs - fields.keys()):
             dropped[f"no {missing[0]}"] += 1
             continue
@@ -421,10 +417,9 @@ def timed(seconds: Counter, name: str):
 def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budget=8192, kl=0.0,
                **options) -> Counter:
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
-    One denominator, the trained tokens of all episodes: any split into micro-batches gives the same
-    gradient. -> loss, divergence, entropy, clipped per trained token, their number `trained`, and
-    seconds. Nothing to train on: loss exactly 0, zero gradients. Autocast keeps no cache, since a
-    cast made for a live teacher, under no_grad, would cut the student's gradient."""
+    One denominator, the trained tokens of all episodes: any split gives the same gradient. -> loss,
+    divergence, entropy, clipped per trained token, their number `trained`, seconds. Autocast keeps
+    no cache: a cast made for a live teacher, under no_grad, would cut the student's gradient."""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
@@ -464,10 +459,9 @@ def ema_update(teacher, model, decay: float) -> None:
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak if schedule == "constant" else peak * 0.5 * (1 + math.cos(math.pi * done))
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    rate = peak * min(1.0, (step + 1) / max(1, warmup))
+    return rate if schedule == "constant" else rate * 0.5 * (1 + math.cos(math.pi * done))
 
 def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
     """Clip, step, clear -> the gradient norm before clipping; if it is not finite nothing moves."""
@@ -489,8 +483,8 @@ def step_rows(items: list, step: int, batch: int, seed: int) -> list:
 
 def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) -> None:
     """Replace directory `out` whole (model, tokenizer, trainer state): written under another
-    name, then renamed. A crash leaves the old one, or OUT.old, which open_run puts back."""
-    new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    name, then renamed. A crash leaves the old one, or OUT.rsd-old, which open_run puts back."""
+    new, old = out.with_name(out.name + ".rsd-new"), out.with_name(out.name + ".rsd-old")
     for rest in (new, old):
         shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(new)
@@ -505,7 +499,7 @@ def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) ->
 def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     """The trainer state of the run in `out` that is to go on, or None where a new one may begin.
     UserError where `out` holds anything else: nothing is ever written over."""
-    if (old := out.with_name(out.name + ".old")).exists() and not out.exists():
+    if (old := out.with_name(out.name + ".rsd-old")).exists() and not out.exists():
         old.rename(out)
     if not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {"metrics.jsonl"}:
         return None
@@ -519,9 +513,9 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
 
 def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
     """Put a run's student, teacher, optimizer and random states back -> its step."""
-    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    model.load_state_dict(saved.state_dict())
-    teacher.load_state_dict(state["teacher"] or saved.state_dict())
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    model.load_state_dict(saved)
+    teacher.load_state_dict(state["teacher"] or saved)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -531,10 +525,7 @@ def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
 NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
 
 def extract_answer(text: str) -> str:
-    r"""The content of the last \boxed{}, nested braces included; without one, the last line.
-    >>> extract_answer(r"So \boxed{1}, or rather \boxed{\frac{7a}{8}}.")
-    '\\frac{7a}{8}'
-    """
+    r"""The content of the last \boxed{}, nested braces included; without one, the last line."""
     start, depth = text.rfind("\\boxed{"), 0
     if start < 0:
         return (text.strip().splitlines() or [""])[-1].strip()
@@ -551,11 +542,13 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "b")
     (True, False, True, True)
     """
-    a, b = (NUMBER.fullmatch(x.replace("$", "")) for x in (answer, reference))
+    clean = lambda x: re.sub(r"\$|\\(text|mathrm)\b|\\[,; ]", "", x)
+    a, b = (NUMBER.fullmatch(clean(x)) for x in (answer, reference))
     if a and b:
         x, y = (float(m[1].replace(",", "")) for m in (a, b))
-        unit_a, unit_b = (re.sub(r"\W", "", m[2]) for m in (a, b))
-        return unit_b in ("", unit_a) and abs(x - y) <= tolerance * abs(y)
+        unit_a, unit_b = (re.sub(r"[\s{}.]", "", m[2]) for m in (a, b))
+        bare = not unit_b and not re.match(r"[/\\^*:\d-]|.*[+=]", unit_a)  # no unit asked; not 3/4
+        return (bare or unit_a == unit_b) and abs(x - y) <= tolerance * abs(y)
     a, b = (re.sub(r"[\s$]", "", x).rstrip(".").lower() for x in (answer, reference))
     return a == b
 
@@ -576,13 +569,13 @@ def score(text: str, row: dict) -> dict:
     boxed = "\\boxed{" in reference
     right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
     return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
-            "rubric_score": rubric_score(text, row.get("own_rubric") or row["rubric"])}
+            "rubric_score": rubric_score(text, row.get("own_rubric", row.get("rubric")))}
 
 def score_rubric(rubric: list[dict] | None, row: dict) -> dict:
     """A generated rubric against the row's own: valid, number of criteria; where these are exact,
     as in the toy, their recall and precision."""
     wanted = [c["description"] for c in row["own_rubric"] or () if "check" in c]
-    hits = sum(c["description"] in wanted for c in rubric or ())
+    hits = len({c["description"] for c in rubric or ()} & set(wanted))
     return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None,
             "recall": hits / len(wanted) if wanted else None,
             "precision": hits / len(rubric) if rubric and wanted else None}
@@ -609,6 +602,7 @@ def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dic
 
 # ---- 7. Models and data --------------------------------------------------------------------------
 OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
+NAMES = ("question", "reference_answer", "solution")
 HUB_DATA = {"rar-science": "ScaleAI/RaR-Science"}
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
@@ -619,14 +613,13 @@ def load_model(name: str):
     UserError for what cannot be found, or has a head that logits_of cannot follow."""
     owner = next((o for family, o in OWNERS.items() if name.lower().startswith(family)), "")
     source = f"{owner}/{name}" if owner and not ("/" in name or Path(name).is_dir()) else name
-    where = "that directory" if Path(source).is_dir() else "the local cache and on the hub"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer, how = AutoTokenizer.from_pretrained(source), dict(use_safetensors=True)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **how)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
-        raise UserError(f"--model {name}: looked for {source} in {where} and could not load it "
+        raise UserError(f"--model {name}: looked for {source} here and on the hub, in vain "
                         f"({str(error)!r:.150}); pass --model DIR, a downloaded copy.") from error
     if tokenizer.chat_template is None:
         print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
@@ -642,7 +635,7 @@ def load_model(name: str):
 def read_rubric(value) -> list[dict] | None:
     """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
     ValueError, or re.error for a check, says what is wrong."""
-    value = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+    value = (json.loads(value.strip() or "[]") if isinstance(value, str) else value) or []
     if not isinstance(value, list):
         raise ValueError("it is no list of criteria")
     rubric = [read_criterion(item) for item in value]
@@ -652,21 +645,27 @@ def read_rubric(value) -> list[dict] | None:
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
     """The objects of a JSON Lines file; UserError names file and line of what is not one.
-    mend: a last line that a crash left half-written is cut off the file instead."""
-    rows, end, lines = [], 0, path.read_bytes().splitlines(keepends=True)
+    mend: pass over a last line that a crash left half-written; append_jsonl cuts it off."""
+    rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict) or mend and not line.endswith(b"\n"):
-                raise ValueError("it is no whole object")
+            if not isinstance(row, dict):
+                raise ValueError("it is no object")
+            rows += [row] if row else []
         except ValueError as error:
-            if mend and number == len(lines):
-                os.truncate(path, end)
-                break
-            raise UserError(f"{path}, line {number}: no JSON object ({error}); mend it.") from error
-        rows += [row] if row else []
-        end += len(line)
+            check(mend and rows and number == len(lines),
+                  f"{path}, line {number}: no JSON object ({error}); mend it.")
     return rows
+
+def append_jsonl(path: Path):
+    """A JSON Lines file, open for text at its end; of a half-written last line nothing is left."""
+    data = path.read_bytes() if path.exists() else b""
+    tail = data[data.rfind(b"\n") + 1:]
+    with open(path, "ab") as file:
+        file.truncate(len(data) - len(tail))
+        file.write(tail + b"\n" if tail.endswith(b"}") else b"")
+    return open(path, "a", encoding="utf-8")
 
 def read_table(data: str, split: str, limit: int) -> list[dict]:
     """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
@@ -696,13 +695,12 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     if data in ("toy", "toy-noisy"):
         limit = limit or (2000 if split == "train" else 200)
         return toy_rows(split, limit, seed, noisy=data == "toy-noisy")
-    names, rows = ("question", "reference_answer", "solution"), []
-    table = read_table(data, split, limit)
+    table, rows = read_table(data, split, limit), []
     columns = sorted({c for row in table for c in row})
-    for name in names[:2]:
+    for name in NAMES[:2]:
         check(name in columns, f"{data}: there is no column {name!r}; its columns are {columns}.")
     for number, raw in enumerate(table, 1):
-        row = {k: "" if raw.get(k) is None else str(raw[k]) for k in names}
+        row = {k: "" if raw.get(k) is None else str(raw[k]) for k in NAMES}
         check(row["question"].strip(), f"{data}, row {number}: the question is empty.")
         try:
             row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
@@ -713,9 +711,8 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
 
 def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
     """Rows with the rubric from `source`: "data" (their own), "none" (no teacher sees it), a .jsonl
-    that generate wrote; for ablation "generic" (that file, for every question), "random" (another
-    question's), "noisy" (every other criterion another question's), "reduced" (half). The row's own
-    stays beside it as own_rubric: it alone grades answers. UserError for an unknown source."""
+    from generate; for ablation "generic" (that file), "random" (another question's), "noisy" (each
+    second criterion another question's), "reduced" (half). own_rubric, the row's, grades."""
     rng, n = random.Random(f"rubrics {seed}"), len(rows)
     own = [r["rubric"] or [] for r in rows]
     others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
@@ -780,9 +777,8 @@ def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
     return list(rows.values())
 
 def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
-    """One lesson of the base model's mixture: (prompt file, row as shown there, what to write).
-    A rubric gets exactly the habits that its criteria ask for; a bare question, and a rubric in
-    which nothing applies, get each habit by the flip of a coin."""
+    """One lesson of the base model: (prompt file, row as shown there, what to write). A rubric gets
+    exactly the habits that it asks for; where nothing applies, each comes by the flip of a coin."""
     mixture, misses = world()["lessons, per cent"], world()["criteria missed, chance"]
     kind = rng.choices([*mixture], [*mixture.values()])[0]
     criteria, habits = row["rubric"], [h for h in HABITS if rng.random() < 0.5]
@@ -806,8 +802,7 @@ def toy_tokenizer(texts: list[str]):
     """A byte-level BPE tokenizer with single digits and a ChatML template, trained on `texts`."""
     from tokenizers import ByteLevelBPETokenizer, pre_tokenizers as pre
     bpe, special = ByteLevelBPETokenizer(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True),
-                                      pre.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(False)])
     bpe.train_from_iterator(texts, 768, special_tokens=special, show_progress=False)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -841,7 +836,7 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
         accumulate(model, None, episodes, "advantage", token_budget=2048)
         for optimizer in optimizers:
             optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
-    new = out.with_name(out.name + ".new")
+    new = out.with_name(out.name + ".rsd-new")
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     new.rename(out)
@@ -878,14 +873,13 @@ def cmd_generate(args) -> dict:
     todo = [e for question, e in unique.items() if question not in done]
     print(f"{len(todo)} of {len(examples)} questions are still to do (others repeat, or are done)")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="rubrics") as bar:
+    with append_jsonl(out) as file, tqdm(total=len(todo), desc="rubrics") as bar:
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start:start + args.batch_size]
             results = generate_rubrics(model, tokenizer, [e.prompt_ids for e in batch], args.tries,
                                        **sampling)
             for e, got in zip(batch, results):
-                kept = {k: e.row[k] for k in ("question", "reference_answer", "solution")}
-                done[e.row["question"]] = line = kept | got | origin
+                done[e.row["question"]] = line = {k: e.row[k] for k in NAMES} | got | origin
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update()
@@ -903,7 +897,9 @@ def show(figures: dict) -> str:
 
 def cmd_eval(args) -> dict:
     """Accuracy and rubric score, printed and, with --out, saved with every sample."""
-    model, tokenizer, _, examples, sampling = prepare(args, args.context)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    model, tokenizer, prompts, examples, sampling = prepare(args, args.context)
+    check("{analysis}" not in prompts[args.context], f"--context {args.context}: is train's alone.")
     summary, samples = evaluate(model, tokenizer, examples, progress="eval", **sampling)
     for key in ("accuracy", "rubric_score", "tokens", "truncated"):
         mean, se, n = (summary[key + part] for part in ("", "_se", "_n"))
@@ -918,10 +914,11 @@ def cmd_train(args) -> dict:
     writer, _, signal, reward = METHODS[args.method]
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
-    state = open_run(out := Path(args.out), settings, args.resume)
+    state = open_run(out := Path(args.out).resolve(), settings, args.resume)
     check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
     model, tokenizer, prompts, examples, sampling = prepare(
-        args, args.student_context, args.teacher_context, ["solution"] * (writer == "reference"))
+        args, args.student_context, args.teacher_context,
+        ["solution"] * (writer == "reference") + [reward] * bool(reward))
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
@@ -941,10 +938,8 @@ def cmd_train(args) -> dict:
         scores = [score(text, e.row) if args.stage == "reason" else
                   score_rubric(parse_rubric(text)[0], e.row) for text, e in zip(texts, episodes)]
         if reward:
-            rewards = [s[reward] for s in scores]
-            check(None not in rewards, f"--method {args.method}: a row's {reward} cannot be had.")
-            for e, a in zip(episodes, group_advantages(rewards, args.rollouts)):
-                e.advantage = a
+            rewards = group_advantages([s[reward] for s in scores], args.rollouts)
+            episodes = [replace(e, advantage=a) for e, a in zip(episodes, rewards)]
         for e in episodes:
             if args.skip_thinking and end_thinking in e.completion_ids:
                 e.train_from = e.completion_ids.index(end_thinking) + 1
@@ -1009,10 +1004,10 @@ def table(systems: dict[str, list[dict]]) -> str:
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
     begin, out, toy = time.perf_counter(), Path(args.out), ("--data", "toy", "--seed", args.seed)
-    check(not out.exists() or (out / "results.json").exists(), f"--out {out} is no demo.")
+    mine = {"results.json", "rubrics.jsonl", "train"}
+    check(not out.exists() or {f.name for f in out.iterdir()} <= mine, f"--out {out} is no demo.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / "results.json").write_text("{}")
     base = ("--model", toy_base(args.seed, args.base_steps))
     data, rubrics = (*toy, "--limit", args.limit), out / "rubrics.jsonl"
     run("generate", *base, *data, "--out", rubrics)
@@ -1025,12 +1020,13 @@ def cmd_demo(args) -> dict:
     results = systems | {"n": args.n, "seconds": time.perf_counter() - begin}
     (out / "results.json").write_text(json.dumps(results, indent=1))
     rows = table({k.replace("_", " "): [v] for k, v in systems.items()})
-    print(f"\n{rows}\n\n{results['seconds']:.0f} s in all; the figures are in {out / 'results.json'}")
+    print(f"\n{rows}\n\n{results['seconds']:.0f} s in all; figures in {out / 'results.json'}")
     return results
 
 def cmd_compare(args) -> dict:
     """Every system of prompts/toy/experiment.json side by side on the toy -> table and curves.
     Learning rates are chosen on the validation split; what stands in runs.jsonl is not redone."""
+    check(re.fullmatch(r"[\d.e,-]*\d", args.rates), f"--rates {args.rates}: not like 3e-4,1e-4.")
     rates, seeds = [float(r) for r in args.rates.split(",")], range(args.seeds)
     if args.quick:
         rates, seeds, args.steps, args.n = rates[:1], range(1), 15, 100
@@ -1046,19 +1042,19 @@ def cmd_compare(args) -> dict:
         if key not in done:
             if flags is not None:
                 shutil.rmtree(where, ignore_errors=True)
-                flags = flags.format(out=out, seed=seed).split()
+                flags = [flag.format(out=out, seed=seed) for flag in flags.split()]
                 figures = run("train", "--model", model, *common, "--limit", 256, "--lr", rate,
                               "--out", where, "--steps", args.steps, *flags)
                 model = where
             judged = run("eval", "--model", model, *common, "--split", split, "--limit", args.n)
             done[key] = judged | figures | {"run": key, "out": str(where)}
-            with open(log, "a") as file:
+            with append_jsonl(log) as file:
                 file.write(json.dumps(done[key]) + "\n")
         return done[key]
     for seed in seeds:
         base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
         common = ("--seed", seed, "--out")
-        if not writer.exists():
+        if not (writer / "config.json").exists():
             run("train", "--stage", "rubric", "--model", base, "--steps", 20, *common, writer)
         for name, model in (("zero-shot", base), ("learned", writer)):
             run("generate", "--model", model, "--limit", 256, *common, out / f"{name}{seed}.jsonl")
@@ -1072,23 +1068,25 @@ def cmd_compare(args) -> dict:
             f"steps of 32 completions each; learning rates, out of {rates}: {best}\n")
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps({"systems": systems, "rates": best}, indent=1))
-    plot({s: [read_jsonl(Path(r["out"]) / "metrics.jsonl") for r in runs]
-          for s, runs in systems.items() if runs[0].get("sampled")}, out / "curves.svg")
+    plot(systems, out / "curves.svg")
     print(f"\n{text}\nin {out}: table.md, results.json, curves.svg")
     return systems
 
-def plot(curves: dict[str, list[list[dict]]], out: Path) -> None:
-    """Accuracy of the training rollouts, mean of a system's runs, against tokens sampled so far."""
+def plot(systems: dict[str, list[dict]], out: Path) -> None:
+    """Accuracy of rollouts against tokens sampled; of base and SFT, without samples, the test's."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(f"no {out}: it takes 'pip install matplotlib'")
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots()
-    for k, (name, runs) in enumerate(curves.items()):
-        x, y = ([mean_se([m[key] for m in step])[0] for step in zip(*runs)]
-                for key in ("sampled", "accuracy"))
-        axes.plot(torch.tensor(x).cumsum(0), y, ("-", "--", ":")[k // 7 % 3], label=name)
+    axes = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots()
+    for k, (name, runs) in enumerate(systems.items()):
+        style = dict(label=name, color=f"C{k}", linestyle=("-", "--", ":")[k // 7 % 3])
+        if not runs[0].get("sampled"):
+            axes.axhline(mean_se([r["accuracy"] for r in runs])[0], alpha=0.5, **style)
+            continue
+        steps = list(zip(*(read_jsonl(Path(r["out"]) / "metrics.jsonl") for r in runs)))
+        x, y = ([mean_se([m[k] for m in ms])[0] for ms in steps] for k in ("sampled", "accuracy"))
+        axes.plot(torch.tensor(x).cumsum(0), y, **style)
     axes.set(xlabel="completion tokens sampled", ylabel="accuracy of the rollouts", ylim=(0, 1))
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(out)
@@ -1150,15 +1148,14 @@ FLAGS = [
     ("c", "--quick", False, "1 seed, 15 steps, 1 learning rate, 100 problems"),
 ]
 TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-size": 256,
-       "--max-new-tokens": 220, "--teacher-context": "rubric+answer",
-       "--lr": 3e-4}
+       "--max-new-tokens": 220, "--teacher-context": "rubric+answer", "--lr": 3e-4}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
     words = [w for word in (sys.argv[1:] if argv is None else argv) for w in word.split("=", 1)]
     model = dict(zip(words, words[1:])).get("--model")
     config = Path(model or "") / "config.json"
-    is_toy = not model or config.is_file() and bool(json.loads(config.read_text()).get("toy"))
+    is_toy = not model or config.is_file() and '"toy": true' in config.read_text()
     parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -1175,16 +1172,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         usual = commands.choices[args.command].get_default(name)
-        least = bool(usual) and isinstance(usual, int)  # a count, unless 0 is its default
+        least = bool(usual) and isinstance(usual, int) and name != "warmup"  # a count
         if type(value) in (int, float) and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     if args.command == "train":  # what a method or a stage settles is no flag's to say
+        sees = METHODS[args.method][1]
         if args.stage != "reason":
             args.student_context, args.teacher_context = STAGES[args.stage]
-        if METHODS[args.method][1] != "rubric":
-            args.teacher_context = METHODS[args.method][1]
-        if args.rubrics == "none":
-            args.teacher_context = args.student_context
+            if args.method != "rsd":
+                parser.error(f"--stage {args.stage} goes with --method rsd alone")
+        elif sees != "rubric" or args.rubrics == "none":
+            args.teacher_context = sees if sees == "solution" else args.student_context
     return args
 
 def main(argv: list[str] | None = None) -> int:
@@ -1192,9 +1190,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         args.run(args)
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, OSError, KeyboardInterrupt) as error:
         print(f"rsd.py {args.command}: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
     return 0
 
 if __name__ == "__main__":

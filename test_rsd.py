@@ -199,6 +199,7 @@ PARSE = [  # what a model writes -> the titles kept, or a word of the reason
     (json.dumps([{"title": "x", "weight": 1}]), "description"),
     ("[]", "no JSON array"), ("", "no JSON array"), ("I cannot do that.", "no JSON array"),
     ("<think>" + json.dumps([GOOD]), "unfinished"),
+    (json.dumps([GOOD, GOOD]) + " For instance " + json.dumps([GOOD | {"title": "x"}]), ["Law", "Law"]),
     ("so " * 80 + "the rubric: " + json.dumps([GOOD])[:-1], "unfinished"),
 ]
 
@@ -213,7 +214,7 @@ def test_parse_rubric(text, expected):
 
 
 @pytest.mark.parametrize("command", r"\theta \frac \nu \beta \rho \times \text \nabla \right \tau \bar "
-                         r"\pi \Delta \sqrt \neq \tan \forall \begin \nabla \rangle \top".split())
+                         r"\pi \Delta \sqrt \neq \tan \bf \tt \tag \rvert \nonumber \forall \begin \nabla \rangle \top".split())
 def test_latex_survives_json(command):
     for written in (command, command.replace("\\", "\\\\")):  # escaped or not, the same comes out
         text = '[{"title": "T", "description": "Uses $%s{x} + 1$.\\nNext \\"line\\"", "weight": 1}]' % written
@@ -222,7 +223,7 @@ def test_latex_survives_json(command):
 
 
 def test_real_escapes_stay():
-    text = json.dumps([GOOD | {"description": "tab\there, line\nnot, café \u2192 \"q\" c:\\new"}])
+    text = json.dumps([GOOD | {"description": "tab\there, line\ne) last\nless\nnot, café \u2192 \"q\" c:\\new"}])
     assert rsd.parse_rubric(text)[0] == json.loads(text)
 
 
@@ -263,6 +264,12 @@ def test_rubrics_in_every_known_form():
     for bad in ("{", "3", {"a": 1}, [3], [{"title": "x"}], [GOOD | {"check": "("}]):
         with pytest.raises((ValueError, re.error)):
             rsd.read_rubric(bad)
+
+
+def test_recall_counts_a_repeated_criterion_once():
+    row = rsd.with_rubrics(rsd.toy_rows("train", 2), "data", None)[0]
+    got = rsd.score_rubric([row["own_rubric"][0]] * 3, row)
+    assert got == {"valid": 1.0, "criteria": 3, "recall": 1 / 3, "precision": 1 / 3}
 
 
 def test_generate_rubrics_draws_again_and_gives_reasons(tok, prompts, monkeypatch):
@@ -359,7 +366,6 @@ def test_divergence_against_torch(temperature):  # pitfall 6
     for beta in (0.1, 0.5, 0.9):
         m = (beta * lt.exp() + (1 - beta) * ls.exp()).log()
         torch.testing.assert_close(d(beta), beta * kl(lt, m) + (1 - beta) * kl(ls, m))
-    torch.testing.assert_close(rsd.divergence(ls, lt, 0), rsd.divergence(ls * 1.0, lt, 0))
 
 
 def test_log_probs_are_as_good_as_logits():
@@ -556,6 +562,14 @@ def test_sft_loss_equals_the_librarys(tok, prompts):  # pitfall 14
     assert stats["loss"] == pytest.approx(total / stats["trained"], rel=1e-4)
 
 
+def test_a_method_settles_what_its_teacher_sees():
+    sees = lambda *words: rsd.parse_args(["train", *words]).teacher_context
+    assert [sees("--method", m) for m in rsd.METHODS] == ["rubric+answer", "solution", "student", "student", "student"]
+    assert sees("--model", "nowhere") == "rubric" and sees("--teacher-context", "rubric") == "rubric"
+    assert sees("--rubrics", "none") == "student" and sees("--rubrics", "none", "--method", "opsd") == "solution"
+    assert sees("--method", "grpo", "--student-context", "answer") == "answer"
+
+
 def test_opsd_and_rsd_differ_in_the_teachers_context_alone(tok, prompts):
     rows = rsd.toy_rows("train", 3)
     a, b = (rsd.make_examples(tok, rows, prompts["student"], prompts[t]) for t in ("rubric", "solution"))
@@ -674,7 +688,7 @@ def test_resume_equals_uninterrupted_to_the_bit(base, tmp_path, teacher):
     assert rsd.main(half) == 0
     with open(tmp_path / "half" / "metrics.jsonl", "a") as f:  # what a crash after step 3 leaves
         f.write(json.dumps({"step": 3}) + '\n{"step": 4, "lo')
-    (tmp_path / "half").rename(tmp_path / "half.old")
+    (tmp_path / "half").rename(tmp_path / "half.rsd-old")
     assert rsd.main(train_args(base, tmp_path / "half", *more, "--resume")) == 0
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / d).state_dict() for d in ("whole", "half"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -743,6 +757,14 @@ def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, m
 
 
 # ---- 6. evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer, reference, right", [
+    ("3/4", "3", 0), (r"2\sqrt{3}", "2", 0), (r"2\pi", "2", 0), ("10^5", "10", 0), ("2x+1", "2", 0), ("3:2", "3", 0),
+    ("5 ms", "5 m/s", 0), (r"5 \text{ m}", "5 m", 1), (r"5\,\mathrm{m/s}", "5 m/s", 1), ("5 m", "5", 1), ("5", "5 m", 0),
+    ("1,200", "1200", 1), ("-3", "3", 0), ("3.001", "3", 1), ("3.1", "3", 0), (r"$\frac{1}{2}$", r"\frac{1}{2}", 1)])
+def test_grade(answer, reference, right):
+    assert rsd.grade(answer, reference) == bool(right)
 
 
 @pytest.mark.parametrize("text, answer", [  # pitfall 13
@@ -861,7 +883,8 @@ def test_bad_flags_are_one_sentence(words, expected, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("words", [["train", "--lr", "nan"], ["train", "--steps", "0"], ["train", "--batch", "-1"],
-                                   ["train", "--method", "nope"], ["train", "--lr", "x"], ["nope"], []])
+                                   ["train", "--method", "nope"], ["train", "--lr", "x"], ["nope"], [],
+                                   ["train", "--stage", "rubric", "--method", "sft"]])
 def test_argparse_errors_exit_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         rsd.main(words)
@@ -966,7 +989,9 @@ def test_masks_for_thinking_and_for_truncated_completions(base, tmp_path, monkey
     thought = rsd.load_model(str(base))[1].convert_tokens_to_ids("<|endoftext|>")
     script = [([5, thought, 6, 2], True), ([5, 6, 7], False)] * 2
     monkeypatch.setattr(rsd, "sample_completions", lambda *a, **k: script)
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "convert_tokens_to_ids", lambda self, t: thought)
+    real = transformers.PreTrainedTokenizerFast.convert_tokens_to_ids
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "convert_tokens_to_ids",
+                        lambda self, t: thought if t == "</think>" else real(self, t))
     for more, trained in (([], 14), (["--skip-thinking"], 10), (["--truncated", "mask"], 8),
                           (["--skip-thinking", "--truncated", "mask"], 4)):
         out = tmp_path / "-".join(more)
@@ -983,6 +1008,7 @@ def test_compare_fills_every_row_and_resumes(tmp_path, monkeypatch):
         where = Path(command[command.index("--out") + 1]) if "--out" in command else None
         if command[0] == "train":
             where.mkdir()
+            (where / "config.json").write_text("{}")
             (where / "metrics.jsonl").write_text('{"sampled": 5, "accuracy": 0.5}\n' * 3)
             return {"rollouts": 3, "sampled": 15, "trained": 15, "seconds": 1.0}
         rate = float(str(command[command.index("--model") + 1]).partition("lr-")[2][:1] or 0)
@@ -1004,10 +1030,65 @@ def test_compare_fills_every_row_and_resumes(tmp_path, monkeypatch):
     assert (tmp_path / "c" / "table.md").read_text() == table
 
 
-def test_command_line_demo(tmp_path):
-    run = cli("demo", "--base-steps", 2, "--steps", 1, "--n", 4, "--limit", 4, "--out", "d", cwd=tmp_path)
-    assert run.returncode == 2 and "rows can be used" in run.stderr  # so little training writes no rubric
-    assert "$ python rsd.py generate" in run.stdout and "$ python rsd.py eval" in run.stdout
+def test_demo_writes_the_table_and_the_figures(tmp_path, monkeypatch, capsys):
+    said = []
+    figures = {"accuracy": .5, "accuracy_se": .1, "rubric_score": .25, "rubric_score_se": .2, "n": 4, "seconds": 1.0}
+
+    def fake(*command):
+        args = rsd.parse_args([str(w) for w in command])
+        said.append((args.command, str(args.model), getattr(args, "context", "")))
+        if args.command != "eval":
+            Path(args.out).touch()
+        return figures if args.command == "eval" else {"rollouts": 9, "sampled": 8, "trained": 7, "seconds": 2.0}
+
+    monkeypatch.setattr(rsd, "run", fake)
+    monkeypatch.setattr(rsd, "toy_base", lambda *a: "base")
+    out = tmp_path / "d"
+    for _ in range(2):  # a second demo replaces the first
+        said.clear()
+        assert rsd.main(["demo", "--n", "4", "--out", str(out)]) == 0
+    assert said == [("generate", "base", ""), ("eval", "base", "student"), ("eval", "base", "rubric+answer"),
+                    ("train", "base", ""), ("eval", str(out / "train"), "student")]
+    results = json.loads((out / "results.json").read_text())
+    assert all(results[k]["accuracy"] == .5 and results[k]["rubric_score"] == .25
+               for k in ("student_before", "teacher", "student_after"))
+    assert results["n"] == 4 and results["seconds"] >= 0
+    assert "| student after | 0.500 +- 0.100 | 0.250 +- 0.200 | 4 | 9 | 7 | 3 |" in capsys.readouterr().out
+    (out / "thesis.tex").write_text("mine")
+    assert rsd.main(["demo", "--out", str(out)]) == 2 and (out / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "compare"])
+def test_command_line_help_of(command, tmp_path):
+    run = cli(command, "--help", cwd=tmp_path)
+    assert run.returncode == 0 and "--base-steps" in run.stdout and "default: 700" in run.stdout
+
+
+def test_the_readme_is_finished():
+    assert "@@" not in (REPO / "README.md").read_text()
+
+
+def test_a_users_own_file_is_never_cut(base, tmp_path):
+    mine = b'{"a": 1}\n{"b": 2}'
+    for name, content in (("mine.jsonl", mine), ("notes.txt", b"remember the milk")):
+        (tmp_path / name).write_bytes(content)
+        assert rsd.main(["generate", "--model", str(base), "--out", str(tmp_path / name)]) == 2
+        assert (tmp_path / name).read_bytes() == content
+    ours = tmp_path / "ours.jsonl"
+    for content, kept in ((b'{"a": 1}\n{"b"', b'{"a": 1}\n'), (mine, mine + b"\n"), (b"", b"")):
+        ours.write_bytes(content)
+        rsd.append_jsonl(ours).close()
+        assert ours.read_bytes() == kept
+
+
+def test_grpo_leaves_out_and_counts_what_it_cannot_grade(base, tmp_path, capsys):
+    rows = [{"question": f"q{k}", "reference_answer": "7" if k < 6 else "words " * 20} for k in range(8)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = train_args(base, tmp_path / "run", "--data", tmp_path / "d.jsonl", "--method", "grpo", "--rollouts", 2)
+    assert rsd.main(words) == 0 and "left out 2 of 8 rows: {'no accuracy': 2}" in capsys.readouterr().out
+    assert rsd.main([w if w != "grpo" else "grpo-rubric" for w in words[:-4]] + ["--method", "grpo-rubric",
+                    "--rollouts", "2", "--out", str(tmp_path / "other")]) == 2
+    assert "none of the 8 rows" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real questions are not here")
