@@ -226,7 +226,7 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
             pad = [width - len(prompts[i]) for i in rows]
             ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pad, rows)])  # (b, width)
             mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad])
-            with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda", False):
+            with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
                 out = model.generate(input_ids=ids.to(model.device), generation_config=config,
                                      attention_mask=mask.to(model.device))
             for i, tokens in zip(rows, out[:, width:].tolist()):
