@@ -151,6 +151,15 @@ def test_stop_ids_are_a_set(tok):  # pitfall 4
     assert rsd.stop_ids(model, base_like) == {7, 0, tok.convert_tokens_to_ids("<|im_end|>")}
 
 
+def test_line_breaks_that_are_tokens_end_no_turn(tok):
+    other = copy.deepcopy(tok)  # as in Gemma, whose tokenizer lists runs of line breaks
+    other.add_tokens(["\n\n"])
+    other.chat_template = rsd.PLAIN_CHAT
+    assert rsd.turn_end(other) == other.eos_token_id
+    ids = rsd.context_ids(other, "{question}", {"question": "a\n\nb"})
+    assert ids == other.encode("a\n\nb\n\nAnswer:\n")
+
+
 def test_every_prompt_file_shows_what_its_name_says(prompts):
     for folder in (REPO / "prompts", REPO / "prompts" / "toy"):
         for name, text in rsd.load_prompts(folder).items():
@@ -889,6 +898,25 @@ def test_argparse_errors_exit_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         rsd.main(words)
     assert stop.value.code == 2
+
+
+def test_zero_is_a_warmup_and_rates_are_numbers(tmp_path, capsys):
+    assert rsd.parse_args(["train", "--warmup", "0"]).warmup == 0
+    assert rsd.main(["compare", "--rates", "abc", "--out", str(tmp_path / "c")]) == 2
+    assert "--rates abc" in capsys.readouterr().err
+
+
+def test_eval_makes_the_directory_of_its_output_before_it_answers(base, tmp_path):
+    words = ["eval", "--model", str(base), "--limit", "2", "--max-new-tokens", "4"]
+    assert rsd.main([*words, "--out", str(tmp_path / "new" / "e.json")]) == 0
+    assert len(json.loads((tmp_path / "new" / "e.json").read_text())["samples"]) == 2
+
+
+def test_a_row_without_a_rubric_of_its_own_is_graded_by_nobody_elses():
+    rows = rsd.toy_rows("train", 2)
+    rows[0] = rows[0] | {"rubric": None}
+    shown = rsd.with_rubrics(rows, "random", None)[0]
+    assert shown["rubric"] == rows[1]["rubric"] and rsd.score(rows[0]["solution"], shown)["rubric_score"] is None
 
 
 def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, capsys):
