@@ -7,11 +7,11 @@ list of weighted criteria that a good answer meets. One network plays two parts:
          loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
-  python rsd.py compare     every system of the paper side by side, on the toy
   python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
   python rsd.py generate    a model writes a rubric for every question    -> JSONL
   python rsd.py train       rollouts, re-scoring, per-token loss, steps   -> a checkpoint directory
   python rsd.py eval        accuracy and rubric score of a checkpoint
+  python rsd.py compare     every system of the paper side by side, on the toy
 
 Sections 1 to 4 are the method; with 5 you can train. Every method is three choices in one pipeline
 (METHODS): who writes the completion, what the teacher sees, which signal each token gets.
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -120,7 +120,6 @@ LATEX = re.compile(
 
 def read_criterion(item, need_title=False) -> dict:
     """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
-
     A string without a known first word weighs 1. ValueError says what is missing.
     >>> read_criterion("Pitfall Criteria: Ignores friction.")
     {'title': 'Pitfall', 'description': 'Ignores friction.', 'weight': -1}
@@ -159,7 +158,6 @@ def mend_backslashes(text: str) -> str:
 
 def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
     r"""Whatever a model wrote -> (criteria, "") or (None, why not).
-
     Thinking is dropped; the array with most complete criteria (title, description, numeric
     weight) is read object by object, so an array cut off at the token limit, or one broken object,
     costs only what is broken. LaTeX backslashes are mended. Nothing else is guessed.
@@ -616,8 +614,9 @@ def load_model(name: str):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer, how = AutoTokenizer.from_pretrained(source), dict(use_safetensors=True)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **how)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
+                                                     use_safetensors=True)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} here and on the hub, in vain "
                         f"({str(error)!r:.150}); pass --model DIR, a downloaded copy.") from error
@@ -662,9 +661,10 @@ def append_jsonl(path: Path):
     """A JSON Lines file, open for text at its end; of a half-written last line nothing is left."""
     data = path.read_bytes() if path.exists() else b""
     tail = data[data.rfind(b"\n") + 1:]
-    with open(path, "ab") as file:
+    with open(path, "ab") as file, suppress(ValueError):
         file.truncate(len(data) - len(tail))
-        file.write(tail + b"\n" if tail.endswith(b"}") else b"")
+        json.loads(tail)  # a whole line that only lacks its end is kept
+        file.write(tail + b"\n")
     return open(path, "a", encoding="utf-8")
 
 def read_table(data: str, split: str, limit: int) -> list[dict]:
@@ -712,7 +712,7 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
 def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
     """Rows with the rubric from `source`: "data" (their own), "none" (no teacher sees it), a .jsonl
     from generate; for ablation "generic" (that file), "random" (another question's), "noisy" (each
-    second criterion another question's), "reduced" (half). own_rubric, the row's, grades."""
+    second criterion another's), "reduced" (half). The row's own, own_rubric, alone grades."""
     rng, n = random.Random(f"rubrics {seed}"), len(rows)
     own = [r["rubric"] or [] for r in rows]
     others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
@@ -1004,7 +1004,7 @@ def table(systems: dict[str, list[dict]]) -> str:
 def cmd_demo(args) -> dict:
     """The whole method on the toy: base model, rubrics, training, and the table at the end."""
     begin, out, toy = time.perf_counter(), Path(args.out), ("--data", "toy", "--seed", args.seed)
-    mine = {"results.json", "rubrics.jsonl", "train"}
+    mine = {"results.json", "rubrics.jsonl", "train", "train.rsd-new", "train.rsd-old"}
     check(not out.exists() or {f.name for f in out.iterdir()} <= mine, f"--out {out} is no demo.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -1064,7 +1064,7 @@ def cmd_compare(args) -> dict:
             best[family(system)] = max(rates, key=found.get)
             print(f"learning rate of {family(system)}: {best[family(system)]}, validation: {found}")
     systems = {s: [result(s, i, best[family(s)], "test") for i in seeds] for s in experiment}
-    text = (f"{table(systems)}\n\n{len(seeds)} seeds (base model, data, sampling), {args.steps} "
+    text = (f"{table(systems)}\n\nseeds: {len(seeds)} (base model, data, sampling), {args.steps} "
             f"steps of 32 completions each; learning rates, out of {rates}: {best}\n")
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps({"systems": systems, "rates": best}, indent=1))

@@ -1103,7 +1103,7 @@ def test_a_users_own_file_is_never_cut(base, tmp_path):
         assert rsd.main(["generate", "--model", str(base), "--out", str(tmp_path / name)]) == 2
         assert (tmp_path / name).read_bytes() == content
     ours = tmp_path / "ours.jsonl"
-    for content, kept in ((b'{"a": 1}\n{"b"', b'{"a": 1}\n'), (mine, mine + b"\n"), (b"", b"")):
+    for content, kept in ((b'{"a": 1}\n{"b"', b'{"a": 1}\n'), (b'{"a": 1}\n{"b": [{"c": 2}', b'{"a": 1}\n'), (mine, mine + b"\n"), (b"", b"")):
         ours.write_bytes(content)
         rsd.append_jsonl(ours).close()
         assert ours.read_bytes() == kept
