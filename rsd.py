@@ -29,11 +29,24 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig,
+                          GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper,
+                          TopPLogitsWarper)
 
 HERE = Path(__file__).resolve().parent
+
+RANK, RANKS = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+
+def everyones(x) -> list:
+    """x of every process that torchrun started, in order of rank; each has to call it."""
+    parts = [x] * RANKS
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts, x)
+    return parts
 
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints it as one sentence and exits 2."""
@@ -204,35 +217,85 @@ def generate_rubrics(model, tokenizer, prompts: list[list[int]], tries=3, **samp
     return results
 
 # ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
+def draw(_, logits: torch.Tensor) -> torch.Tensor:
+    """Sampling as a logits processor: [B, V] -> -inf but for one drawn token. The inverse of the
+    summed probabilities takes one random number a row; torch.multinomial takes V of them."""
+    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    at = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device) * mass[:, -1:]
+    token = torch.searchsorted(mass, at, right=True).clamp(max=mass.shape[1] - 1)
+    return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
+
+def extend_padded(model, seqs: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """New ids for sequences of ids, by `generate`, padded on the left under the mask. It ends when
+    three quarters of the rows have: a long straggler does not hold up the others."""
+    pad = [[0] * (max(map(len, seqs)) - len(s)) for s in seqs]
+    ids, mask = (torch.tensor(rows, device=model.device) for rows in (
+        [p + s for p, s in zip(pad, seqs)], [p + [1] * len(s) for p, s in zip(pad, seqs)]))
+    stop, greedy = torch.tensor(config.eos_token_id, device=model.device), copy.copy(config)
+    def mostly_done(out, _):
+        ended = torch.isin(out[:, ids.shape[1]:], stop).any(1).float().mean()
+        return (ended >= 0.75).expand(len(out))
+    warpers = [TemperatureLogitsWarper(config.temperature), draw] if config.do_sample else []
+    if config.do_sample and config.top_p < 1:
+        warpers.insert(1, TopPLogitsWarper(config.top_p))
+    if config.do_sample and config.top_k:
+        warpers.insert(1, TopKLogitsWarper(config.top_k))
+    greedy.do_sample = False  # `draw` makes the choice
+    with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy,
+                             logits_processor=warpers, stopping_criteria=[mostly_done],
+                             synced_gpus=RANKS > 1)
+    return out[:, ids.shape[1]:].tolist()
+
+def extend_packed(model, seqs: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """The same by the library's continuous batching: paged cache, rows leave as they end. Its worker
+    thread sees no autocast, so float32 weights are sampled from in a bfloat16 copy; cache and copy
+    are released afterwards."""
+    cuda = model.device.type == "cuda"
+    if cuda and model.dtype == torch.float32:
+        model = frozen_copy(model).to(torch.bfloat16)
+    share = {"max_memory_percent": 0.5} if cuda else {"num_blocks": 64, "max_batch_tokens": 512}
+    out = [*model.generate_batch(seqs, config, ContinuousBatchingConfig(
+        seed=torch.randint(2**31, ()).item(), **share)).values()]
+    if len(out) < len(seqs) or any(o.error for o in out):
+        raise RuntimeError(f"continuous batching failed: {[o.error for o in out if o.error][:1]}")
+    torch.cuda.empty_cache()
+    return [o.generated_tokens for o in out]
+
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
-                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
-    """B prompts of ids -> B pairs (completion ids [T_b], stopped: bool), in order. Token in, token
-    out. A completion ends with its first stop token, which is part of it; without one it has
-    max_new_tokens ids. Padding is on the left, under the mask. temperature 0 is greedy. The model's
-    own generation defaults (a repetition penalty, say) are set aside."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None,
+                       packed: bool | None = None) -> list[tuple[list[int], bool]]:
+    """B prompts of ids -> B pairs (completion ids [T_b], stopped), in order. Token in, token out.
+    A completion ends with its first stop token, which is part of it; without one it has
+    max_new_tokens ids. temperature 0 is greedy. The model's own generation defaults (a repetition
+    penalty, say) are set aside. packed: continuous batching; as a rule on CUDA unless sharded.
+    Under torchrun every rank samples its share and gets all of them."""
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stop),
-                              pad_token_id=min(stop), **how if temperature > 0 else {})
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    results, starts = [None] * len(prompts), range(0, len(prompts), batch_size)
+    config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop),
+                              **how if temperature > 0 else {})
+    packed = model.device.type == "cuda" and not is_sharded(model) if packed is None else packed
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    done, todo = {}, {i: [] for i in order[RANK::RANKS]}  # row -> its completion so far
+    own, model.generation_config = model.eval().generation_config, GenerationConfig()
+    bar = tqdm(total=len(todo), desc=progress, disable=progress is None, leave=False)
     try:
-        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
-            rows = order[start:start + batch_size]
-            width = max(len(prompts[i]) for i in rows)
-            pad = [width - len(prompts[i]) for i in rows]
-            ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pad, rows)])  # (b, width)
-            mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad])
-            with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-                out = model.generate(input_ids=ids.to(model.device), generation_config=config,
-                                     attention_mask=mask.to(model.device))
-            for i, tokens in zip(rows, out[:, width:].tolist()):
-                end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
-                results[i] = (tokens[:end], end is not None)
+        while any(everyones(bool(todo))):  # a sharded model wants every rank in every call
+            rows = list(todo)[:len(todo) if packed else batch_size]
+            seqs = [prompts[i] + todo[i] for i in rows] or prompts[:1]
+            config.max_new_tokens = max((max_new_tokens - len(todo[i]) for i in rows), default=1)
+            for i, new in zip(rows, (extend_packed if packed else extend_padded)(
+                    model, seqs, config)):
+                ids = (todo.pop(i) + new)[:max_new_tokens]
+                end = next((k + 1 for k, t in enumerate(ids) if t in stop), None)
+                if end or len(ids) == max_new_tokens:
+                    done[i] = (ids[:end], end is not None)
+                    bar.update()
+                else:
+                    todo[i] = ids
     finally:
         model.generation_config = own
-    return results
+    return [row for _, row in sorted((i, r) for part in everyones(done) for i, r in part.items())]
 
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
@@ -247,16 +310,21 @@ def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> t
     col = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
     return hidden[row, col]
 
-def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
-    """The model's head on hidden states: [N, H] -> [N, V], soft-capping included (Gemma)."""
-    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", 0)
-    logits = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+def soft_cap(model, logits: torch.Tensor) -> torch.Tensor:
+    """Gemma's bound on its logits, cap * tanh(logits / cap); others' as they are."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
+
+def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's head on hidden states: [N, H] -> [N, V], soft cap included."""
+    head = model.get_output_embeddings()
+    return soft_cap(model, F.linear(hidden.to(head.weight.dtype), head.weight, head.bias))
 
 def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Entries of KL(p||q) from log-probs [N, V], as p log(p/q) - p + q: the extra terms sum to 0.
     So no entry is negative, and where p = q both value and gradient are exactly 0 in float32."""
-    return p.exp() * (p - q) - p.exp() + q.exp()
+    mass = p.exp()
+    return mass * (p - q) - mass + q.exp()
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
                temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
@@ -272,7 +340,8 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
     """
-    s, t = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
+    s, t = (x.float() if temperature == 1 else x.float() / temperature for x in (student, teacher))
+    s, t = s.log_softmax(-1), t.log_softmax(-1)
     if 0 < top_k < s.shape[-1]:
         index = t.topk(top_k, dim=-1).indices
         def support(x):  # [N, V] -> [N, top_k], or [N, top_k + 1] with the tail
@@ -312,23 +381,49 @@ def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options)
         advantage = (target - logp).detach()
     return -advantage * logp + (kl * divergence(student, teacher, beta=1.0) if kl else 0.0)
 
-def backward_in_chunks(model, hidden, loss_of, denominator: float, stats: Counter, chunk=0) -> None:
-    """Backward of sum(loss_of(logits, rows)) / denominator without ever holding [N, V] logits.
-    hidden [N, H] with its graph; loss_of(logits [n, V], rows: slice) -> [n]. The head runs forward
-    and backward on `chunk` tokens at a time (0: about 2^24 logits) into the gradient of hidden;
-    then one backward goes through the body. stats grows by "loss" and "entropy" (nats), summed."""
-    grad = torch.zeros_like(hidden)
-    chunk = chunk or max(1, 2**24 // model.get_output_embeddings().weight.shape[0])
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, start + chunk)
-        h = hidden[rows].detach().requires_grad_()
-        logits = logits_of(model, h)
-        losses = loss_of(logits, rows)
-        (losses.sum() / denominator).backward()
-        grad[rows] = h.grad
-        with torch.no_grad():
-            logp = logits.float().log_softmax(-1)
-            stats.update(loss=losses.sum().item(), entropy=-(logp.exp() * logp).sum().item())
+@torch.no_grad()
+def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float, stats: Counter,
+                       chunk=24_000_000, part=1_000_000) -> None:
+    """Backward of sum(loss_of(...)) / denominator without ever holding [N, V] logits.
+    hidden [N, H] with its graph, the teacher's `seen` [N, H] or None; loss_of(student's logits
+    [n, V], teacher's or None, rows: slice) -> [n]. Both heads run on `chunk` logits at a time (four
+    times that on a GPU), the loss on `part` of them, which stay in a CPU's cache. Its gradient takes
+    the logits' place and goes through the head by hand, right into the weight's gradient: autograd
+    would build a second matrix of that size for every chunk. At last one backward runs through the
+    body. stats grows by "loss" and "entropy" (nats), summed over tokens."""
+    head, low = model.get_output_embeddings(), torch.get_autocast_dtype("cuda")
+    weight, grad = head.weight, torch.zeros_like(hidden)
+    if torch.is_autocast_enabled("cuda"):
+        weight = weight.to(low)  # once, not in every chunk
+    if hidden.is_cuda:
+        chunk = part = 4 * chunk
+    for p in model.parameters():  # dense from the start: rows of embeddings may come sparse
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    many, few = (max(1, size // len(weight)) for size in (chunk, part))
+    for start in range(0, len(hidden), many):
+        h = hidden[start:start + many].to(weight.dtype)
+        logits = F.linear(h, weight, head.bias)
+        target = None if seen is None else logits_of(teacher, seen[start:start + many])
+        for i in range(0, len(logits), few):
+            leaf = logits[i:i + few].detach().requires_grad_()
+            with torch.enable_grad():
+                z = soft_cap(model, leaf)
+                losses = loss_of(z, None if seen is None else target[i:i + few],
+                                 slice(start + i, start + i + len(leaf)))
+                (losses.sum() / denominator).backward()
+            logp = z.float().log_softmax(-1).flatten()
+            stats.update(loss=losses.sum().item(), entropy=-torch.vdot(logp.exp(), logp).item())
+            logits[i:i + few] = leaf.grad
+        grad[start:start + many] = logits @ weight
+        if head.weight.requires_grad:
+            if weight is head.weight:
+                weight.grad.addmm_(logits.T, h)
+            else:
+                head.weight.grad += logits.T @ h
+        if head.bias is not None and head.bias.requires_grad:
+            head.bias.grad += logits.sum(0)
+        del logits, target  # before the next ones are made
     hidden.backward(grad)
 
 # ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
@@ -433,21 +528,29 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
                     if needs_teacher else None
 
-            def loss_of(logits, rows):
-                with torch.no_grad():
-                    target = logits_of(teacher, seen[rows]) if needs_teacher else None
-                return token_loss(signal, logits, target, ids[rows], advantage[rows], kl, **options,
-                                  **{"stats": stats} if signal in BETA else {})
+            def loss_of(student, target, rows):
+                return token_loss(signal, student, target, ids[rows], advantage[rows], kl,
+                                  **options, **{"stats": stats} if signal in BETA else {})
 
             with timed(seconds, "s_update"):
                 hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
-                backward_in_chunks(model, hidden, loss_of, max(total, 1), stats)
+                backward_in_chunks(model, hidden, teacher, seen, loss_of, max(total, 1), stats)
     mean = {k: v / max(total, 1) for k, v in stats.items()}
     return Counter(mean | {"trained": total} | seconds)
 
+def is_sharded(model) -> bool:
+    """Has shard() cut this model's layers among the ranks?"""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+def frozen_copy(model):
+    """A copy without gradients; weights that are frozen already (under a LoRA) are shared."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
+
 def make_teacher(model, kind: str):
-    """fixed, ema: a frozen copy of the weights, in memory; live: the student itself."""
-    return model if kind == "live" else copy.deepcopy(model).requires_grad_(False)
+    """fixed, ema: a frozen copy of the weights, in memory; live: the student itself. With LoRA the
+    copy is of the adapters, which begin at 0: the fixed teacher is the base model."""
+    return model if kind == "live" else frozen_copy(model)
 
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:

@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -458,12 +459,12 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
     loss = rsd.token_loss(signal, rsd.logits_of(model, hidden), target, ids, advantage).sum() / n
     loss.backward(retain_graph=True)
     want = grads(model).clone()
-    for chunk in (1, 4, 0):
+    for chunk, part in ((1, 1), (4 * len(tok), len(tok)), (5 * len(tok), 3 * len(tok)), (10**9, 10**9)):
         model.zero_grad()
         stats = Counter()
         hidden = rsd.rescore(model, [e.prompt_ids for e in eps], [e.completion_ids for e in eps])
-        rsd.backward_in_chunks(model, hidden, lambda z, r: rsd.token_loss(
-            signal, z, target[r], ids[r], advantage[r]), n, stats, chunk)
+        rsd.backward_in_chunks(model, hidden, teacher, seen, lambda z, t, r: rsd.token_loss(
+            signal, z, t, ids[r], advantage[r]), n, stats, chunk, part)
         torch.testing.assert_close(grads(model), want, atol=1e-6, rtol=1e-4)
         assert stats["loss"] / n == pytest.approx(loss.item(), rel=1e-4)
         entropy = torch.distributions.Categorical(logits=rsd.logits_of(model, hidden)).entropy().sum()
@@ -1135,3 +1136,195 @@ def test_real_questions_go_through(tok, tmp_path):
     for row in rows:  # every byte of the question and the rubric arrives in the context
         text = tok.decode(rsd.context_ids(tok, prompt, rsd.row_fields(row)))
         assert row["question"] in text and all(c["description"] in text for c in row["rubric"])
+
+
+# ---- benchmark: RSD_BENCH=1 pytest -s -k bench test_rsd.py ------------------------------------------
+# One JSON line a case, each in a fresh process on one thread. RSD_PEER="PYTHON SCRIPT MODELS" runs the
+# peer (python of its environment, its script, the directory of its two models) in turn, RSD_PAIRS times.
+
+SHAPES = {"tiny": dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
+                       num_key_value_heads=2, intermediate_size=1024),
+          "wide-vocab": dict(vocab_size=151936, hidden_size=512, num_hidden_layers=4, num_attention_heads=8,
+                             num_key_value_heads=2, intermediate_size=2048)}
+# shapes for a GPU, with the prompts, completion length and LoRA rank of a step
+GPU_STEPS = [(name, 32, tokens, rank) for tokens in (512, 2048) for name, rank in (("1.5B", 0), ("8B", 64))]
+GPU_SHAPES = {"1.5B": dict(vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
+                           num_key_value_heads=2, intermediate_size=8960),
+              "8B": dict(vocab_size=151936, hidden_size=4096, num_hidden_layers=36, num_attention_heads=32,
+                         num_key_value_heads=8, intermediate_size=12288, tie_word_embeddings=False)}
+
+
+def peak_mib():
+    """High-water mark of this process's memory."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def clock():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
+def bench_model(shape, lora=0):
+    torch.manual_seed(0)
+    config = Qwen2Config(**{"tie_word_embeddings": True} | (SHAPES | GPU_SHAPES)[shape],
+                         max_position_embeddings=32768, eos_token_id=None, bos_token_id=None)
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda" if cuda else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if lora and cuda else torch.float32)
+    return model.eval()
+
+
+def bench_step(shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2):
+    """Seconds of a step with its split, peak memory, and the sum of its parts timed alone."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    model = bench_model(shape, lora)
+    teacher = rsd.make_teacher(model, "fixed")
+    model.get_input_embeddings().sparse = True
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    vocabulary, rng = model.config.vocab_size, random.Random(0)
+    ids, times, parts = lambda n: [rng.randrange(4, vocabulary) for _ in range(n)], [], []
+    for _ in range(warmup + steps):
+        eps = [rsd.Episode({}, ids(64), ids(322)) for _ in range(prompts)]
+        start = clock()
+        out = rsd.sample_completions(model, [e.prompt_ids for e in eps], {vocabulary}, tokens)
+        sampled = clock()
+        eps = [replace(e, completion_ids=o) for e, (o, _) in zip(eps, out)]
+        assert {len(e.completion_ids) for e in eps} == {tokens}
+        stats = rsd.accumulate(model, teacher, eps, "forward", 2048 if not torch.cuda.is_available() else 32768)
+        rsd.optimizer_step(optimizer, 1e-5, 1.0)
+        end = clock()
+        times.append([*(end - start).tolist(), (end - sampled)[0].item(), (sampled - start)[0].item(),
+                      stats["s_rescoring"]])
+    peak = peak_mib()
+    if not torch.cuda.is_available():
+        parts = bench_parts(model, teacher, eps)
+    wall, cpu, rest, sampling, rescoring = torch.tensor(times[warmup:]).median(0).values.tolist()
+    return {"s": wall, "cpu_s": cpu, "s_without_sampling": rest, "s_sampling": sampling, "s_rescoring": rescoring,
+            "s_update": rest - rescoring, "tokens_per_s": prompts * tokens / wall, "peak_mib": peak,
+            "sum_of_parts_s": sum(parts), "parts_s": parts,
+            **{"cuda_peak_mib": torch.cuda.max_memory_allocated() / 2**20 for _ in [0] if torch.cuda.is_available()}}
+
+
+def bench_parts(model, teacher, eps):
+    """The parts of a step alone, by torch and transformers: generate; teacher body and head on the
+    completion; student forward and backward, body and head, on the completion."""
+    t = [clock()]
+    prompts = torch.tensor([e.prompt_ids for e in eps])
+    model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=len(eps[0].completion_ids),
+                   min_new_tokens=len(eps[0].completion_ids), do_sample=True, top_k=0, pad_token_id=0)
+    t.append(clock())
+    n = len(eps[0].completion_ids)
+    for net, name in ((teacher, "teacher_ids"), (model, "prompt_ids")):
+        batch = torch.tensor([getattr(e, name) + e.completion_ids[:-1] for e in eps])
+        with torch.set_grad_enabled(net is model):
+            logits = net(batch, logits_to_keep=n, use_cache=False).logits
+            if net is model:
+                logits.backward(torch.full_like(logits, 1e-6))
+        t.append(clock())
+        del logits
+    model.zero_grad()
+    return [(b - a)[0].item() for a, b in zip(t, t[1:])]
+
+
+def bench_loss(kind, tokens, frozen, vocabulary=151936, width=1536):
+    """The loss from given hidden states: "ours", "bare" matrix products, or "plain" full logits."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=0, tie_word_embeddings=True)
+    model, teacher = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2))
+    teacher.requires_grad_(False)
+    weight = model.lm_head.weight.requires_grad_(not frozen)
+    leaf, seen = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
+    hidden, stats = leaf * 1.0, Counter()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = peak_mib(), clock()
+    if kind == "ours":
+        rsd.backward_in_chunks(model, hidden, teacher, seen, lambda s, t, rows: rsd.token_loss(
+            "forward", s, t, None, None, stats=stats), tokens, stats)
+    elif kind == "plain":
+        target = F.linear(seen, teacher.lm_head.weight)
+        F.kl_div(F.linear(hidden, weight).log_softmax(-1), target.log_softmax(-1), log_target=True,
+                 reduction="sum").div(tokens).backward()
+    else:
+        with torch.no_grad():
+            F.linear(seen, teacher.lm_head.weight)
+            logits = F.linear(hidden, weight)
+            made = [logits @ weight, None if frozen else logits.T @ hidden]
+            assert made[0].shape == hidden.shape
+    wall, cpu = (clock() - start).tolist()
+    return {"s": wall, "cpu_s": cpu, "peak_over_start_mib": peak_mib() - before}
+
+
+def bench_sampler():
+    """Tokens per second of the sampler: 64 prompts of 64 tokens, 64 new ones, tiny shape."""
+    model = bench_model("tiny")
+    prompts = torch.randint(4, 4096, (64, 64)).tolist()
+    start = clock()
+    rsd.sample_completions(model, prompts, {4096}, 64)
+    return {"tokens_per_s": 64 * 64 / (clock() - start)[0].item()}
+
+
+def bench_parse():
+    """Seconds for parse_rubric on 1,000 texts of five criteria, every other cut off."""
+    rubric = [{"title": f"Law {i}", "description": "Uses \\\\frac{a}{b} " * 8, "weight": 5} for i in range(5)]
+    text = json.dumps(rubric)
+    start = clock()
+    found = [rsd.parse_rubric(text[:len(text) - 9 * (i % 2)])[0] for i in range(1000)]
+    assert all(len(r) == 5 - i % 2 for i, r in enumerate(found))
+    return {"s": (clock() - start)[0].item()}
+
+
+def fresh(case, *args, **kw):
+    """One case in a fresh process on one thread -> its figures, printed as a JSON line."""
+    code = f"import json, test_rsd; print(json.dumps(test_rsd.{case}(*{args!r}, **{kw!r})))"
+    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("RSD_THREADS", "1"), "PYTHONPATH": str(REPO)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    found = json.loads(out.stdout.splitlines()[-1])
+    print(json.dumps({"case": case, "args": [*args, *kw.items()]} | {k: round(v, 3) if isinstance(v, float) else v
+                                                                     for k, v in found.items()}), flush=True)
+    return found
+
+
+def ratios(name, pairs):
+    """Median and range of the ratios of (ours, theirs)."""
+    r = sorted(a / b for a, b in pairs)
+    print(json.dumps({"ratio": name, "median": round(r[len(r) // 2], 3), "range": [round(r[0], 3), round(r[-1], 3)],
+                      "pairs": len(r)}), flush=True)
+
+
+@pytest.mark.skipif(not os.environ.get("RSD_BENCH"), reason="the benchmark runs with RSD_BENCH=1")
+def test_bench():
+    pairs, peer = int(os.environ.get("RSD_PAIRS", 5)), os.environ.get("RSD_PEER", "").split()
+    fresh("bench_parse")
+    fresh("bench_sampler")
+    if torch.cuda.is_available():
+        for shape, n, tokens, lora in GPU_STEPS:
+            fresh("bench_step", shape, n, tokens, lora)
+        return
+    for frozen in (False, True):
+        for tokens in (1024, 4096) if frozen else (1024,):
+            fresh("bench_loss", "ours", tokens, frozen)
+    fresh("bench_loss", "plain", 1024, True)  # at 4,096 tokens it takes four times that: 20 GB
+    both = [(fresh("bench_loss", "ours", 1024, False), fresh("bench_loss", "bare", 1024, False))
+            for _ in range(pairs)]
+    for key in ("s", "cpu_s", "peak_over_start_mib"):
+        ratios(f"loss, ours / bare products, {key}", [(a[key], b[key]) for a, b in both])
+    for shape, steps in (("tiny", 4), ("wide-vocab", 1)):
+        found = []
+        for _ in range(pairs):
+            ours = fresh("bench_step", shape, steps=steps)
+            if peer:
+                out = subprocess.run([*peer[:2], "--model", f"{peer[2]}/{shape}", "--steps", str(steps), "--warmup", "1"],
+                                     capture_output=True, text=True)
+                assert out.returncode == 0, out.stderr[-2000:]
+                theirs = json.loads(out.stdout.splitlines()[-1])
+                split = theirs["split_wall_median_s"]
+                theirs = {"s": theirs["sec_per_step_median"], "cpu_s": theirs["cpu_sec_per_step_median"],
+                          "s_without_sampling": theirs["sec_per_step_median"] - split["generation"],
+                          "peak_mib": theirs["peak_rss_mib"], "split": split}
+                print(json.dumps({"peer": shape} | theirs), flush=True)
+                found.append((ours, theirs))
+        for key in ("s", "cpu_s", "s_without_sampling", "peak_mib") if found else ():
+            ratios(f"step {shape}, ours / peer, {key}", [(a[key], b[key]) for a, b in found])
