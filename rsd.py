@@ -25,12 +25,15 @@ import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partialmethod
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_map
 import transformers
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig,
@@ -274,7 +277,9 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop),
                               **how if temperature > 0 else {})
-    packed = model.device.type == "cuda" and not is_sharded(model) if packed is None else packed
+    if packed is None:
+        packed = model.device.type == "cuda" and not any(
+            isinstance(p, DTensor) for p in model.parameters())
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done, todo = {}, {i: [] for i in order[RANK::RANKS]}  # row -> its completion so far
     own, model.generation_config = model.eval().generation_config, GenerationConfig()
@@ -305,6 +310,9 @@ def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> t
     seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
     width = max(map(len, seqs))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
+    for module in model.modules():  # gradient checkpointing wants "training"; dropout stays off
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = torch.is_grad_enabled()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
     row = [b for b, c in enumerate(completions) for _ in c]
     col = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
@@ -512,11 +520,15 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
     One denominator, the trained tokens of all episodes: any split gives the same gradient. -> loss,
     divergence, entropy, clipped per trained token, their number `trained`, seconds. Autocast keeps
-    no cache: a cast made for a live teacher, under no_grad, would cut the student's gradient."""
+    no cache: a cast made for a live teacher, under no_grad, would cut the student's gradient. Every
+    rank is given all episodes, takes its share, and ends with the gradient of all."""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
+    shares = [micro_batches(episodes[r::RANKS], token_budget) for r in range(RANKS)]
+    idle = [replace(episodes[0], train_from=len(episodes[0].completion_ids))]  # ranks keep in step
+    shares[RANK] += [idle] * (max(map(len, shares)) - len(shares[RANK]))
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
-    for batch in micro_batches(episodes, token_budget):
+    for batch in shares[RANK]:
         completions = [e.completion_ids for e in batch]
         tokens = [(t, e.advantage, k >= e.train_from)
                   for e in batch for k, t in enumerate(e.completion_ids)]
@@ -535,12 +547,11 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
             with timed(seconds, "s_update"):
                 hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
                 backward_in_chunks(model, hidden, teacher, seen, loss_of, max(total, 1), stats)
-    mean = {k: v / max(total, 1) for k, v in stats.items()}
+    for p in model.parameters() if RANKS > 1 else ():
+        if p.grad is not None and not isinstance(p, DTensor):  # FSDP2 has summed its own
+            torch.distributed.all_reduce(p.grad)
+    mean = {k: sum(s[k] for s in everyones(stats)) / max(total, 1) for k in stats}
     return Counter(mean | {"trained": total} | seconds)
-
-def is_sharded(model) -> bool:
-    """Has shard() cut this model's layers among the ranks?"""
-    return any(isinstance(p, DTensor) for p in model.parameters())
 
 def frozen_copy(model):
     """A copy without gradients; weights that are frozen already (under a LoRA) are shared."""
@@ -548,15 +559,41 @@ def frozen_copy(model):
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 def make_teacher(model, kind: str):
-    """fixed, ema: a frozen copy of the weights, in memory; live: the student itself. With LoRA the
-    copy is of the adapters, which begin at 0: the fixed teacher is the base model."""
-    return model if kind == "live" else frozen_copy(model)
+    """fixed, ema: a frozen copy of the weights, in memory, fixed ones in bfloat16 on a GPU; live:
+    the student itself. Of a LoRA only the adapters are copied: they begin at 0, the base model."""
+    teacher = model if kind == "live" else frozen_copy(model)
+    return teacher.to(torch.bfloat16) if kind == "fixed" and model.device.type == "cuda" else teacher
+
+def add_lora(model, rank: int, alpha: int, targets: str) -> None:
+    """Freeze the model and put trainable adapters on `targets` (names by comma, or all-linear)."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("--lora-rank: it takes 'pip install peft'.") from error
+    check(not getattr(model, "peft_config", None), "--lora-rank: --model is a LoRA; --merge it.")
+    model.requires_grad_(False).add_adapter(LoraConfig(
+        r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets if targets == "all-linear" else
+        targets.split(","), task_type="CAUSAL_LM"))
+
+def shard(model) -> None:
+    """FSDP2: cut each decoder layer's weights among the ranks. Embeddings, norm and head stay whole
+    on every rank, so that body and head can be called apart."""
+    low = torch.bfloat16 if model.device.type == "cuda" else None
+    for layer in next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)):
+        fully_shard(layer, reshard_after_forward=True,
+                    mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32))
+        layer.set_gradient_divide_factor(1.0)  # sum, not mean: the denominator is that of all ranks
+
+def whole(tree):
+    """The same nest of dicts and lists with every sharded tensor in one piece; all ranks call it."""
+    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tree)
 
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
     for t, s in zip(teacher.parameters(), model.parameters()):
-        t.lerp_(s.to(t.dtype), 1 - decay)
+        if s.requires_grad:
+            t.lerp_(s.to(t.dtype), 1 - decay)
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
@@ -566,14 +603,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
     """Clip, step, clear -> the gradient norm before clipping; if it is not finite nothing moves."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    norms = [whole(get_total_norm([p.grad for p in group["params"] if p.grad is not None]))
+             for group in optimizer.param_groups]  # sharded parameters are a group of their own
+    norm = torch.stack(norms).norm()
     for group in optimizer.param_groups:
+        clip_grads_with_norm_(group["params"], max_grad_norm, norm)
         group["lr"] = lr
-    if math.isfinite(norm):
+    if norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return norm.item()
 
 def step_rows(items: list, step: int, batch: int, seed: int) -> list:
     """The items of one step: epoch after epoch, each in an order of its own; no state to save."""
@@ -586,9 +625,13 @@ def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) ->
     """Replace directory `out` whole (model, tokenizer, trainer state): written under another
     name, then renamed. A crash leaves the old one, or OUT.rsd-old, which open_run puts back."""
     new, old = out.with_name(out.name + ".rsd-new"), out.with_name(out.name + ".rsd-old")
+    state, weights = whole(state), whole(dict(model.state_dict()))
+    if RANK:
+        return
     for rest in (new, old):
         shutil.rmtree(rest, ignore_errors=True)
-    model.save_pretrained(new)
+    model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
+    model.config.save_pretrained(new)
     tokenizer.save_pretrained(new)
     torch.save(state, new / "trainer.pt")
     (new / "rsd.json").write_text(json.dumps(settings, indent=1))
@@ -605,22 +648,36 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     if not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {"metrics.jsonl"}:
         return None
     check((out / "trainer.pt").exists(), f"--out {out} is no run of rsd.py; choose another --out.")
-    was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every", "log_every")
+    was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every", "log_every", "merge")
     changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in settings.items()
                if k not in free and was.get(k) != v]
     check(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
     check(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
     return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
 
-def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
-    """Put a run's student, teacher, optimizer and random states back -> its step."""
-    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+def restore(out: Path, state: dict, model, teacher) -> None:
+    """Put the weights of a run's student and teacher back."""
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype).state_dict()
     model.load_state_dict(saved)
-    teacher.load_state_dict(state["teacher"] or saved)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return state["step"]
+    teacher.load_state_dict(state["teacher"] or saved, strict=not state["teacher"])
+
+def make_optimizer(model, lr: float, state: dict | None):
+    """AdamW; sharded parameters, which no kernel takes together with whole ones, in a second group.
+    state: of a run that goes on, optimizer and random states, which are put back."""
+    groups = [[p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor) == cut]
+              for cut in (False, True)]
+    optimizer = torch.optim.AdamW([{"params": g} for g in groups if g], lr=lr, weight_decay=0.0,
+                                  fused=True)
+    if state:
+        for p, moments in zip(sum(groups, []), state["optimizer"]["state"].values()):
+            moments.update({k: distribute_tensor(m, p.device_mesh, p.placements)
+                            for k, m in moments.items() if m.ndim and isinstance(p, DTensor)})
+        optimizer.load_state_dict(state["optimizer"])
+        mine, cuda = state["rng"][RANK % len(state["rng"])]
+        torch.set_rng_state(mine)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+    return optimizer
 
 # ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
 NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
@@ -709,8 +766,8 @@ RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
               "{% if add_generation_prompt %}Answer:\n{% endif %}")
 
-def load_model(name: str):
-    """(model, tokenizer) of a directory or the hub: float32 weights, no dropout, safetensors only.
+def load_model(name: str, dtype=torch.float32, attn=None):
+    """(model, tokenizer) of a directory or the hub: no dropout, safetensors only.
     UserError for what cannot be found, or has a head that logits_of cannot follow."""
     owner = next((o for family, o in OWNERS.items() if name.lower().startswith(family)), "")
     source = f"{owner}/{name}" if owner and not ("/" in name or Path(name).is_dir()) else name
@@ -718,8 +775,8 @@ def load_model(name: str):
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
-                                                     use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True,
+                                                     attn_implementation=attn)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} here and on the hub, in vain "
                         f"({str(error)!r:.150}); pass --model DIR, a downloaded copy.") from error
@@ -727,10 +784,10 @@ def load_model(name: str):
         print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = PLAIN_CHAT
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
         own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
         ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
-    check(torch.allclose(own, ours, atol=1e-2), f"--model {name}: the head of this "
+    check((own - ours).abs().max() <= 0.02 * own.abs().max(), f"--model {name}: the head of this "
           f"{model.config.model_type} is more than a matrix product and a soft cap: not supported.")
     return model, tokenizer
 
@@ -955,12 +1012,18 @@ def prepare(args, student: str, teacher="", needs=()):
     rows = load_rows(args.data, args.split, args.limit, args.seed)
     generic = Path(args.prompts) / "generic.json"
     rows = with_rubrics(rows, getattr(args, "rubrics", "data"), generic, args.seed)
-    model, tokenizer = load_model(args.model or toy_base())
+    lora = getattr(args, "lora_rank", 0)
+    half = torch.cuda.is_available() and (args.command != "train" or lora)
+    model, tokenizer = load_model(args.model or toy_base(),
+                                  torch.bfloat16 if half else torch.float32, args.attn or None)
+    torch.manual_seed(args.seed)
+    if lora:
+        add_lora(model, lora, args.lora_alpha, args.lora_targets)
     parts = 2 if "{analysis}" in prompts[teacher] else 1  # the teacher's analysis, the completion
     room = getattr(model.config, "max_position_embeddings", math.inf) - parts * args.max_new_tokens
     examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
                              args.thinking == "on", needs)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed * RANKS + RANK)
     sampling = {k: getattr(args, k) for k in
                 ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
     return model, tokenizer, prompts, examples, sampling
@@ -976,9 +1039,10 @@ def cmd_generate(args) -> dict:
     todo = [e for question, e in unique.items() if question not in done]
     print(f"{len(todo)} of {len(examples)} questions are still to do (others repeat, or are done)")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with append_jsonl(out) as file, tqdm(total=len(todo), desc="rubrics") as bar:
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start:start + args.batch_size]
+    with append_jsonl(out if RANK == 0 else Path(os.devnull)) as file, \
+            tqdm(total=len(todo), desc="rubrics") as bar:
+        for start in range(0, len(todo), size := args.batch_size * RANKS):
+            batch = todo[start:start + size]
             results = generate_rubrics(model, tokenizer, [e.prompt_ids for e in batch], args.tries,
                                        **sampling)
             for e, got in zip(batch, results):
@@ -1008,7 +1072,7 @@ def cmd_eval(args) -> dict:
         mean, se, n = (summary[key + part] for part in ("", "_se", "_n"))
         print(f"{key:13s}" + (f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else
                               "n/a: no row can be checked without a judge"))
-    if args.out:
+    if args.out and RANK == 0:
         Path(args.out).write_text(json.dumps({"summary": summary, "samples": samples}, indent=1))
     return summary
 
@@ -1017,7 +1081,10 @@ def cmd_train(args) -> dict:
     writer, _, signal, reward = METHODS[args.method]
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
-    state = open_run(out := Path(args.out).resolve(), settings, args.resume)
+    for turn in range(2):  # rank 0 first: it may have to move a directory
+        if turn == min(RANK, 1):
+            state = open_run(out := Path(args.out).resolve(), settings, args.resume)
+        everyones(turn)
     check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
     model, tokenizer, prompts, examples, sampling = prepare(
         args, args.student_context, args.teacher_context,
@@ -1026,13 +1093,22 @@ def cmd_train(args) -> dict:
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     teacher = make_teacher(model, args.teacher)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    if state:
+        restore(out, state, model, teacher)
+    for net in (model, teacher)[:2 - (teacher is model)] if args.shard else ():
+        shard(net)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_input_embeddings().sparse = True  # its gradient is of a few rows
+    optimizer = make_optimizer(model, args.lr, state)
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
                    clip=args.clip, clip_at=args.clip_at,
                    beta=args.beta if signal == "jsd" else BETA.get(signal))
-    saved = start = restore(out, state, model, teacher, optimizer) if state else 0
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").write_text("".join(state["metrics"]) if state else "")
+    saved = start = state["step"] if state else 0
+    history = state["metrics"] if state else []
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in history))
     for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
         with timed(seconds := Counter(), "s_sampling"):
             rows = step_rows(examples, step, args.batch, args.seed)
@@ -1067,7 +1143,8 @@ def cmd_train(args) -> dict:
                    "rollouts": n * (writer == "student"), "sampled": tokens * (writer == "student"),
                    "tokens_per_s": tokens / sum(
                        seconds[k] + stats[k] for k in ("s_sampling", "s_rescoring", "s_update"))}
-        with open(out / "metrics.jsonl", "a") as file:
+        history.append(metrics)
+        with open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % args.log_every == 0:
             tqdm.write(show(metrics))
@@ -1075,14 +1152,19 @@ def cmd_train(args) -> dict:
             tqdm.write(f"  sample: {texts[0][:300]!r}")
         if step + 1 == args.steps or (step + 1) % args.save_every == 0:
             saved = step + 1
+            taught = zip(teacher.named_parameters(), model.parameters())
+            rng = torch.get_rng_state(), torch.cuda.get_rng_state() if model.device.type == "cuda" else None
             save_checkpoint(out, model, tokenizer, {
-                "step": saved, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "metrics": (out / "metrics.jsonl").read_text().splitlines(keepends=True),
-                "cuda_rng": torch.cuda.get_rng_state_all(),
-                "teacher": None if args.teacher == "live" else teacher.state_dict()}, settings)
+                "step": saved, "optimizer": optimizer.state_dict(), "rng": everyones(rng),
+                "metrics": history, "teacher": None if args.teacher == "live" else
+                {name: p for (name, p), own in taught if own.requires_grad}}, settings)
+    if args.merge and RANK == 0:
+        from peft import PeftModel
+        merged = PeftModel.from_pretrained(load_model(args.model or toy_base())[0], out)
+        merged.merge_and_unload().save_pretrained(out / "merged")
+        tokenizer.save_pretrained(out / "merged")
     print(f"saved {out}; python rsd.py eval --model {out}")
-    lines = read_jsonl(out / "metrics.jsonl")
-    return {k: sum(m[k] for m in lines) for k in ("rollouts", "sampled", "trained")}
+    return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained")}
 
 def run(*words) -> dict:
     """One command, as if typed -> its figures and its seconds."""
@@ -1203,6 +1285,13 @@ FLAGS = [
     ("dgte", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0}, "that many rows; 0: all (toy: 2000)"),
     ("dgte", "--seed", 0, "of data order and sampling (demo: of the base model as well)"),
     ("gte", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
+    ("gte", "--attn", "", "attention of transformers: sdpa, flash_attention_2, ...; empty: its choice"),
+    ("t", "--lora-rank", 0, "train adapters of that rank, with peft; 0: all weights"),
+    ("t", "--lora-alpha", 0, "their scale is alpha / rank; 0: twice the rank"),
+    ("t", "--lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
+    ("t", "--merge", False, "with LoRA: at the end also write the merged model, to OUT/merged"),
+    ("t", "--shard", False, "under torchrun: cut the layers among the ranks (FSDP2)"),
+    ("t", "--gradient-checkpointing", False, "less memory for activations, a third more time"),
     ("gte", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
     ("gte", "--max-new-tokens", {"g": 1024, "t": 4096, "e": 4096}, "longest completion, in tokens"),
     ("gte", "--temperature", {"g": 0.7, "t": 1.0, "e": 0.7}, "of sampling; 0 is greedy"),
@@ -1291,6 +1380,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
     args = parse_args(argv)
+    if RANKS > 1:  # torchrun --nproc-per-node N rsd.py ...
+        torch.distributed.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if RANK:  # only the first one speaks
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+            sys.stdout = open(os.devnull, "w")
     try:
         args.run(args)
     except (UserError, OSError, KeyboardInterrupt) as error:
