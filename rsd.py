@@ -583,6 +583,7 @@ def shard(model) -> None:
         fully_shard(layer, reshard_after_forward=True,
                     mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32))
         layer.set_gradient_divide_factor(1.0)  # sum, not mean: the denominator is that of all ranks
+        layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
 
 def whole(tree):
     """The same nest of dicts and lists with every sharded tensor in one piece; all ranks call it."""
@@ -926,10 +927,12 @@ def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
     """n different problems of a split; the question's hash settles its split, so none is in two.
     noisy: half of the solutions leave out a habit or make a slip, as real chains of thought do."""
     rng, rows, homes = random.Random(f"{split} {seed}"), {}, ["test", "val", *["train"] * 6]
-    for _ in range(min(100 * n, 300_000)):
+    for _ in range(300_000):
         row = toy_problem(rng)
         if homes[zlib.crc32(row["question"].encode()) % 8] == split and len(rows) < n:
             rows[row["question"]] = row
+        if len(rows) == n:
+            break
     check(len(rows) == n, f"--split {split} --limit {n}: the toy has only {len(rows)} different.")
     for row in rows.values() if noisy else ():
         fault = rng.choice([*HABITS, "slip", None, None, None, None])
@@ -1177,113 +1180,90 @@ def table(systems: dict[str, list[dict]]) -> str:
     lines = ["| system | accuracy | rubric score | n | rollouts | tokens trained on | seconds |",
              "|---|---|---|---|---|---|---|"]
     for name, runs in systems.items():
-        cells = [name]
-        for key in ("accuracy", "rubric_score"):
-            mean, se, n = mean_se([r[key] for r in runs])
-            cells.append(f"{mean:.3f} +- {se if n > 1 else runs[0][key + '_se']:.3f}")
+        means = [(mean_se([r[k] for r in runs]), runs[0][k + "_se"])
+                 for k in ("accuracy", "rubric_score")]
+        cells = [f"{mean:.3f} +- {se if n > 1 else own:.3f}" for (mean, se, n), own in means]
         cells += [format(mean_se([r.get(k, 0) for r in runs])[0], ".0f")
                   for k in ("n", "rollouts", "trained", "seconds")]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
-def cmd_demo(args) -> dict:
-    """The whole method on the toy: base model, rubrics, training, and the table at the end."""
-    begin, out, toy = time.perf_counter(), Path(args.out), ("--data", "toy", "--seed", args.seed)
-    mine = {"results.json", "rubrics.jsonl", "train", "train.rsd-new", "train.rsd-old"}
-    check(not out.exists() or {f.name for f in out.iterdir()} <= mine, f"--out {out} is no demo.")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    base = ("--model", toy_base(args.seed, args.base_steps))
-    data, rubrics = (*toy, "--limit", args.limit), out / "rubrics.jsonl"
-    run("generate", *base, *data, "--out", rubrics)
-    systems = {"student_before": run("eval", *base, *toy, "--limit", args.n),
-               "teacher": run("eval", *base, *toy, "--limit", args.n, "--context", "rubric+answer")}
-    trained = run("train", *base, *data, "--rubrics", rubrics, "--steps", args.steps, "--out",
-                  out / "train")
-    after = run("eval", "--model", out / "train", *toy, "--limit", args.n)
-    systems["student_after"] = after | trained | {"seconds": trained["seconds"] + after["seconds"]}
-    results = systems | {"n": args.n, "seconds": time.perf_counter() - begin}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    rows = table({k.replace("_", " "): [v] for k, v in systems.items()})
-    print(f"\n{rows}\n\n{results['seconds']:.0f} s in all; figures in {out / 'results.json'}")
-    return results
-
 def cmd_compare(args) -> dict:
-    """Every system of prompts/toy/experiment.json side by side on the toy -> table and curves.
-    Learning rates are chosen on the validation split; what stands in runs.jsonl is not redone."""
+    """The systems of prompts/toy/COMMAND.json on the toy: base model, rubrics, training, table."""
     check(re.fullmatch(r"[\d.e,-]*\d", args.rates), f"--rates {args.rates}: not like 3e-4,1e-4.")
-    rates, seeds = [float(r) for r in args.rates.split(",")], range(args.seeds)
+    rates, seeds = [float(r) for r in args.rates.split(",")], range(args.seed, args.seed + args.seeds)
     if args.quick:
-        rates, seeds, args.steps, args.n = rates[:1], range(1), 15, 100
+        rates, seeds, args.steps, args.n = rates[:1], seeds[:1], 15, 100
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
-    log, best = out / "runs.jsonl", {}
+    systems = json.loads((HERE / "prompts" / "toy" / f"{args.command}.json").read_text())
+    log, begin = out / "runs.jsonl", time.perf_counter()
     done = {d["run"]: d for d in read_jsonl(log, mend=True)} if log.exists() else {}
-    experiment = json.loads((HERE / "prompts" / "toy" / "experiment.json").read_text())
-    family = lambda system: system.split()[0]  # the systems that share a learning rate
-    def result(system: str, seed: int, rate: float, split: str) -> dict:
+    def result(system: str, seed: int, rate: float, split: str) -> dict:  # not redone if in the log
         key = f"{system}, seed {seed}, lr {rate:g}, {split}, {args.steps} steps, n {args.n}"
-        flags, where, figures = experiment[system], out / re.sub(r"\W+", "-", key), {"seconds": 0}
-        model, common = toy_base(seed, args.base_steps), ("--seed", seed, "--max-new-tokens", 80)
         if key not in done:
-            if flags is not None:
+            base, where = toy_base(seed, args.base_steps), out / re.sub(r"\W+", "-", key)
+            flags = [flag.format(out=out, seed=seed) for flag in systems[system].split()]
+            common, figures = ("--seed", seed, "--max-new-tokens", 80), {"seconds": 0}
+            judged, words = (base, flags[1:]) if flags[0] == "eval" else (where, [])
+            for name in ("learned", "zero-shot"):  # rubrics that the flags ask for
+                rubrics, writer = out / f"{name}{seed}.jsonl", base
+                if str(rubrics) in flags and name == "learned":
+                    writer = out / f"writer{seed}"
+                    if not (writer / "config.json").exists():
+                        run("train", "--stage", "rubric", "--model", base, "--steps", 20,
+                            "--seed", seed, "--out", writer)
+                if str(rubrics) in flags:
+                    run("generate", "--model", writer, "--limit", args.limit, "--seed", seed,
+                        "--out", rubrics)
+            if flags[0] == "train":
                 shutil.rmtree(where, ignore_errors=True)
-                flags = [flag.format(out=out, seed=seed) for flag in flags.split()]
-                figures = run("train", "--model", model, *common, "--limit", 256, "--lr", rate,
-                              "--out", where, "--steps", args.steps, *flags)
-                model = where
-            judged = run("eval", "--model", model, *common, "--split", split, "--limit", args.n)
-            done[key] = judged | figures | {"run": key, "out": str(where)}
+                figures = run("train", "--model", base, *common, "--limit", args.limit, "--lr",
+                              rate, "--out", where, "--steps", args.steps, *flags[1:])
+            found = run("eval", "--model", judged, *common, "--split", split, "--limit", args.n, *words)
+            seconds = figures["seconds"] + found["seconds"]
+            done[key] = found | figures | {"run": key, "out": str(where), "seconds": seconds}
             with append_jsonl(log) as file:
                 file.write(json.dumps(done[key]) + "\n")
         return done[key]
-    for seed in seeds:
-        base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
-        common = ("--seed", seed, "--out")
-        if not (writer / "config.json").exists():
-            run("train", "--stage", "rubric", "--model", base, "--steps", 20, *common, writer)
-        for name, model in (("zero-shot", base), ("learned", writer)):
-            run("generate", "--model", model, "--limit", 256, *common, out / f"{name}{seed}.jsonl")
-    for system in experiment:
+    family, best = lambda system: system.split()[0], {}  # those that share a learning rate
+    for system in systems:
         if family(system) not in best:
-            found = {r: result(system, 0, r, "val")["accuracy"] for r in rates}
-            best[family(system)] = max(rates, key=found.get)
+            found = {r: result(system, seeds[0], r, "val")["accuracy"] for r in rates[1:] and rates}
+            best[family(system)] = max(rates, key=lambda r: found.get(r, 0))
             print(f"learning rate of {family(system)}: {best[family(system)]}, validation: {found}")
-    systems = {s: [result(s, i, best[family(s)], "test") for i in seeds] for s in experiment}
-    text = (f"{table(systems)}\n\nseeds: {len(seeds)} (base model, data, sampling), {args.steps} "
+    results = {s: [result(s, i, best[family(s)], "test") for i in seeds] for s in systems}
+    text = (f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling), {args.steps} "
             f"steps of 32 completions each; learning rates, out of {rates}: {best}\n")
     (out / "table.md").write_text(text)
-    (out / "results.json").write_text(json.dumps({"systems": systems, "rates": best}, indent=1))
-    plot(systems, out / "curves.svg")
-    print(f"\n{text}\nin {out}: table.md, results.json, curves.svg")
-    return systems
+    (out / "results.json").write_text(json.dumps({"systems": results, "rates": best}, indent=1))
+    plot(results, out / "curves.svg")
+    print(f"\n{text}\n{time.perf_counter() - begin:.0f} s; in {out}: table.md, results.json")
+    return results
 
 def plot(systems: dict[str, list[dict]], out: Path) -> None:
-    """Accuracy of rollouts against tokens sampled; of base and SFT, without samples, the test's."""
+    """Accuracy of rollouts against tokens sampled, mean over seeds, for systems that sample."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(f"no {out}: it takes 'pip install matplotlib'")
     axes = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots()
-    for k, (name, runs) in enumerate(systems.items()):
-        style = dict(label=name, color=f"C{k}", linestyle=("-", "--", ":")[k // 7 % 3])
-        if not runs[0].get("sampled"):
-            axes.axhline(mean_se([r["accuracy"] for r in runs])[0], alpha=0.5, **style)
-            continue
+    for k, (name, runs) in enumerate((n, r) for n, r in systems.items() if r[0].get("sampled")):
         steps = list(zip(*(read_jsonl(Path(r["out"]) / "metrics.jsonl") for r in runs)))
         x, y = ([mean_se([m[k] for m in ms])[0] for ms in steps] for k in ("sampled", "accuracy"))
-        axes.plot(torch.tensor(x).cumsum(0), y, **style)
+        axes.plot(torch.tensor(x).cumsum(0), y, label=name, linestyle=("-", "--", ":")[k // 7 % 3])
     axes.set(xlabel="completion tokens sampled", ylabel="accuracy of the rollouts", ylim=(0, 1))
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(out)
 
-COMMANDS = {f.__name__[4:]: f for f in (cmd_demo, cmd_generate, cmd_train, cmd_eval, cmd_compare)}
+COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train, "eval": cmd_eval,
+            "compare": cmd_compare}
 # Commands by first letter; the default (a tuple: choices, a dict: per command; see TOY); the help.
 FLAGS = [
     ("gte", "--model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); not given: the toy"),
     ("gte", "--data", "rar-science", "toy, rar-science, a hub id, or a .jsonl .json .parquet"),
     ("gte", "--split", {"g": "train", "t": "train", "e": "test"}, "split of a named data set"),
-    ("dgte", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0}, "that many rows; 0: all (toy: 2000)"),
-    ("dgte", "--seed", 0, "of data order and sampling (demo: of the base model as well)"),
+    ("dgtec", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0, "c": 256}, "that many rows; 0: all"),
+    ("dgtec", "--seed", 0, "of data order and sampling (demo, compare: base model too; the first)"),
     ("gte", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
     ("gte", "--attn", "", "attention of transformers: sdpa, flash_attention_2, ...; empty: its choice"),
     ("t", "--lora-rank", 0, "train adapters of that rank, with peft; 0: all weights"),
@@ -1335,9 +1315,9 @@ FLAGS = [
     ("t", "--log-every", 5, "steps between lines on the terminal"),
     ("dc", "--out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
     ("dc", "--n", 200, "held-out problems in each evaluation"),
-    ("c", "--seeds", 3, "runs per system, each with a base model of its own"),
-    ("c", "--rates", "3e-4,1e-4,1e-3", "learning rates to choose from on the validation split"),
-    ("c", "--quick", False, "1 seed, 15 steps, 1 learning rate, 100 problems"),
+    ("dc", "--seeds", {"d": 1, "c": 3}, "runs per system, each with a base model of its own"),
+    ("dc", "--rates", {"d": "3e-4", "c": "3e-4,1e-4,1e-3"}, "learning rates, chosen on validation"),
+    ("dc", "--quick", False, "1 seed, 15 steps, 1 learning rate, 100 problems"),
 ]
 TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-size": 256,
        "--max-new-tokens": 220, "--teacher-context": "rubric+answer", "--lr": 3e-4}
