@@ -7,11 +7,7 @@ list of weighted criteria that a good answer meets. One network plays two parts:
          loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
-  python rsd.py demo        the whole method on a toy world, on a laptop CPU, in minutes
-  python rsd.py generate    a model writes a rubric for every question    -> JSONL
-  python rsd.py train       rollouts, re-scoring, per-token loss, steps   -> a checkpoint directory
-  python rsd.py eval        accuracy and rubric score of a checkpoint
-  python rsd.py compare     every system of the paper side by side, on the toy
+Run: python rsd.py demo (the method on a toy, in minutes) | generate | train | eval | compare
 
 Sections 1 to 4 are the method; with 5 you can train. Every method is three choices in one pipeline
 (METHODS): who writes the completion, what the teacher sees, which signal each token gets.
@@ -27,18 +23,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partialmethod
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils._pytree import tree_map
 import transformers
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig,
-                          GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper,
-                          TopPLogitsWarper)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                          TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,8 +39,7 @@ RANK, RANKS = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE"
 def everyones(x) -> list:
     """x of every process that torchrun started, in order of rank; each has to call it."""
     parts = [x] * RANKS
-    if RANKS > 1:
-        torch.distributed.all_gather_object(parts, x)
+    if RANKS > 1: torch.distributed.all_gather_object(parts, x)
     return parts
 
 class UserError(Exception):
@@ -56,8 +47,7 @@ class UserError(Exception):
 
 def check(ok, message: str) -> None:
     """UserError(message) unless ok."""
-    if not ok:
-        raise UserError(message)
+    if not ok: raise UserError(message)
 
 # ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
 # A context is a file of prompts/, named after what it shows ("student": the bare question).
@@ -181,8 +171,7 @@ def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
     ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
     """
     text = text.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None, "unfinished thinking"
+    if "<think>" in text: return None, "unfinished thinking"
     text, decoder = mend_backslashes(text), json.JSONDecoder(strict=False)
     best, why = [], "no JSON array"
     for start in [m.start() for m in re.finditer(r"\[\s*\{", text)][::-1] or [0]:
@@ -228,78 +217,46 @@ def draw(_, logits: torch.Tensor) -> torch.Tensor:
     token = torch.searchsorted(mass, at, right=True).clamp(max=mass.shape[1] - 1)
     return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
 
-def extend_padded(model, seqs: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """New ids for sequences of ids, by `generate`, padded on the left under the mask. It ends when
-    three quarters of the rows have: a long straggler does not hold up the others."""
-    pad = [[0] * (max(map(len, seqs)) - len(s)) for s in seqs]
-    ids, mask = (torch.tensor(rows, device=model.device) for rows in (
-        [p + s for p, s in zip(pad, seqs)], [p + [1] * len(s) for p, s in zip(pad, seqs)]))
-    stop, greedy = torch.tensor(config.eos_token_id, device=model.device), copy.copy(config)
-    def mostly_done(out, _):
-        ended = torch.isin(out[:, ids.shape[1]:], stop).any(1).float().mean()
-        return (ended >= 0.75).expand(len(out))
-    warpers = [TemperatureLogitsWarper(config.temperature), draw] if config.do_sample else []
-    if config.do_sample and config.top_p < 1:
-        warpers.insert(1, TopPLogitsWarper(config.top_p))
-    if config.do_sample and config.top_k:
-        warpers.insert(1, TopKLogitsWarper(config.top_k))
-    greedy.do_sample = False  # `draw` makes the choice
-    with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy,
-                             logits_processor=warpers, stopping_criteria=[mostly_done],
-                             synced_gpus=RANKS > 1)
-    return out[:, ids.shape[1]:].tolist()
-
-def extend_packed(model, seqs: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """The same by the library's continuous batching: paged cache, rows leave as they end. Its worker
-    thread sees no autocast, so float32 weights are sampled from in a bfloat16 copy; cache and copy
-    are released afterwards."""
-    cuda = model.device.type == "cuda"
-    if cuda and model.dtype == torch.float32:
-        model = frozen_copy(model).to(torch.bfloat16)
-    share = {"max_memory_percent": 0.5} if cuda else {"num_blocks": 64, "max_batch_tokens": 512}
-    out = [*model.generate_batch(seqs, config, ContinuousBatchingConfig(
-        seed=torch.randint(2**31, ()).item(), **share)).values()]
-    if len(out) < len(seqs) or any(o.error for o in out):
-        raise RuntimeError(f"continuous batching failed: {[o.error for o in out if o.error][:1]}")
-    torch.cuda.empty_cache()
-    return [o.generated_tokens for o in out]
-
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
-                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None,
-                       packed: bool | None = None) -> list[tuple[list[int], bool]]:
+                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped), in order. Token in, token out.
     A completion ends with its first stop token, which is part of it; without one it has
-    max_new_tokens ids. temperature 0 is greedy. The model's own generation defaults (a repetition
-    penalty, say) are set aside. packed: continuous batching; as a rule on CUDA unless sharded.
-    Under torchrun every rank samples its share and gets all of them."""
-    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-    config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop),
-                              **how if temperature > 0 else {})
-    if packed is None:
-        packed = model.device.type == "cuda" and not any(
-            isinstance(p, DTensor) for p in model.parameters())
+    max_new_tokens ids. temperature 0 is greedy. Padding is on the left, under the mask. A batch
+    ends when three quarters of its rows have; the others go on in a later one: no straggler holds
+    them up. The model's own generation defaults (a repetition penalty, say) are set aside. Under
+    torchrun each rank samples its share and gets all."""
+    config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop))
+    warpers = [TemperatureLogitsWarper(temperature), draw] if temperature > 0 else []
+    warpers[1:1] = [TopKLogitsWarper(top_k)] if warpers and top_k else []
+    warpers[-1:-1] = [TopPLogitsWarper(top_p)] if warpers and top_p < 1 else []
+    stops, device = torch.tensor(sorted(stop), device=model.device), model.device
+    def mostly_done(out, _):
+        return (torch.isin(out[:, width:], stops).any(1).float().mean() >= 0.75).expand(len(out))
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done, todo = {}, {i: [] for i in order[RANK::RANKS]}  # row -> its completion so far
     own, model.generation_config = model.eval().generation_config, GenerationConfig()
     bar = tqdm(total=len(todo), desc=progress, disable=progress is None, leave=False)
     try:
-        while any(everyones(bool(todo))):  # a sharded model wants every rank in every call
-            rows = list(todo)[:len(todo) if packed else batch_size]
-            seqs = [prompts[i] + todo[i] for i in rows] or prompts[:1]
-            config.max_new_tokens = max((max_new_tokens - len(todo[i]) for i in rows), default=1)
-            for i, new in zip(rows, (extend_packed if packed else extend_padded)(
-                    model, seqs, config)):
-                ids = (todo.pop(i) + new)[:max_new_tokens]
-                end = next((k + 1 for k, t in enumerate(ids) if t in stop), None)
-                if end or len(ids) == max_new_tokens:
-                    done[i] = (ids[:end], end is not None)
+        while todo:
+            rows = list(todo)[:batch_size]
+            config.max_new_tokens = max_new_tokens - min(len(todo[i]) for i in rows)
+            seqs = [prompts[i] + todo[i] for i in rows]
+            width = max(map(len, seqs))
+            ids = torch.tensor([[0] * (width - len(s)) + s for s in seqs], device=device)
+            mask = torch.arange(width) >= torch.tensor([[width - len(s)] for s in seqs])
+            with torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask.long().to(device), generation_config=config,
+                    logits_processor=warpers, stopping_criteria=[mostly_done])
+            for i, new in zip(rows, out[:, width:].tolist()):
+                tokens = (todo.pop(i) + new)[:max_new_tokens]
+                end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
+                if end or len(tokens) == max_new_tokens:
+                    done[i] = (tokens[:end], end is not None)
                     bar.update()
-                else:
-                    todo[i] = ids
-    finally:
-        model.generation_config = own
+                else: todo[i] = tokens
+    finally: model.generation_config = own
     return [row for _, row in sorted((i, r) for part in everyones(done) for i, r in part.items())]
 
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
@@ -310,9 +267,8 @@ def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> t
     seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
     width = max(map(len, seqs))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
-    for module in model.modules():  # gradient checkpointing wants "training"; dropout stays off
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = torch.is_grad_enabled()
+    for layer in (m for m in model.modules() if getattr(m, "gradient_checkpointing", False)):
+        layer.training = torch.is_grad_enabled()  # what checkpointing asks for; dropout stays off
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
     row = [b for b, c in enumerate(completions) for _ in c]
     col = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
@@ -354,10 +310,8 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
         index = t.topk(top_k, dim=-1).indices
         def support(x):  # [N, V] -> [N, top_k], or [N, top_k + 1] with the tail
             kept = x.gather(-1, index)
-            if not tail:
-                return kept.log_softmax(-1)
+            if not tail: return kept.log_softmax(-1)
             return torch.cat([kept, x.scatter(-1, index, -math.inf).logsumexp(-1, True)], -1)
-
         s, t = support(s), support(t)
     kl = kl_terms if clip != "entry" else lambda p, q: p.exp() * (p - q)
     if beta in (0, 1):
@@ -366,8 +320,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
         gap = torch.expm1(-(s - t).abs())
         m = torch.where(s > t, s + torch.log1p(beta * gap), t + torch.log1p((1 - beta) * gap))
         terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
-    if clip != "entry":
-        terms = terms.sum(-1, keepdim=True)
+    if clip != "entry": terms = terms.sum(-1, keepdim=True)
     if stats is not None:
         stats["divergence"] += terms.sum().item()
         stats["clipped"] += 0 if clip == "none" else (terms > clip_at).float().mean(-1).sum().item()
@@ -381,8 +334,7 @@ def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options)
     sampled, advantage log p_T - log p_S. advantage: policy gradient with that one (1: SFT's cross-
     entropy; GRPO's), plus kl times the reverse KL to the teacher. Samples are of the current
     weights, strictly on policy: no importance ratio, so nothing to clip."""
-    if signal in BETA:
-        return divergence(student, teacher, **{"beta": BETA[signal]} | options)
+    if signal in BETA: return divergence(student, teacher, **{"beta": BETA[signal]} | options)
     logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     if signal == "sampled":
         target = teacher.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
@@ -395,19 +347,16 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
     """Backward of sum(loss_of(...)) / denominator without ever holding [N, V] logits.
     hidden [N, H] with its graph, the teacher's `seen` [N, H] or None; loss_of(student's logits
     [n, V], teacher's or None, rows: slice) -> [n]. Both heads run on `chunk` logits at a time (four
-    times that on a GPU), the loss on `part` of them, which stay in a CPU's cache. Its gradient takes
+    times that on a GPU), the loss on `part` of them, which a CPU's cache holds. Its gradient takes
     the logits' place and goes through the head by hand, right into the weight's gradient: autograd
     would build a second matrix of that size for every chunk. At last one backward runs through the
     body. stats grows by "loss" and "entropy" (nats), summed over tokens."""
     head, low = model.get_output_embeddings(), torch.get_autocast_dtype("cuda")
     weight, grad = head.weight, torch.zeros_like(hidden)
-    if torch.is_autocast_enabled("cuda"):
-        weight = weight.to(low)  # once, not in every chunk
-    if hidden.is_cuda:
-        chunk = part = 4 * chunk
+    if torch.is_autocast_enabled("cuda"): weight = weight.to(low)  # once, not in every chunk
+    if hidden.is_cuda: chunk = part = 4 * chunk
     for p in model.parameters():  # dense from the start: rows of embeddings may come sparse
-        if p.requires_grad and p.grad is None:
-            p.grad = torch.zeros_like(p)
+        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
     many, few = (max(1, size // len(weight)) for size in (chunk, part))
     for start in range(0, len(hidden), many):
         h = hidden[start:start + many].to(weight.dtype)
@@ -424,13 +373,9 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
             stats.update(loss=losses.sum().item(), entropy=-torch.vdot(logp.exp(), logp).item())
             logits[i:i + few] = leaf.grad
         grad[start:start + many] = logits @ weight
-        if head.weight.requires_grad:
-            if weight is head.weight:
-                weight.grad.addmm_(logits.T, h)
-            else:
-                head.weight.grad += logits.T @ h
-        if head.bias is not None and head.bias.requires_grad:
-            head.bias.grad += logits.sum(0)
+        if weight is head.weight and weight.requires_grad: weight.grad.addmm_(logits.T, h)
+        elif head.weight.requires_grad: head.weight.grad += logits.T @ h
+        if head.bias is not None and head.bias.requires_grad: head.bias.grad += logits.sum(0)
         del logits, target  # before the next ones are made
     hidden.backward(grad)
 
@@ -462,12 +407,9 @@ def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, th
             dropped[f"no {missing[0]}"] += 1
             continue
         pair = [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
-        if max(map(len, pair)) > room:
-            dropped["context too long for the model"] += 1
-        else:
-            examples.append(Episode(row, *pair))
-    if dropped:
-        print(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
+        if max(map(len, pair)) > room: dropped["context too long for the model"] += 1
+        else: examples.append(Episode(row, *pair))
+    if dropped: print(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
     check(examples, f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
     return examples
 
@@ -511,8 +453,7 @@ def timed(seconds: Counter, name: str):
     """Add the wall seconds of the block to seconds[name]; waits for a GPU's work."""
     start = time.perf_counter()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.cuda.is_available(): torch.cuda.synchronize()
     seconds[name] += time.perf_counter() - start
 
 def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budget=8192, kl=0.0,
@@ -523,12 +464,9 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
     no cache: a cast made for a live teacher, under no_grad, would cut the student's gradient. Every
     rank is given all episodes, takes its share, and ends with the gradient of all."""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
-    shares = [micro_batches(episodes[r::RANKS], token_budget) for r in range(RANKS)]
-    idle = [replace(episodes[0], train_from=len(episodes[0].completion_ids))]  # ranks keep in step
-    shares[RANK] += [idle] * (max(map(len, shares)) - len(shares[RANK]))
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
-    for batch in shares[RANK]:
+    for batch in micro_batches(episodes[RANK::RANKS], token_budget):
         completions = [e.completion_ids for e in batch]
         tokens = [(t, e.advantage, k >= e.train_from)
                   for e in batch for k, t in enumerate(e.completion_ids)]
@@ -539,62 +477,38 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
             with timed(seconds, "s_rescoring"), torch.no_grad():
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
                     if needs_teacher else None
-
             def loss_of(student, target, rows):
                 return token_loss(signal, student, target, ids[rows], advantage[rows], kl,
                                   **options, **{"stats": stats} if signal in BETA else {})
-
             with timed(seconds, "s_update"):
                 hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
                 backward_in_chunks(model, hidden, teacher, seen, loss_of, max(total, 1), stats)
     for p in model.parameters() if RANKS > 1 else ():
-        if p.grad is not None and not isinstance(p, DTensor):  # FSDP2 has summed its own
-            torch.distributed.all_reduce(p.grad)
+        if p.grad is not None: torch.distributed.all_reduce(p.grad)
     mean = {k: sum(s[k] for s in everyones(stats)) / max(total, 1) for k in stats}
     return Counter(mean | {"trained": total} | seconds)
-
-def frozen_copy(model):
-    """A copy without gradients; weights that are frozen already (under a LoRA) are shared."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False)
 
 def make_teacher(model, kind: str):
     """fixed, ema: a frozen copy of the weights, in memory, fixed ones in bfloat16 on a GPU; live:
     the student itself. Of a LoRA only the adapters are copied: they begin at 0, the base model."""
-    teacher = model if kind == "live" else frozen_copy(model)
-    return teacher.to(torch.bfloat16) if kind == "fixed" and model.device.type == "cuda" else teacher
+    if kind == "live": return model
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    teacher = copy.deepcopy(model, shared).requires_grad_(False)
+    return teacher.to(torch.bfloat16 if kind == "fixed" and model.device.type == "cuda" else None)
 
 def add_lora(model, rank: int, alpha: int, targets: str) -> None:
     """Freeze the model and put trainable adapters on `targets` (names by comma, or all-linear)."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise UserError("--lora-rank: it takes 'pip install peft'.") from error
-    check(not getattr(model, "peft_config", None), "--lora-rank: --model is a LoRA; --merge it.")
+    from peft import LoraConfig  # optional; main says how to get it
+    check(not hasattr(model, "peft_config"), "--lora-rank: --model has an adapter; merge it.")
+    targets = targets if targets == "all-linear" else targets.split(",")
     model.requires_grad_(False).add_adapter(LoraConfig(
-        r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets if targets == "all-linear" else
-        targets.split(","), task_type="CAUSAL_LM"))
-
-def shard(model) -> None:
-    """FSDP2: cut each decoder layer's weights among the ranks. Embeddings, norm and head stay whole
-    on every rank, so that body and head can be called apart."""
-    low = torch.bfloat16 if model.device.type == "cuda" else None
-    for layer in next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)):
-        fully_shard(layer, reshard_after_forward=True,
-                    mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32))
-        layer.set_gradient_divide_factor(1.0)  # sum, not mean: the denominator is that of all ranks
-        layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
-
-def whole(tree):
-    """The same nest of dicts and lists with every sharded tensor in one piece; all ranks call it."""
-    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tree)
+        r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
 
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
     for t, s in zip(teacher.parameters(), model.parameters()):
-        if s.requires_grad:
-            t.lerp_(s.to(t.dtype), 1 - decay)
+        if s.requires_grad: t.lerp_(s.to(t.dtype), 1 - decay)
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
@@ -604,14 +518,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
     """Clip, step, clear -> the gradient norm before clipping; if it is not finite nothing moves."""
-    norms = [whole(get_total_norm([p.grad for p in group["params"] if p.grad is not None]))
-             for group in optimizer.param_groups]  # sharded parameters are a group of their own
-    norm = torch.stack(norms).norm()
-    for group in optimizer.param_groups:
-        clip_grads_with_norm_(group["params"], max_grad_norm, norm)
-        group["lr"] = lr
-    if norm.isfinite():
-        optimizer.step()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    for group in optimizer.param_groups: group["lr"] = lr
+    if norm.isfinite(): optimizer.step()
     optimizer.zero_grad()
     return norm.item()
 
@@ -622,17 +532,12 @@ def step_rows(items: list, step: int, batch: int, seed: int) -> list:
              for i in random.Random(f"{seed} {epoch}").sample(range(n), n)]
     return [items[i] for i in order[step * batch - first * n:][:batch]]
 
-def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) -> None:
+def save_checkpoint(out: Path, model, tokenizer, settings: dict, state: dict) -> None:
     """Replace directory `out` whole (model, tokenizer, trainer state): written under another
     name, then renamed. A crash leaves the old one, or OUT.rsd-old, which open_run puts back."""
     new, old = out.with_name(out.name + ".rsd-new"), out.with_name(out.name + ".rsd-old")
-    state, weights = whole(state), whole(dict(model.state_dict()))
-    if RANK:
-        return
-    for rest in (new, old):
-        shutil.rmtree(rest, ignore_errors=True)
-    model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
-    model.config.save_pretrained(new)
+    for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
+    model.save_pretrained(new)  # of a LoRA, the adapters
     tokenizer.save_pretrained(new)
     torch.save(state, new / "trainer.pt")
     (new / "rsd.json").write_text(json.dumps(settings, indent=1))
@@ -644,41 +549,26 @@ def save_checkpoint(out: Path, model, tokenizer, state: dict, settings: dict) ->
 def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     """The trainer state of the run in `out` that is to go on, or None where a new one may begin.
     UserError where `out` holds anything else: nothing is ever written over."""
-    if (old := out.with_name(out.name + ".rsd-old")).exists() and not out.exists():
+    if RANK == 0 and (old := out.with_name(out.name + ".rsd-old")).exists() and not out.exists():
         old.rename(out)
+    everyones("the others wait for that")
     if not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {"metrics.jsonl"}:
         return None
     check((out / "trainer.pt").exists(), f"--out {out} is no run of rsd.py; choose another --out.")
-    was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every", "log_every", "merge")
+    was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every")
     changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in settings.items()
                if k not in free and was.get(k) != v]
     check(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
     check(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
     return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
 
-def restore(out: Path, state: dict, model, teacher) -> None:
-    """Put the weights of a run's student and teacher back."""
+def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
+    """Put a run's student, teacher and optimizer back -> its step."""
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype).state_dict()
     model.load_state_dict(saved)
     teacher.load_state_dict(state["teacher"] or saved, strict=not state["teacher"])
-
-def make_optimizer(model, lr: float, state: dict | None):
-    """AdamW; sharded parameters, which no kernel takes together with whole ones, in a second group.
-    state: of a run that goes on, optimizer and random states, which are put back."""
-    groups = [[p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor) == cut]
-              for cut in (False, True)]
-    optimizer = torch.optim.AdamW([{"params": g} for g in groups if g], lr=lr, weight_decay=0.0,
-                                  fused=True)
-    if state:
-        for p, moments in zip(sum(groups, []), state["optimizer"]["state"].values()):
-            moments.update({k: distribute_tensor(m, p.device_mesh, p.placements)
-                            for k, m in moments.items() if m.ndim and isinstance(p, DTensor)})
-        optimizer.load_state_dict(state["optimizer"])
-        mine, cuda = state["rng"][RANK % len(state["rng"])]
-        torch.set_rng_state(mine)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-    return optimizer
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 # ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
 NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
@@ -686,13 +576,11 @@ NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re
 def extract_answer(text: str) -> str:
     r"""The content of the last \boxed{}, nested braces included; without one, the last line."""
     start, depth = text.rfind("\\boxed{"), 0
-    if start < 0:
-        return (text.strip().splitlines() or [""])[-1].strip()
+    if start < 0: return (text.strip().splitlines() or [""])[-1].strip()
     begin = start + len("\\boxed{")
     for end in range(begin - 1, len(text)):
         depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[begin:end].strip()
+        if depth == 0: return text[begin:end].strip()
     return text[begin:].strip()
 
 def grade(answer: str, reference: str, tolerance=0.01) -> bool:
@@ -714,8 +602,7 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     """Points of the criteria met (whose `check`, a regular expression, is found) over the positive
     points, in [0, 1] (HealthBench); of penalties only, 1 less the share; None without checks."""
-    if not rubric or not all("check" in c for c in rubric):
-        return None
+    if not rubric or not all("check" in c for c in rubric): return None
     met = sum(c["weight"] for c in rubric if re.search(c["check"], text))
     best = sum(c["weight"] for c in rubric if c["weight"] > 0)
     worst = sum(c["weight"] for c in rubric if c["weight"] < 0)
@@ -796,11 +683,9 @@ def read_rubric(value) -> list[dict] | None:
     """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
     ValueError, or re.error for a check, says what is wrong."""
     value = (json.loads(value.strip() or "[]") if isinstance(value, str) else value) or []
-    if not isinstance(value, list):
-        raise ValueError("it is no list of criteria")
+    if not isinstance(value, list): raise ValueError("it is no list of criteria")
     rubric = [read_criterion(item) for item in value]
-    for c in rubric:
-        re.compile(c.get("check", ""))
+    for c in rubric: re.compile(c.get("check", ""))
     return rubric or None
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
@@ -810,8 +695,7 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict):
-                raise ValueError("it is no object")
+            if not isinstance(row, dict): raise ValueError("it is no object")
             rows += [row] if row else []
         except ValueError as error:
             check(mend and rows and number == len(lines),
@@ -823,7 +707,7 @@ def append_jsonl(path: Path):
     data = path.read_bytes() if path.exists() else b""
     tail = data[data.rfind(b"\n") + 1:]
     with open(path, "ab") as file, suppress(ValueError):
-        file.truncate(len(data) - len(tail))
+        if tail: file.truncate(len(data) - len(tail))
         json.loads(tail)  # a whole line that only lacks its end is kept
         file.write(tail + b"\n")
     return open(path, "a", encoding="utf-8")
@@ -836,26 +720,23 @@ def read_table(data: str, split: str, limit: int) -> list[dict]:
           "hub id (owner/name), or a .jsonl, .json or .parquet file.")
     check(not is_file or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset
+    table = read_jsonl(Path(data)) if kind == ".jsonl" else None
     try:
-        table = (read_jsonl(Path(data)) if kind == ".jsonl" else
+        table = (table if kind == ".jsonl" else
                  json.loads(Path(data).read_text(encoding="utf-8")) if kind == ".json" else
                  Dataset.from_parquet(data).to_list() if is_file else
                  load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list())
-    except UserError:
-        raise
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(f"{data}: looked for {source} and could not read it ({str(error)!r:.150}); "
                         "a data set of the hub can also be given as a file.") from error
-    is_table = isinstance(table, list) and all(isinstance(row, dict) for row in table)
-    check(is_table and table, f"{data} {'has no rows' if is_table else 'is no list of objects'}.")
+    check(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
     return table[:limit or None]
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
     UserError names the source and the row (counted from 1), or the columns that there are."""
     if data in ("toy", "toy-noisy"):
-        limit = limit or (2000 if split == "train" else 200)
-        return toy_rows(split, limit, seed, noisy=data == "toy-noisy")
+        return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
     table, rows = read_table(data, split, limit), []
     columns = sorted({c for row in table for c in row})
     for name in NAMES[:2]:
@@ -929,10 +810,8 @@ def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
     rng, rows, homes = random.Random(f"{split} {seed}"), {}, ["test", "val", *["train"] * 6]
     for _ in range(300_000):
         row = toy_problem(rng)
-        if homes[zlib.crc32(row["question"].encode()) % 8] == split and len(rows) < n:
-            rows[row["question"]] = row
-        if len(rows) == n:
-            break
+        if homes[zlib.crc32(row["question"].encode()) % 8] == split: rows[row["question"]] = row
+        if len(rows) == n: break
     check(len(rows) == n, f"--split {split} --limit {n}: the toy has only {len(rows)} different.")
     for row in rows.values() if noisy else ():
         fault = rng.choice([*HABITS, "slip", None, None, None, None])
@@ -975,8 +854,7 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     """The directory of the toy's base model; the first time it is trained there from nothing, on
     its mixture, with the pipeline's own SFT signal. Muon for the matrices, AdamW for the rest."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
-    if out.exists():
-        return str(out)
+    if out.exists(): return str(out)
     rng, prompts = random.Random(f"toy {seed}"), load_prompts(HERE / "prompts" / "toy")
     rows = toy_rows("train", 2000, seed)
     lessons = [toy_lesson(rng.choice(rows), rng) for _ in range(steps * batch)]
@@ -984,9 +862,7 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
                                for kind, row, text in lessons[:3000]])
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=256, max_position_embeddings=1024,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        **world()["model"], vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, toy=True), dtype=torch.float32).eval()
     split = {kind: [p for name, p in model.named_parameters()
                     if (p.ndim == 2 and "layers" in name) == kind] for kind in (True, False)}
@@ -997,8 +873,9 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
                             tokenizer.encode(text) + [turn_end(tokenizer)])
                     for kind, row, text in lessons[step * batch:(step + 1) * batch]]
         accumulate(model, None, episodes, "advantage", token_budget=2048)
-        for optimizer in optimizers:
-            optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
+        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # Muon in float32: its
+            for optimizer in optimizers:  # bfloat16 is sixteen times slower on many a CPU
+                optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
     new = out.with_name(out.name + ".rsd-new")
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
@@ -1020,8 +897,7 @@ def prepare(args, student: str, teacher="", needs=()):
     model, tokenizer = load_model(args.model or toy_base(),
                                   torch.bfloat16 if half else torch.float32, args.attn or None)
     torch.manual_seed(args.seed)
-    if lora:
-        add_lora(model, lora, args.lora_alpha, args.lora_targets)
+    if lora: add_lora(model, lora, args.lora_alpha, args.lora_targets)
     parts = 2 if "{analysis}" in prompts[teacher] else 1  # the teacher's analysis, the completion
     room = getattr(model.config, "max_position_embeddings", math.inf) - parts * args.max_new_tokens
     examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
@@ -1042,17 +918,15 @@ def cmd_generate(args) -> dict:
     todo = [e for question, e in unique.items() if question not in done]
     print(f"{len(todo)} of {len(examples)} questions are still to do (others repeat, or are done)")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with append_jsonl(out if RANK == 0 else Path(os.devnull)) as file, \
-            tqdm(total=len(todo), desc="rubrics") as bar:
-        for start in range(0, len(todo), size := args.batch_size * RANKS):
+    with append_jsonl(out if RANK == 0 else Path(os.devnull)) as file:
+        for start in tqdm(range(0, len(todo), size := args.batch_size * RANKS), desc="rubrics"):
             batch = todo[start:start + size]
             results = generate_rubrics(model, tokenizer, [e.prompt_ids for e in batch], args.tries,
                                        **sampling)
             for e, got in zip(batch, results):
                 done[e.row["question"]] = line = {k: e.row[k] for k in NAMES} | got | origin
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.update()
+            file.flush()
     lines = [done[question] for question in unique]
     scores = [score_rubric(line["rubric"], unique[line["question"]].row) for line in lines]
     quality = {"n": len(lines), **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
@@ -1084,11 +958,9 @@ def cmd_train(args) -> dict:
     writer, _, signal, reward = METHODS[args.method]
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
-    for turn in range(2):  # rank 0 first: it may have to move a directory
-        if turn == min(RANK, 1):
-            state = open_run(out := Path(args.out).resolve(), settings, args.resume)
-        everyones(turn)
+    state = open_run(out := Path(args.out).resolve(), settings, args.resume)
     check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
+    check(args.batch >= RANKS, f"--batch {args.batch}: every one of the {RANKS} ranks needs one.")
     model, tokenizer, prompts, examples, sampling = prepare(
         args, args.student_context, args.teacher_context,
         ["solution"] * (writer == "reference") + [reward] * bool(reward))
@@ -1096,23 +968,21 @@ def cmd_train(args) -> dict:
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     teacher = make_teacher(model, args.teacher)
-    if state:
-        restore(out, state, model, teacher)
-    for net in (model, teacher)[:2 - (teacher is model)] if args.shard else ():
-        shard(net)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.gradient_checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
     model.get_input_embeddings().sparse = True  # its gradient is of a few rows
-    optimizer = make_optimizer(model, args.lr, state)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
+                                  weight_decay=0.0, fused=True)
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
                    clip=args.clip, clip_at=args.clip_at,
                    beta=args.beta if signal == "jsd" else BETA.get(signal))
-    saved = start = state["step"] if state else 0
+    saved = start = restore(out, state, model, teacher, optimizer) if state else 0
     history = state["metrics"] if state else []
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in history))
+    log = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
+    own = {n for n, p in model.named_parameters() if p.requires_grad and teacher is not model}
+    out.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(json.dumps(m) + "\n" for m in history))
     for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
+        torch.manual_seed(zlib.crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
         with timed(seconds := Counter(), "s_sampling"):
             rows = step_rows(examples, step, args.batch, args.seed)
             episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
@@ -1125,19 +995,16 @@ def cmd_train(args) -> dict:
         for e in episodes:
             if args.skip_thinking and end_thinking in e.completion_ids:
                 e.train_from = e.completion_ids.index(end_thinking) + 1
-            if args.truncated == "mask" and not e.stopped:
-                e.train_from = len(e.completion_ids)
+            if args.truncated == "mask" and not e.stopped: e.train_from = len(e.completion_ids)
         if "{analysis}" in (view := prompts[args.teacher_context]):
             reason_first(teacher, tokenizer, episodes, prompts["analysis"], view,
                          args.thinking == "on", **sampling)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
-        with timed(stats, "s_update"):
-            norm = optimizer_step(optimizer, rate, args.max_grad_norm)
+        with timed(stats, "s_update"): norm = optimizer_step(optimizer, rate, args.max_grad_norm)
         check(math.isfinite(stats["loss"] + norm), f"step {step + 1}: loss {stats['loss']}, norm "
               f"{norm}; stopped before the weights moved; {out} holds step {saved or 'none'}.")
-        if args.teacher == "ema":
-            ema_update(teacher, model, args.ema_decay)
+        if args.teacher == "ema": ema_update(teacher, model, args.ema_decay)
         n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
         metrics = {"step": step + 1, **stats, **seconds, "grad_norm": norm, "lr": rate,
                    "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
@@ -1147,25 +1014,15 @@ def cmd_train(args) -> dict:
                    "tokens_per_s": tokens / sum(
                        seconds[k] + stats[k] for k in ("s_sampling", "s_rescoring", "s_update"))}
         history.append(metrics)
-        with open(out / "metrics.jsonl" if RANK == 0 else os.devnull, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if step in (start, args.steps - 1) or (step + 1) % args.log_every == 0:
-            tqdm.write(show(metrics))
-        if step == start or (step + 1) % (10 * args.log_every) == 0:
-            tqdm.write(f"  sample: {texts[0][:300]!r}")
+        with open(log, "a") as file: file.write(json.dumps(metrics) + "\n")
+        if step in (start, args.steps - 1) or (step + 1) % 5 == 0:
+            tqdm.write(f"{show(metrics)}\n  sample: {texts[0][:200]!r}")
         if step + 1 == args.steps or (step + 1) % args.save_every == 0:
             saved = step + 1
-            taught = zip(teacher.named_parameters(), model.parameters())
-            rng = torch.get_rng_state(), torch.cuda.get_rng_state() if model.device.type == "cuda" else None
-            save_checkpoint(out, model, tokenizer, {
-                "step": saved, "optimizer": optimizer.state_dict(), "rng": everyones(rng),
-                "metrics": history, "teacher": None if args.teacher == "live" else
-                {name: p for (name, p), own in taught if own.requires_grad}}, settings)
-    if args.merge and RANK == 0:
-        from peft import PeftModel
-        merged = PeftModel.from_pretrained(load_model(args.model or toy_base())[0], out)
-        merged.merge_and_unload().save_pretrained(out / "merged")
-        tokenizer.save_pretrained(out / "merged")
+            if RANK == 0:
+                save_checkpoint(out, model, tokenizer, settings, {
+                    "step": saved, "optimizer": optimizer.state_dict(), "metrics": history,
+                    "teacher": {n: p for n, p in teacher.named_parameters() if n in own}})
     print(f"saved {out}; python rsd.py eval --model {out}")
     return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained")}
 
@@ -1177,8 +1034,8 @@ def run(*words) -> dict:
 
 def table(systems: dict[str, list[dict]]) -> str:
     """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
-    lines = ["| system | accuracy | rubric score | n | rollouts | tokens trained on | seconds |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| system | accuracy | rubric score | n | rollouts | tokens trained on | seconds |\n|"
+             + "---|" * 7]
     for name, runs in systems.items():
         means = [(mean_se([r[k] for r in runs]), runs[0][k + "_se"])
                  for k in ("accuracy", "rubric_score")]
@@ -1190,70 +1047,39 @@ def table(systems: dict[str, list[dict]]) -> str:
 
 def cmd_compare(args) -> dict:
     """The systems of prompts/toy/COMMAND.json on the toy: base model, rubrics, training, table."""
-    check(re.fullmatch(r"[\d.e,-]*\d", args.rates), f"--rates {args.rates}: not like 3e-4,1e-4.")
-    rates, seeds = [float(r) for r in args.rates.split(",")], range(args.seed, args.seed + args.seeds)
-    if args.quick:
-        rates, seeds, args.steps, args.n = rates[:1], seeds[:1], 15, 100
-    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     systems = json.loads((HERE / "prompts" / "toy" / f"{args.command}.json").read_text())
-    log, begin = out / "runs.jsonl", time.perf_counter()
+    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
+    begin, seeds = time.perf_counter(), range(args.seed, args.seed + args.seeds)
+    log, settings = out / "runs.jsonl", f"{args.steps} steps, n {args.n}, limit {args.limit}"
     done = {d["run"]: d for d in read_jsonl(log, mend=True)} if log.exists() else {}
-    def result(system: str, seed: int, rate: float, split: str) -> dict:  # not redone if in the log
-        key = f"{system}, seed {seed}, lr {rate:g}, {split}, {args.steps} steps, n {args.n}"
-        if key not in done:
-            base, where = toy_base(seed, args.base_steps), out / re.sub(r"\W+", "-", key)
-            flags = [flag.format(out=out, seed=seed) for flag in systems[system].split()]
-            common, figures = ("--seed", seed, "--max-new-tokens", 80), {"seconds": 0}
-            judged, words = (base, flags[1:]) if flags[0] == "eval" else (where, [])
-            for name in ("learned", "zero-shot"):  # rubrics that the flags ask for
-                rubrics, writer = out / f"{name}{seed}.jsonl", base
-                if str(rubrics) in flags and name == "learned":
-                    writer = out / f"writer{seed}"
-                    if not (writer / "config.json").exists():
-                        run("train", "--stage", "rubric", "--model", base, "--steps", 20,
-                            "--seed", seed, "--out", writer)
-                if str(rubrics) in flags:
-                    run("generate", "--model", writer, "--limit", args.limit, "--seed", seed,
-                        "--out", rubrics)
-            if flags[0] == "train":
-                shutil.rmtree(where, ignore_errors=True)
-                figures = run("train", "--model", base, *common, "--limit", args.limit, "--lr",
-                              rate, "--out", where, "--steps", args.steps, *flags[1:])
-            found = run("eval", "--model", judged, *common, "--split", split, "--limit", args.n, *words)
-            seconds = figures["seconds"] + found["seconds"]
-            done[key] = found | figures | {"run": key, "out": str(where), "seconds": seconds}
-            with append_jsonl(log) as file:
-                file.write(json.dumps(done[key]) + "\n")
-        return done[key]
-    family, best = lambda system: system.split()[0], {}  # those that share a learning rate
-    for system in systems:
-        if family(system) not in best:
-            found = {r: result(system, seeds[0], r, "val")["accuracy"] for r in rates[1:] and rates}
-            best[family(system)] = max(rates, key=lambda r: found.get(r, 0))
-            print(f"learning rate of {family(system)}: {best[family(system)]}, validation: {found}")
-    results = {s: [result(s, i, best[family(s)], "test") for i in seeds] for s in systems}
-    text = (f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling), {args.steps} "
-            f"steps of 32 completions each; learning rates, out of {rates}: {best}\n")
+    for seed in seeds:
+        base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
+        common = ("--seed", seed, "--max-new-tokens", 80)
+        for name, model in (("zero-shot", base), ("learned", writer)):
+            if any(name in flags for flags in systems.values()):
+                if model == writer and not (writer / "config.json").exists():
+                    run("train", "--stage", "rubric", "--model", base, "--steps", 20, *common[:2],
+                        "--out", writer)
+                run("generate", "--model", model, "--limit", args.limit, *common[:2], "--out",
+                    out / f"{name}{seed}.jsonl")
+        for system, words in systems.items():
+            if (key := f"{system}, seed {seed}, {settings}") in done: continue
+            command, *flags = [word.format(out=out, seed=seed) for word in words.split()]
+            model, figures = base, {}
+            if command == "train":
+                shutil.rmtree(model := out / re.sub(r"\W+", "-", key), ignore_errors=True)
+                figures = run("train", "--model", base, *common, "--limit", args.limit, "--steps",
+                              args.steps, "--out", model, *flags)
+                flags = []
+            found = run("eval", "--model", model, *common, "--limit", args.n, *flags)
+            done[key] = found | figures | {"run": key, "out": str(model)}
+            with append_jsonl(log) as file: file.write(json.dumps(done[key]) + "\n")
+    results = {s: [done[f"{s}, seed {seed}, {settings}"] for seed in seeds] for s in systems}
+    text = f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling); {settings}\n"
     (out / "table.md").write_text(text)
-    (out / "results.json").write_text(json.dumps({"systems": results, "rates": best}, indent=1))
-    plot(results, out / "curves.svg")
+    (out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\n{text}\n{time.perf_counter() - begin:.0f} s; in {out}: table.md, results.json")
     return results
-
-def plot(systems: dict[str, list[dict]], out: Path) -> None:
-    """Accuracy of rollouts against tokens sampled, mean over seeds, for systems that sample."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"no {out}: it takes 'pip install matplotlib'")
-    axes = (figure := Figure(figsize=(11, 6), layout="constrained")).subplots()
-    for k, (name, runs) in enumerate((n, r) for n, r in systems.items() if r[0].get("sampled")):
-        steps = list(zip(*(read_jsonl(Path(r["out"]) / "metrics.jsonl") for r in runs)))
-        x, y = ([mean_se([m[k] for m in ms])[0] for ms in steps] for k in ("sampled", "accuracy"))
-        axes.plot(torch.tensor(x).cumsum(0), y, label=name, linestyle=("-", "--", ":")[k // 7 % 3])
-    axes.set(xlabel="completion tokens sampled", ylabel="accuracy of the rollouts", ylim=(0, 1))
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(out)
 
 COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train, "eval": cmd_eval,
             "compare": cmd_compare}
@@ -1265,12 +1091,10 @@ FLAGS = [
     ("dgtec", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0, "c": 256}, "that many rows; 0: all"),
     ("dgtec", "--seed", 0, "of data order and sampling (demo, compare: base model too; the first)"),
     ("gte", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
-    ("gte", "--attn", "", "attention of transformers: sdpa, flash_attention_2, ...; empty: its choice"),
+    ("gte", "--attn", "", "sdpa, flash_attention_2, ...; empty: the choice of transformers"),
     ("t", "--lora-rank", 0, "train adapters of that rank, with peft; 0: all weights"),
     ("t", "--lora-alpha", 0, "their scale is alpha / rank; 0: twice the rank"),
     ("t", "--lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
-    ("t", "--merge", False, "with LoRA: at the end also write the merged model, to OUT/merged"),
-    ("t", "--shard", False, "under torchrun: cut the layers among the ranks (FSDP2)"),
     ("t", "--gradient-checkpointing", False, "less memory for activations, a third more time"),
     ("gte", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
     ("gte", "--max-new-tokens", {"g": 1024, "t": 4096, "e": 4096}, "longest completion, in tokens"),
@@ -1312,12 +1136,9 @@ FLAGS = [
     ("t", "--truncated", ("keep", "mask"), "completions without a stop token"),
     ("t", "--skip-thinking", False, "no loss on the tokens up to </think>"),
     ("t", "--save-every", 50, "steps between checkpoints; the last step is saved in any case"),
-    ("t", "--log-every", 5, "steps between lines on the terminal"),
     ("dc", "--out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
     ("dc", "--n", 200, "held-out problems in each evaluation"),
     ("dc", "--seeds", {"d": 1, "c": 3}, "runs per system, each with a base model of its own"),
-    ("dc", "--rates", {"d": "3e-4", "c": "3e-4,1e-4,1e-3"}, "learning rates, chosen on validation"),
-    ("dc", "--quick", False, "1 seed, 15 steps, 1 learning rate, 100 problems"),
 ]
 TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-size": 256,
        "--max-new-tokens": 220, "--teacher-context": "rubric+answer", "--lr": 3e-4}
@@ -1326,8 +1147,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
     words = [w for word in (sys.argv[1:] if argv is None else argv) for w in word.split("=", 1)]
     model = dict(zip(words, words[1:])).get("--model")
-    config = Path(model or "") / "config.json"
-    is_toy = not model or config.is_file() and '"toy": true' in config.read_text()
+    files = [Path(model or "") / name for name in ("config.json", "rsd.json")]  # model's, adapter's
+    is_toy = not model or any(re.search('"toy": true|"data": "toy', f.read_text())
+                              for f in files if f.is_file())
     parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -1351,8 +1173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         sees = METHODS[args.method][1]
         if args.stage != "reason":
             args.student_context, args.teacher_context = STAGES[args.stage]
-            if args.method != "rsd":
-                parser.error(f"--stage {args.stage} goes with --method rsd alone")
+            if args.method != "rsd": parser.error(f"--stage {args.stage} goes with --method rsd")
         elif sees != "rubric" or args.rubrics == "none":
             args.teacher_context = sees if sees == "solution" else args.student_context
     return args
@@ -1362,15 +1183,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if RANKS > 1:  # torchrun --nproc-per-node N rsd.py ...
         torch.distributed.init_process_group()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if RANK:  # only the first one speaks
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
             sys.stdout = open(os.devnull, "w")
     try:
         args.run(args)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        print(f"rsd.py {args.command}: {str(error) or 'interrupted'}", file=sys.stderr)
+    except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
+        hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
+        print(f"rsd.py {args.command}: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     return 0
 
