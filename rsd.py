@@ -1050,8 +1050,8 @@ def cmd_compare(args) -> dict:
     systems = json.loads((HERE / "prompts" / "toy" / f"{args.command}.json").read_text())
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     begin, seeds = time.perf_counter(), range(args.seed, args.seed + args.seeds)
-    log, settings = out / "runs.jsonl", f"{args.steps} steps, n {args.n}, limit {args.limit}"
-    done = {d["run"]: d for d in read_jsonl(log, mend=True)} if log.exists() else {}
+    settings = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
+    done = {d["run"]: d for f in out.glob("runs.jsonl") for d in read_jsonl(f, mend=True)}
     for seed in seeds:
         base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
         common = ("--seed", seed, "--max-new-tokens", 80)
@@ -1073,12 +1073,12 @@ def cmd_compare(args) -> dict:
                 flags = []
             found = run("eval", "--model", model, *common, "--limit", args.n, *flags)
             done[key] = found | figures | {"run": key, "out": str(model)}
-            with append_jsonl(log) as file: file.write(json.dumps(done[key]) + "\n")
+            with append_jsonl(out / "runs.jsonl") as f: f.write(json.dumps(done[key]) + "\n")
     results = {s: [done[f"{s}, seed {seed}, {settings}"] for seed in seeds] for s in systems}
     text = f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling); {settings}\n"
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{text}\n{time.perf_counter() - begin:.0f} s; in {out}: table.md, results.json")
+    print(f"\n{text}\n{time.perf_counter() - begin:.0f} s; {out} holds it (runs.jsonl: not redone)")
     return results
 
 COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train, "eval": cmd_eval,
