@@ -854,6 +854,7 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     """The directory of the toy's base model; the first time it is trained there from nothing, on
     its mixture, with the pipeline's own SFT signal. Muon for the matrices, AdamW for the rest."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
+    check(RANKS == 1, f"the toy is made in one process; under torchrun, give --model {out}.")
     if out.exists(): return str(out)
     rng, prompts = random.Random(f"toy {seed}"), load_prompts(HERE / "prompts" / "toy")
     rows = toy_rows("train", 2000, seed)
@@ -1147,9 +1148,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
     words = [w for word in (sys.argv[1:] if argv is None else argv) for w in word.split("=", 1)]
     model = dict(zip(words, words[1:])).get("--model")
-    files = [Path(model or "") / name for name in ("config.json", "rsd.json")]  # model's, adapter's
-    is_toy = not model or any(re.search('"toy": true|"data": "toy', f.read_text())
-                              for f in files if f.is_file())
+    files = [f for n in ("config.json", "rsd.json") for f in Path(model or "none").glob(n)]
+    is_toy = not model or any(re.search('"toy": true|"data": "toy', f.read_text()) for f in files)
     parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():

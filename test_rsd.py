@@ -1334,9 +1334,12 @@ def bench_step(shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2):
     """Seconds of a step with its split, peak memory, and the sum of its parts timed alone."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = bench_model(shape, lora)
+    if lora:
+        rsd.add_lora(model, lora, 2 * lora, "all-linear")
     teacher = rsd.make_teacher(model, "fixed")
     model.get_input_embeddings().sparse = True
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0,
+                                  fused=True)
     vocabulary, rng = model.config.vocab_size, random.Random(0)
     ids, times, parts = lambda n: [rng.randrange(4, vocabulary) for _ in range(n)], [], []
     for _ in range(warmup + steps):
