@@ -8,7 +8,6 @@ list of weighted criteria that a good answer meets. One network plays two parts:
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
 Run: python rsd.py demo (the method on a toy, in minutes) | generate | train | eval | compare
-
 Sections 1 to 4 are the method; with 5 you can train. Every method is three choices in one pipeline
 (METHODS): who writes the completion, what the teacher sees, which signal each token gets.
 Glossary, code -> paper (arXiv 2606.19327): question x, reference_answer y*, solution z, rubric
@@ -50,7 +49,6 @@ def check(ok, message: str) -> None:
     if not ok: raise UserError(message)
 
 # ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
-# A context is a file of prompts/, named after what it shows ("student": the bare question).
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
 
@@ -492,17 +490,19 @@ def make_teacher(model, kind: str):
     """fixed, ema: a frozen copy of the weights, in memory, fixed ones in bfloat16 on a GPU; live:
     the student itself. Of a LoRA only the adapters are copied: they begin at 0, the base model."""
     if kind == "live": return model
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    teacher = copy.deepcopy(model, shared).requires_grad_(False)
-    return teacher.to(torch.bfloat16 if kind == "fixed" and model.device.type == "cuda" else None)
+    teacher = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    for p in teacher.parameters() if kind == "fixed" and model.device.type == "cuda" else ():
+        if p.requires_grad: p.data = p.data.bfloat16()  # no buffers: rotary angles need float32
+    return teacher.requires_grad_(False)
 
 def add_lora(model, rank: int, alpha: int, targets: str) -> None:
-    """Freeze the model and put trainable adapters on `targets` (names by comma, or all-linear)."""
+    """Freeze the model; float32 adapters on `targets` (names by comma, or all-linear) train."""
     from peft import LoraConfig  # optional; main says how to get it
     check(not hasattr(model, "peft_config"), "--lora-rank: --model has an adapter; merge it.")
     targets = targets if targets == "all-linear" else targets.split(",")
     model.requires_grad_(False).add_adapter(LoraConfig(
         r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
+    for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data
 
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:
@@ -564,7 +564,7 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
 
 def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
     """Put a run's student, teacher and optimizer back -> its step."""
-    saved = AutoModelForCausalLM.from_pretrained(out, dtype=model.dtype).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
     model.load_state_dict(saved)
     teacher.load_state_dict(state["teacher"] or saved, strict=not state["teacher"])
     optimizer.load_state_dict(state["optimizer"])

@@ -860,6 +860,21 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
         torch.testing.assert_close(q, 0.9 * before[n] + 0.1 * p)
 
 
+def test_precision_of_teacher_and_adapters(tok, monkeypatch):  # pitfall 7; as on a GPU, without one
+    model = tiny(tok)
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+    fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
+    assert {p.dtype for p in fixed.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in [*ema.parameters(), *model.parameters()]} == {torch.float32}
+    for (name, b), own in zip(fixed.named_buffers(), model.buffers(), strict=True):
+        assert torch.equal(b, own) and b.dtype == own.dtype, name
+    pytest.importorskip("peft")
+    low = tiny(tok).to(torch.bfloat16)
+    rsd.add_lora(low, 4, 0, "all-linear")
+    for p in low.parameters():  # an update at lr 5e-6 is lost in bfloat16
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+
+
 def test_lora_checkpoint_loads_in_peft_and_resumes(base, tmp_path, tok):
     peft = pytest.importorskip("peft")
     more = ("--lora-rank", "4", "--lr", "0.01", "--save-every", "1", "--teacher", "ema", "--ema-decay", "0.5")
