@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
                           TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 HERE = Path(__file__).resolve().parent
@@ -712,6 +712,27 @@ def append_jsonl(path: Path):
         file.write(tail + b"\n")
     return open(path, "a", encoding="utf-8")
 
+def remember(path: str, items: list[dict], work, size: int, desc: str, **origin) -> list[dict]:
+    """What work(items) -> [dict] says of each item, `size` of them at a time, in order. Each line
+    {item, answer, origin} goes to the JSON Lines file `path` ("" for none) as soon as it is known;
+    what stands there is not asked again. UserError where lines there are of another origin."""
+    key = lambda line: json.dumps([line.get(k) for k in items[0]])
+    old = read_jsonl(Path(path), mend=True) if path and Path(path).exists() else []
+    check(all(d.get(k) == v for d in old for k, v in origin.items()),
+          f"--out {path} holds lines of other settings than {origin}; choose another --out.")
+    done = {key(d): d for d in old}
+    todo = list({key(item): item for item in items if key(item) not in done}.values())
+    if old: print(f"{path}: {len(todo)} of {len(items)} are still to do")
+    if path: Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with append_jsonl(Path(path if path and RANK == 0 else os.devnull)) as file:
+        for start in tqdm(range(0, len(todo), size), desc=desc, disable=not todo):
+            batch = todo[start:start + size]
+            for item, answer in zip(batch, work(batch)):
+                done[key(item)] = line = item | answer | origin
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    return [done[key(item)] for item in items]
+
 def read_table(data: str, split: str, limit: int) -> list[dict]:
     """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
     kind, source = Path(data).suffix, HUB_DATA.get(data, data)
@@ -776,7 +797,7 @@ HABITS = ("formula", "conversion", "unit")
 
 @cache
 def world() -> dict:
-    """Sentences, units and words of the toy's problems, and its chat template."""
+    """Sentences, units and words of the toy's problems; beside them, its model without weights."""
     read = lambda name: json.loads((HERE / "prompts" / "toy" / f"{name}.json").read_text())
     return read("world") | {"general": read("generic")}
 
@@ -840,31 +861,19 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     text = toy_solution(row, habits)
     return kind, row | {"solution": text}, text
 
-def toy_tokenizer(texts: list[str]):
-    """A byte-level BPE tokenizer with single digits and a ChatML template, trained on `texts`."""
-    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers as pre
-    bpe, special = ByteLevelBPETokenizer(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(False)])
-    bpe.train_from_iterator(texts, 768, special_tokens=special, show_progress=False)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=special, chat_template=world()["chat"])
-
 def toy_base(seed=0, steps=700, batch=16) -> str:
     """The directory of the toy's base model; the first time it is trained there from nothing, on
     its mixture, with the pipeline's own SFT signal. Muon for the matrices, AdamW for the rest."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
     check(RANKS == 1, f"the toy is made in one process; under torchrun, give --model {out}.")
     if out.exists(): return str(out)
-    rng, prompts = random.Random(f"toy {seed}"), load_prompts(HERE / "prompts" / "toy")
+    rng, home = random.Random(f"toy {seed}"), HERE / "prompts" / "toy"
+    prompts, tokenizer = load_prompts(home), AutoTokenizer.from_pretrained(home)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(home), dtype=torch.float32).eval()
     rows = toy_rows("train", 2000, seed)
     lessons = [toy_lesson(rng.choice(rows), rng) for _ in range(steps * batch)]
-    tokenizer = toy_tokenizer([" ".join([*row_fields(row).values(), prompts[kind], text])
-                               for kind, row, text in lessons[:3000]])
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(
-        **world()["model"], vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, toy=True), dtype=torch.float32).eval()
     split = {kind: [p for name, p in model.named_parameters()
                     if (p.ndim == 2 and "layers" in name) == kind] for kind in (True, False)}
     optimizers = [torch.optim.Muon(split[True], adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
@@ -910,29 +919,17 @@ def prepare(args, student: str, teacher="", needs=()):
 
 def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
-    out, origin = Path(args.out), {"model": args.model or "toy", "writer": args.writer}
-    done = {d.get("question"): d for d in read_jsonl(out, mend=True)} if out.exists() else {}
-    check(all(d.get(k) == v for d in done.values() for k, v in origin.items()),
-          f"--out {out} holds rubrics of another model or prompt; choose another --out.")
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
-    unique = {e.row["question"]: e for e in examples}
-    todo = [e for question, e in unique.items() if question not in done]
-    print(f"{len(todo)} of {len(examples)} questions are still to do (others repeat, or are done)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with append_jsonl(out if RANK == 0 else Path(os.devnull)) as file:
-        for start in tqdm(range(0, len(todo), size := args.batch_size * RANKS), desc="rubrics"):
-            batch = todo[start:start + size]
-            results = generate_rubrics(model, tokenizer, [e.prompt_ids for e in batch], args.tries,
-                                       **sampling)
-            for e, got in zip(batch, results):
-                done[e.row["question"]] = line = {k: e.row[k] for k in NAMES} | got | origin
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-    lines = [done[question] for question in unique]
-    scores = [score_rubric(line["rubric"], unique[line["question"]].row) for line in lines]
+    asked = {e.row["question"]: e for e in examples}
+    lines = remember(
+        args.out, [{k: e.row[k] for k in NAMES} for e in asked.values()],
+        lambda batch: generate_rubrics(model, tokenizer, [
+            asked[d["question"]].prompt_ids for d in batch], args.tries, **sampling),
+        args.batch_size * RANKS, "rubrics", model=args.model or "toy", writer=args.writer)
+    scores = [score_rubric(d["rubric"], asked[d["question"]].row) for d in lines]
     quality = {"n": len(lines), **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
-               "failed": dict(Counter(line["reason"] for line in lines if not line["rubric"]))}
-    print(f"{out}: {show(quality)}")
+               "failed": dict(Counter(d["reason"] for d in lines if not d["rubric"]))}
+    print(f"{args.out}: {show(quality)}")
     return quality
 
 def show(figures: dict) -> str:
@@ -1031,7 +1028,7 @@ def run(*words) -> dict:
     """One command, as if typed -> its figures and its seconds."""
     print(f"\n$ python rsd.py {' '.join(map(str, words))}", flush=True)
     args, start = parse_args([str(w) for w in words]), time.perf_counter()
-    return args.run(args) | {"seconds": time.perf_counter() - start}
+    return args.run(args) | {"seconds": time.perf_counter() - start, "out": args.out}
 
 def table(systems: dict[str, list[dict]]) -> str:
     """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
@@ -1052,30 +1049,24 @@ def cmd_compare(args) -> dict:
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     begin, seeds = time.perf_counter(), range(args.seed, args.seed + args.seeds)
     settings = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
-    done = {d["run"]: d for f in out.glob("runs.jsonl") for d in read_jsonl(f, mend=True)}
-    for seed in seeds:
-        base, writer = toy_base(seed, args.base_steps), out / f"writer{seed}"
-        common = ("--seed", seed, "--max-new-tokens", 80)
-        for name, model in (("zero-shot", base), ("learned", writer)):
-            if any(name in flags for flags in systems.values()):
-                if model == writer and not (writer / "config.json").exists():
-                    run("train", "--stage", "rubric", "--model", base, "--steps", 20, *common[:2],
-                        "--out", writer)
-                run("generate", "--model", model, "--limit", args.limit, *common[:2], "--out",
-                    out / f"{name}{seed}.jsonl")
-        for system, words in systems.items():
-            if (key := f"{system}, seed {seed}, {settings}") in done: continue
-            command, *flags = [word.format(out=out, seed=seed) for word in words.split()]
-            model, figures = base, {}
+    def measure(batch):
+        system, seed, last = batch[0]["system"], batch[0]["seed"], {}
+        base = model = toy_base(seed, args.base_steps)
+        for line in systems[system]:  # every command goes on with the last train's model
+            command, *words = [w.format(out=out, seed=seed, base=base) for w in line.split()]
+            common = ["--model", model, "--seed", seed]
+            common += ["--limit", args.n if command == "eval" else args.limit]
+            common += ["--max-new-tokens", 80] if command != "generate" else []
             if command == "train":
-                shutil.rmtree(model := out / re.sub(r"\W+", "-", key), ignore_errors=True)
-                figures = run("train", "--model", base, *common, "--limit", args.limit, "--steps",
-                              args.steps, "--out", model, *flags)
-                flags = []
-            found = run("eval", "--model", model, *common, "--limit", args.n, *flags)
-            done[key] = found | figures | {"run": key, "out": str(model)}
-            with append_jsonl(out / "runs.jsonl") as f: f.write(json.dumps(done[key]) + "\n")
-    results = {s: [done[f"{s}, seed {seed}, {settings}"] for seed in seeds] for s in systems}
+                name = re.sub(r"\W+", "-", f"{system} {seed} {settings}")
+                common += ["--steps", args.steps, "--out", out / name, "--resume"]
+            last[command] = run(command, *common, *words)
+            model = last[command]["out"] if command == "train" else model
+        return [last["eval"] | last.get("train", {})]
+    lines = remember(str(out / "runs.jsonl"), [
+        {"system": s, "seed": seed, "settings": settings} for seed in seeds for s in systems],
+        measure, 1, args.command)
+    results = {s: [d for d in lines if d["system"] == s] for s in systems}
     text = f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling); {settings}\n"
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(results, indent=1))
