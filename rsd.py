@@ -8,12 +8,10 @@ list of weighted criteria that a good answer meets. One network plays two parts:
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
 Run: python rsd.py demo (the method on a toy, in minutes) | generate | train | eval | compare
-Sections 1 to 4 are the method; with 5 you can train. Every method is three choices in one pipeline
-(METHODS): who writes the completion, what the teacher sees, which signal each token gets.
-Glossary, code -> paper (arXiv 2606.19327): question x, reference_answer y*, solution z, rubric
-r = {c_1..c_K}, completion y^, student p_S, teacher p_T. Shapes: B sequences, T tokens of one
-completion, N completion tokens in all, V vocabulary, H hidden width.
-"""
+Sections 1 to 4 are the method; with 5 you can train. Glossary, code -> paper (arXiv 2606.19327):
+question x, reference_answer y*, solution z, rubric r = {c_1..c_K}, completion y^, student p_S,
+teacher p_T. Shapes: B sequences, T tokens of one completion, N completion tokens in all, V
+vocabulary, H hidden width."""
 from __future__ import annotations
 
 import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
@@ -21,7 +19,9 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partialmethod
+from itertools import islice
 from pathlib import Path
+from unicodedata import normalize
 from unittest.mock import patch
 
 import torch
@@ -32,7 +32,6 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gener
                           TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 HERE = Path(__file__).resolve().parent
-
 RANK, RANKS = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 
 def everyones(x) -> list:
@@ -71,13 +70,12 @@ def load_prompts(folder) -> dict[str, str]:
 
 def row_fields(row: dict) -> dict[str, str]:
     """What one row can put into a prompt file's placeholders; parts that it lacks are left out."""
-    rubric = row.get("rubric")
-    lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({c['weight']:g})"
-             for c in rubric or ()]
-    fields = {"question": row["question"], "answer": row.get("reference_answer"),
-              "solution": row.get("solution"), "rubric": "\n".join(lines),
-              "rubric_json": rubric and rubric_json(rubric), "analysis": row.get("analysis")}
-    return {name: text for name, text in fields.items() if text}
+    rubric = row.get("rubric") or []
+    lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({points(c):g})"
+             for c in rubric]
+    fields = row | {"answer": row.get("reference_answer"), "rubric": "\n".join(lines),
+                    "rubric_json": rubric and rubric_json(rubric)}
+    return {name: text for name, text in fields.items() if text and isinstance(text, str)}
 
 def plain(tokenizer, text: str) -> str:
     """Data as plain text: MARK cuts the names of control tokens in two, so that none is one."""
@@ -91,10 +89,9 @@ def encode(tokenizer, text: str) -> list[int]:
             for t in tokenizer.encode(piece, add_special_tokens=False)]
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
-    """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued.
-    The one builder for all: braces, backslashes and $ in data stay as they are, and "<|im_end|>"
-    there never becomes the control token. `thinking`: enable_thinking of the template. KeyError: a
-    placeholder that the row cannot fill."""
+    """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued. The
+    one builder for all: braces, backslashes, $ and "<|im_end|>" in data stay plain text. thinking:
+    enable_thinking of the chat template. KeyError: a placeholder that the row cannot fill."""
     message = PLACEHOLDER.sub(lambda m: plain(tokenizer, fields[m[1]]), template)
     return encode(tokenizer, tokenizer.apply_chat_template(
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
@@ -110,17 +107,17 @@ def turn_end(tokenizer) -> int:
 def stop_ids(model, tokenizer) -> set[int]:
     """All tokens that end a completion (Qwen has two): generation config, tokenizer, chat."""
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    ids = ids if isinstance(ids, list) else [ids]
     return {*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
 
 # ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
 ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
            "weight": ("weight", "points", "score")}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
-LATEX = re.compile(
-    r"([bf][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|geq|leq|mid|oindent|olimits"
-    r"|onumber|ot|otin|u)|r(angle|brac[ek]|ceil|floor|ho|ight\w*|m|oot|ule|[vV]ert)|t(ag|an|anh|au"
-    r"|binom|frac|ext\w*|herefore|heta|hinspace|ilde|imes|o|op|riangle\w*|t))(?![a-zA-Z])")
+LATEX = (  # commands whose first letter JSON would take for an escape
+    r"([bf][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|geq|leq|mid|oindent|olimits|onumber"
+    r"|ot|otin|u)|r(angle|brac[ek]|ceil|floor|ho|ight\w*|m|oot|ule|[vV]ert)|t(ag|an|anh|au|binom|frac"
+    r"|ext\w*|herefore|heta|hinspace|ilde|imes|o|op|riangle\w*|t))(?![a-zA-Z])")
 
 def read_criterion(item, need_title=False) -> dict:
     """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
@@ -144,27 +141,33 @@ def read_criterion(item, need_title=False) -> dict:
             raise ValueError(f"a criterion has no {field}")
     if not re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", str(got["weight"])):
         raise ValueError("a criterion has no numeric weight")
-    got["weight"] = float(got["weight"])
-    got["weight"] = int(got["weight"]) if got["weight"].is_integer() else got["weight"]
+    weight = float(got["weight"])
+    got["weight"] = int(weight) if weight.is_integer() else weight
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
+
+AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|does(n't| not) "
+                    r"(\w+ly )?(overlook|neglect|ignor|omit|confus|mis|fail|forget|impl))", re.I)
+
+def points(criterion: dict) -> float:
+    """What meeting it is worth: below 0 for a fault (negative weight, or the title Pitfall), unless
+    it is worded as the avoidance of one ("must not ..."). So the sign is the polarity."""
+    fault = criterion["weight"] < 0 or criterion["title"].lower().startswith("pitfall")
+    fault = fault and not AVOIDS.search(criterion["description"])
+    return -abs(criterion["weight"]) if fault else abs(criterion["weight"])
 
 def mend_backslashes(text: str) -> str:
     r"""Double the backslashes of LaTeX that JSON rejects or silently misreads; keep real escapes.
     >>> mend_backslashes(r'\frac{\pi}{\nu} \n done \" \\theta')
     '\\\\frac{\\\\pi}{\\\\nu} \\n done \\" \\\\theta'
     """
-    def mend(m):
-        after = text[m.end() - 1:m.end() + 24]
-        real = (after[0] in '"\\/' or re.match("u[0-9a-fA-F]{4}", after)
-                or after[0] in "bfnrt" and not LATEX.match(after))
-        return m[0] if real else "\\\\" + m[1]
-    return re.sub(r"\\(.)", mend, text, flags=re.S)
+    real = re.compile(rf'["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt]')
+    return re.sub(r"\\(.)", lambda m: m[0] if real.match(text, m.start(1)) else "\\\\" + m[1], text,
+                  flags=re.S)
 
 def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
-    r"""Whatever a model wrote -> (criteria, "") or (None, why not).
-    Thinking is dropped; the array with most complete criteria (title, description, numeric
-    weight) is read object by object, so an array cut off at the token limit, or one broken object,
-    costs only what is broken. LaTeX backslashes are mended. Nothing else is guessed.
+    r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped; the array
+    with most complete criteria (title, description, numeric weight) is read object by object, so
+    what is cut off or broken costs only itself; LaTeX backslashes are mended. Nothing is guessed.
     >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
     ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
     """
@@ -218,12 +221,11 @@ def draw(_, logits: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
                        temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
-    """B prompts of ids -> B pairs (completion ids [T_b], stopped), in order. Token in, token out.
-    A completion ends with its first stop token, which is part of it; without one it has
-    max_new_tokens ids. temperature 0 is greedy. Padding is on the left, under the mask. A batch
-    ends when three quarters of its rows have; the others go on in a later one: no straggler holds
-    them up. The model's own generation defaults (a repetition penalty, say) are set aside. Under
-    torchrun each rank samples its share and gets all."""
+    """B prompts of ids -> B pairs (completion ids [T_b], stopped), in order. A completion ends with
+    its first stop token, which is part of it; without one it has max_new_tokens ids. temperature 0
+    is greedy. Padding is on the left, under the mask. A batch ends when three quarters of its rows
+    have; the others go on in a later one. The model's own generation defaults (a repetition
+    penalty, say) are set aside. Under torchrun each rank samples its share and gets all."""
     config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop))
     warpers = [TemperatureLogitsWarper(temperature), draw] if temperature > 0 else []
     warpers[1:1] = [TopKLogitsWarper(top_k)] if warpers and top_k else []
@@ -292,12 +294,11 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
                temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
     """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
     beta 0: forward KL(T||S). 1: reverse KL(S||T). Between: beta*KL(T||m) + (1-beta)*KL(S||m) with
-    m = beta*T + (1-beta)*S. Mind the jump: that goes to 0 as beta goes to 0 or 1, where the plain
-    KLs take over. top_k > 0: only the teacher's top_k tokens, renormalised; with tail, one bucket
-    more holds the rest of the mass instead (top_k = V then is the full divergence). clip "entry"
-    caps every vocabulary entry at clip_at before the sum, as the public code does: the sum can
-    turn negative and invert the training. "token" caps the sum. stats grows by sums over tokens:
-    "divergence" before clipping, "clipped" fraction.
+    m = beta*T + (1-beta)*S; mind the jump, that goes to 0 towards both ends. top_k > 0: only the
+    teacher's top_k tokens, renormalised; with tail, one bucket more holds the rest of the mass
+    (top_k = V then is the full divergence). clip "entry" caps every vocabulary entry at clip_at
+    before the sum, as the public code does: the sum can turn negative and invert the training.
+    "token" caps the sum. stats grows by sums: "divergence" before clipping, "clipped" fraction.
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
@@ -328,10 +329,9 @@ BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
-    forward, reverse, jsd: the divergence, with its `options`. sampled: policy gradient on the token
-    sampled, advantage log p_T - log p_S. advantage: policy gradient with that one (1: SFT's cross-
-    entropy; GRPO's), plus kl times the reverse KL to the teacher. Samples are of the current
-    weights, strictly on policy: no importance ratio, so nothing to clip."""
+    forward, reverse, jsd: the divergence. sampled: policy gradient, advantage log p_T - log p_S.
+    advantage: policy gradient with that one (1: SFT's cross-entropy; GRPO's), plus kl times the
+    reverse KL to the teacher. Strictly on policy: no importance ratio, so nothing to clip."""
     if signal in BETA: return divergence(student, teacher, **{"beta": BETA[signal]} | options)
     logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     if signal == "sampled":
@@ -344,11 +344,10 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
                        chunk=24_000_000, part=1_000_000) -> None:
     """Backward of sum(loss_of(...)) / denominator without ever holding [N, V] logits.
     hidden [N, H] with its graph, the teacher's `seen` [N, H] or None; loss_of(student's logits
-    [n, V], teacher's or None, rows: slice) -> [n]. Both heads run on `chunk` logits at a time (four
-    times that on a GPU), the loss on `part` of them, which a CPU's cache holds. Its gradient takes
-    the logits' place and goes through the head by hand, right into the weight's gradient: autograd
-    would build a second matrix of that size for every chunk. At last one backward runs through the
-    body. stats grows by "loss" and "entropy" (nats), summed over tokens."""
+    [n, V], teacher's or None, rows: slice) -> [n]. Both heads run on `chunk` logits at a time, the
+    loss on `part` of them, which a CPU's cache holds. Its gradient takes the logits' place and goes
+    by hand right into the head's: autograd would build a second matrix of that size per chunk. Last
+    comes one backward through the body. stats grows by sums of "loss" and "entropy" (nats)."""
     head, low = model.get_output_embeddings(), torch.get_autocast_dtype("cuda")
     weight, grad = head.weight, torch.zeros_like(hidden)
     if torch.is_autocast_enabled("cuda"): weight = weight.to(low)  # once, not in every chunk
@@ -393,9 +392,9 @@ LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance
 
 def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False,
                   needs=()) -> list[Episode]:
-    """Rows and two prompt files -> episodes without completions; what is left out is said aloud.
-    needs: further fields, or scores, that a row must have. room: tokens for a context; a longer one
-    is never cut (which drops the question), its row is left out. UserError where no row remains."""
+    """Rows and two prompt files -> episodes without completions. A row that lacks a field or score
+    (`needs` names more) or whose context has over `room` tokens is left out, never cut, and counted
+    aloud. UserError where no row remains."""
     examples, dropped = [], Counter()
     needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
     for row in tqdm(rows, desc="contexts", leave=False):
@@ -458,9 +457,8 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
                **options) -> Counter:
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
     One denominator, the trained tokens of all episodes: any split gives the same gradient. -> loss,
-    divergence, entropy, clipped per trained token, their number `trained`, seconds. Autocast keeps
-    no cache: a cast made for a live teacher, under no_grad, would cut the student's gradient. Every
-    rank is given all episodes, takes its share, and ends with the gradient of all."""
+    divergence, entropy, clipped per trained token, their number `trained`, seconds. Every rank is
+    given all episodes, takes its share, and ends with the gradient of all."""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
@@ -471,7 +469,8 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
         ids, advantage, keep = (torch.tensor(x, device=model.device) for x in zip(*tokens))
         ids, advantage = ids[keep], advantage[keep]
         needs_teacher = signal != "advantage" or kl > 0
-        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda", False):
+        with torch.autocast(  # no cache: a live teacher's casts would cut the student's gradient
+                "cuda", torch.bfloat16, model.device.type == "cuda", cache_enabled=False):
             with timed(seconds, "s_rescoring"), torch.no_grad():
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
                     if needs_teacher else None
@@ -571,41 +570,72 @@ def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
     return state["step"]
 
 # ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
-NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
+NUMBER = re.compile(r"(?i)([-+]?(?:\d[\d,]*)?\.?\d*\.?(?:e[-+]?\d+)?)(?:/(\d+(?:\.\d+)?))?(.*)", re.S)
+SPELLING = [  # LaTeX and Unicode of numbers and units -> one plain spelling, in this order
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"), (r"\^?\\circ\b", "\u00b0"),
+    (r"[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", lambda m: "^" + normalize("NFKC", m[0])),
+    (r"[\u2212\u2013]", "-"), (r"\\mu\b|\u00b5", "\u03bc"), (r"\\Omega\b|\u2126", "\u03a9"),
+    (r"^.*(?:=|\\approx|\u2248|\\sim)", ""), (r"\\[,;:! ]|[$~]", " "),
+    (r"(?:^|\\times|\\cdot|[\u00d7*\u00b7x]|(?<=\d)\s)\s*10\s*\^\s*[{(]*([-+]?\d+)[)}]*", r"e\1"),
+    (r"\\(?:text|mathrm|rm|mbox|left|right|displaystyle)\b|[{}\s]|\\(?=%)|\.$", "")]
+
+def plain_math(text: str) -> str:
+    """One spelling for numbers and units, without spaces; of an equation the right-hand side."""
+    for pattern, new in SPELLING: text = re.sub(pattern, new, text)
+    return text
+
+def quantity(text: str) -> tuple[float, str] | None:
+    r"""Value and unit of what stands there, "kJ/mol" and "kJ mol^-1" as one; None: no number.
+    >>> quantity(r"E = 6.6 \times 10^{-19} \mathrm{~J}"), quantity(r"\frac{3}{4} m/s^2")
+    ((6.6e-19, 'J'), (0.75, 'ms-2'))
+    """
+    number, divisor, unit = NUMBER.fullmatch(plain_math(text)).groups()
+    if not re.search(r"\d", number): return None
+    value = float(re.sub("(?i)^([-+]?)e", r"\g<1>1e", number.replace(",", "")))
+    unit = re.sub(r"/([^\W\d]+)(\d*)", r"\1-\2", re.sub(r"[\^().\u00b7]|\\cdot", "", unit))
+    return value / (float(divisor or 1) or math.nan), re.sub(r"-(?!\d)", "-1", unit)
 
 def extract_answer(text: str) -> str:
-    r"""The content of the last \boxed{}, nested braces included; without one, the last line."""
+    r"""The content of the last \boxed{}, nested braces included; without one what follows the last
+    "answer is" or "answer:", else the last line."""
     start, depth = text.rfind("\\boxed{"), 0
-    if start < 0: return (text.strip().splitlines() or [""])[-1].strip()
+    if start < 0:
+        said = re.findall(r"\banswer(?: is|:)\W*(.+)", text, re.I)
+        return (said or text.strip().splitlines() or [""])[-1].strip(" *")
     begin = start + len("\\boxed{")
     for end in range(begin - 1, len(text)):
         depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0: return text[begin:end].strip()
     return text[begin:].strip()
 
-def grade(answer: str, reference: str, tolerance=0.01) -> bool:
-    """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
-    reference's unit where it has one. Other text: the same but for case, spaces and $.
-    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "b")
+def grade(answer: str, reference: str, tolerance=0.01, need_unit=True) -> bool:
+    """Is the extracted answer the reference? A capital letter: that option. Numbers: within the
+    relative tolerance, in the reference's unit, which with need_unit has to be there. Other text:
+    the same but for case, spaces and LaTeX's dress, or equal for math_verify, where installed.
+    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "B")
     (True, False, True, True)
     """
-    clean = lambda x: re.sub(r"\$|\\(text|mathrm)\b|\\[,; ]", "", x)
-    a, b = (NUMBER.fullmatch(clean(x)) for x in (answer, reference))
-    if a and b:
-        x, y = (float(m[1].replace(",", "")) for m in (a, b))
-        unit_a, unit_b = (re.sub(r"[\s{}.]", "", m[2]) for m in (a, b))
-        bare = not unit_b and not re.match(r"[/\\^*:\d-]|.*[+=]", unit_a)  # no unit asked; not 3/4
-        return (bare or unit_a == unit_b) and abs(x - y) <= tolerance * abs(y)
-    a, b = (re.sub(r"[\s$]", "", x).rstrip(".").lower() for x in (answer, reference))
-    return a == b
+    a, b = plain_math(answer), plain_math(reference)
+    if re.fullmatch("[A-Z]", b):
+        return bool(re.match(rf"\W*(option|choice)?\W*{b}($|[.):,])", a, re.I))
+    x, y = quantity(answer), quantity(reference)
+    if x and y:
+        bare = not y[1] and not re.match(r"[/\\^*:\d-]|.*[+=]", x[1])  # no unit asked; not 3:4
+        unit = bare or x[1] == y[1] or not need_unit and not x[1]
+        return unit and abs(x[0] - y[0]) <= tolerance * abs(y[0])
+    if a.lower() == b.lower(): return True
+    with suppress(Exception):  # not installed, or no mathematics
+        import math_verify
+        return math_verify.verify(*(math_verify.parse(f"${t}$") for t in (reference, answer)))
+    return False
 
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     """Points of the criteria met (whose `check`, a regular expression, is found) over the positive
-    points, in [0, 1] (HealthBench); of penalties only, 1 less the share; None without checks."""
+    points, in [0, 1] (HealthBench); of faults only, 1 less their share; None without checks."""
     if not rubric or not all("check" in c for c in rubric): return None
-    met = sum(c["weight"] for c in rubric if re.search(c["check"], text))
-    best = sum(c["weight"] for c in rubric if c["weight"] > 0)
-    worst = sum(c["weight"] for c in rubric if c["weight"] < 0)
+    worth = [points(c) for c in rubric]
+    met = sum(w for w, c in zip(worth, rubric) if re.search(c["check"], text))
+    best, worst = (sum(w for w in worth if w * sign > 0) for sign in (1, -1))
     return min(1.0, max(0.0, met / best)) if best else 1 - met / worst if worst else None
 
 def score(text: str, row: dict) -> dict:
@@ -613,7 +643,8 @@ def score(text: str, row: dict) -> dict:
     over 40 characters without \\boxed{}, and for criteria without a check."""
     reference = row["reference_answer"] or ""
     boxed = "\\boxed{" in reference
-    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
+    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference,
+                  **row.get("grading", {}))
     return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
             "rubric_score": rubric_score(text, row.get("own_rubric", row.get("rubric")))}
 
@@ -632,24 +663,57 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
     se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
     return (x.mean().item(), se, len(x)) if len(x) else (None, None, 0)
 
+def summarize(samples: list[dict]) -> dict:
+    """Samples, k of each of n questions -> mean, standard error clustered by question (_se) and
+    number of questions (_n) of each figure; of answers that can be graded also pass@m (unbiased,
+    1 - C(k-c, m) / C(k, m) where c of k are right) and majority@k (the answer most often given)."""
+    by_question = {}
+    for s in samples: by_question.setdefault(s["question"], []).append(s)
+    groups = [*by_question.values()]
+    summary = {"n": len(groups), "k": (k := min(map(len, groups)))}
+    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
+        means = [mean_se([s[key] for s in g])[0] for g in groups]
+        summary |= zip((key, key + "_se", key + "_n"), mean_se(means))
+    graded = [g for g in groups if g[0]["accuracy"] is not None and k > 1]
+    for m in range(2, k + 1) if graded else ():
+        misses = [math.comb(k - sum(s["accuracy"] > 0 for s in g), m) for g in graded]
+        summary[f"pass@{m}"] = 1 - sum(misses) / math.comb(k, m) / len(graded)
+    modes = [Counter(s["answer"] for s in g).most_common(1)[0][0] for g in graded]
+    votes = [max(s["accuracy"] for s in g if s["answer"] == a) for g, a in zip(graded, modes)]
+    if graded: summary[f"majority@{k}"] = sum(votes) / len(votes)
+    return summary
+
 def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dict, list[dict]]:
-    """Answer every example's prompt_ids and grade it -> (summary, samples). summary: n; mean, _se
-    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions."""
+    """Answer every example's prompt_ids and grade it -> (summarize's figures, samples). `sampling`
+    goes to sample_completions."""
     outputs = sample_completions(model, [e.prompt_ids for e in examples],
                                  stop_ids(model, tokenizer), **sampling)
-    samples, summary = [], {"n": len(examples)}
-    for e, (ids, stopped) in zip(examples, outputs):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        samples.append({"question": e.row["question"], "completion": text, "tokens": len(ids),
-                        "truncated": float(not stopped)} | score(text, e.row))
-    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
-        summary |= zip((key, key + "_se", key + "_n"), mean_se([s[key] for s in samples]))
-    return summary, samples
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in outputs]
+    samples = [{"question": e.row["question"], "completion": text, "tokens": len(ids),
+                "truncated": float(not stopped), "answer": plain_math(extract_answer(text))}
+               | score(text, e.row) for e, text, (ids, stopped) in zip(examples, texts, outputs)]
+    return summarize(samples), samples
 
 # ---- 7. Models and data --------------------------------------------------------------------------
 OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
 NAMES = ("question", "reference_answer", "solution")
-HUB_DATA = {"rar-science": "ScaleAI/RaR-Science"}
+DATA = {  # name: hub id, its config or file, the split to train on, the one to evaluate on, the
+    # question and the answer: a text, or the options of a choice and which of them is right
+    "rar-science": ("ScaleAI/RaR-Science", None, "train", "test", "{question}", "{reference_answer}"),
+    "rubrichub-science": ("sojuL/RubricHub_v1", "RuRL/rurbichub_v1_Science.parquet", "train", "train",
+                          "{prompt}", "{reward_model[ground_truth]}"),
+    "natural-reasoning": ("facebook/natural_reasoning", None, "train", "train", "{question}",
+                          "{reference_answer}"),
+    "researchqa": ("realliyifei/ResearchQA", None, "valid", "test", "{query}", ""),
+    "scibench": ("xw27/scibench", None, "train", "train", "{problem_text}\n\nUnit: {unit}",
+                 "{answer_number} {unit}"),
+    "pubmedqa": ("qiaojin/PubMedQA", "pqa_labeled", "train", "train",
+                 "{context[contexts]}\n\n{question}\n\nAnswer yes, no or maybe.", "{final_decision}"),
+    "piqa": ("baber/piqa", None, "train", "validation", "{goal}", ("{sol1}", "{sol2}", "{label}")),
+    "medmcqa": ("openlifescienceai/medmcqa", None, "train", "validation", "{question}",
+                ("{opa}", "{opb}", "{opc}", "{opd}", "{cop}")),
+    "gpqa-diamond": ("Idavidrein/gpqa", "gpqa_diamond", "train", "train", "{Question}", (
+        "{Correct Answer}", *(f"{{Incorrect Answer {i}}}" for i in (1, 2, 3)), "0"))}
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
               "{% if add_generation_prompt %}Answer:\n{% endif %}")
@@ -690,7 +754,7 @@ def read_rubric(value) -> list[dict] | None:
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
     """The objects of a JSON Lines file; UserError names file and line of what is not one.
-    mend: pass over a last line that a crash left half-written; append_jsonl cuts it off."""
+    mend: pass over a last line that a crash left half-written."""
     rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -702,74 +766,98 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
                   f"{path}, line {number}: no JSON object ({error}); mend it.")
     return rows
 
-def append_jsonl(path: Path):
-    """A JSON Lines file, open for text at its end; of a half-written last line nothing is left."""
-    data = path.read_bytes() if path.exists() else b""
-    tail = data[data.rfind(b"\n") + 1:]
-    with open(path, "ab") as file, suppress(ValueError):
-        if tail: file.truncate(len(data) - len(tail))
-        json.loads(tail)  # a whole line that only lacks its end is kept
-        file.write(tail + b"\n")
-    return open(path, "a", encoding="utf-8")
-
-def remember(path: str, items: list[dict], work, size: int, desc: str, **origin) -> list[dict]:
-    """What work(items) -> [dict] says of each item, `size` of them at a time, in order. Each line
-    {item, answer, origin} goes to the JSON Lines file `path` ("" for none) as soon as it is known;
-    what stands there is not asked again. UserError where lines there are of another origin."""
+def remember(path, items: list[dict], asked: list, work, size: int, desc: str, **origin):
+    """work(asked) -> [dict], `size` at a time -> a line {**item, **answer, **origin} for every item.
+    Each goes to the JSON Lines file `path` ("": none) as soon as it is known, and what stands there
+    is not asked again. UserError where lines there are of another origin."""
     key = lambda line: json.dumps([line.get(k) for k in items[0]])
     old = read_jsonl(Path(path), mend=True) if path and Path(path).exists() else []
     check(all(d.get(k) == v for d in old for k, v in origin.items()),
           f"--out {path} holds lines of other settings than {origin}; choose another --out.")
     done = {key(d): d for d in old}
-    todo = list({key(item): item for item in items if key(item) not in done}.values())
-    if old: print(f"{path}: {len(todo)} of {len(items)} are still to do")
+    todo = [*{key(item): (item, a) for item, a in zip(items, asked) if key(item) not in done}.values()]
+    print(f"{len(todo)} of {len(items)} are still to do (others repeat, or are done)")
     if path: Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with append_jsonl(Path(path if path and RANK == 0 else os.devnull)) as file:
-        for start in tqdm(range(0, len(todo), size), desc=desc, disable=not todo):
+    if old and RANK == 0:  # whole lines only, in one move
+        lines = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in old)
+        (new := Path(f"{path}.rsd-new")).write_text(lines, encoding="utf-8")
+        new.replace(path)
+    with open(path if path and RANK == 0 else os.devnull, "a", encoding="utf-8") as file:
+        for start in tqdm(range(0, len(todo), size), desc=desc, disable=not todo or RANK > 0):
             batch = todo[start:start + size]
-            for item, answer in zip(batch, work(batch)):
+            for (item, _), answer in zip(batch, work([a for _, a in batch])):
                 done[key(item)] = line = item | answer | origin
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
     return [done[key(item)] for item in items]
 
 def read_table(data: str, split: str, limit: int) -> list[dict]:
-    """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
-    kind, source = Path(data).suffix, HUB_DATA.get(data, data)
-    is_file = kind in (".jsonl", ".json", ".parquet")
-    check(is_file or "/" in source, f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a "
-          "hub id (owner/name), or a .jsonl, .json or .parquet file.")
-    check(not is_file or Path(data).is_file(), f"{data}: there is no such file.")
+    """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub; with a limit
+    the hub is streamed, and only that much of it fetched."""
+    hub, config, train, test, *_ = DATA.get(data, (data, None, "train", "test"))
+    kind = Path(data).suffix if data.endswith((".jsonl", ".json", ".parquet")) else ""
+    check(kind or "/" in hub, f"--data {data}: unknown; give toy, {', '.join(DATA)}, a hub id "
+          "(owner/name), or a .jsonl, .json or .parquet file.")
+    check(not kind or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset
     table = read_jsonl(Path(data)) if kind == ".jsonl" else None
     try:
-        table = (table if kind == ".jsonl" else
-                 json.loads(Path(data).read_text(encoding="utf-8")) if kind == ".json" else
-                 Dataset.from_parquet(data).to_list() if is_file else
-                 load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list())
+        if kind == ".json": table = json.loads(Path(data).read_text(encoding="utf-8"))
+        if kind == ".parquet": table = Dataset.from_parquet(data)
+        if not kind:
+            part = {"data_files" if str(config).endswith(".parquet") else "name": config}
+            split = {"train": train, "test": test}.get(split, split)
+            table = load_dataset(hub, **part, split=split, streaming=limit > 0)
+        table = [*islice(table, limit or None)]
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
-        raise UserError(f"{data}: looked for {source} and could not read it ({str(error)!r:.150}); "
-                        "a data set of the hub can also be given as a file.") from error
+        raise UserError(f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a "
+                        "data set of the hub can also be given as a file; for a gated one accept the "
+                        "terms on its page, then: hf auth login.") from error
     check(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
-    return table[:limit or None]
+    return table
+
+def as_text(value):
+    """A cell as text: of chat messages the last user's, of a list all; in an object each value."""
+    if isinstance(value, dict): return {k: as_text(v) for k, v in value.items()}
+    if not isinstance(value, list): return "" if value is None else str(value).strip()
+    said = [m["content"] for m in value if isinstance(m, dict) and m.get("role") == "user"]
+    return said[-1] if said else "\n\n".join(map(str, value))
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
-    """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
-    UserError names the source and the row (counted from 1), or the columns that there are."""
+    """Rows {question, reference_answer, solution, rubric} of anything that --data takes. The options
+    of a choice are lettered, in an order drawn from the question. UserError names the source and
+    the row (counted from 1), or the columns that there are."""
     if data in ("toy", "toy-noisy"):
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
     table, rows = read_table(data, split, limit), []
-    columns = sorted({c for row in table for c in row})
-    for name in NAMES[:2]:
-        check(name in columns, f"{data}: there is no column {name!r}; its columns are {columns}.")
+    ask, answer = DATA.get(data, DATA["rar-science"])[4:]
+    columns = {"solution": "", **{c: "" for row in table for c in row}}
+    for name in re.findall(r"\{([^}\[]+)", f"{ask} {answer}"):
+        check(name in columns, f"{data}: there is no column {name!r}; its columns are "
+              f"{sorted(columns)}.")
     for number, raw in enumerate(table, 1):
-        row = {k: "" if raw.get(k) is None else str(raw[k]) for k in NAMES}
-        check(row["question"].strip(), f"{data}, row {number}: the question is empty.")
+        fill = lambda text: text.format_map(cells).strip().removesuffix("Unit:").strip()
+        cells = columns | as_text(raw)
+        row = {"question": fill(ask), "reference_answer": "", "solution": cells["solution"]}
+        check(row["question"], f"{data}, row {number}: the question is empty.")
+        if isinstance(answer, str): row["reference_answer"] = fill(answer)
+        else:
+            *options, right = map(fill, answer)
+            order = random.Random(row["question"]).sample(range(len(options)), len(options))
+            lines = [f"{letter}. {options[i]}" for letter, i in zip("ABCD", order)]
+            row["reference_answer"] = dict(zip(map(str, order), "ABCD")).get(right, "")
+            row["question"] += "\n\n" + "\n".join(lines) + "\n\nAnswer with the letter alone."
+        if "{unit}" in answer: row["grading"] = {"tolerance": 0.05, "need_unit": False}
         try:
             row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
         except (ValueError, re.error) as error:
             raise UserError(f"{data}, row {number}: cannot read the rubric ({error}).") from error
         rows.append(row)
+    if (data, split) == ("rar-science", "test"):  # 12 % of it
+        seen = {as_text(raw["question"]) for raw in read_table(data, "train", 0)}
+        kept = [row for row in rows if row["question"] not in seen]
+        print(f"{data}: left out {len(rows) - len(kept)} of {len(rows)} that stand in train as well")
+        rows = kept
     return rows
 
 def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
@@ -920,13 +1008,11 @@ def prepare(args, student: str, teacher="", needs=()):
 def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
-    asked = {e.row["question"]: e for e in examples}
     lines = remember(
-        args.out, [{k: e.row[k] for k in NAMES} for e in asked.values()],
-        lambda batch: generate_rubrics(model, tokenizer, [
-            asked[d["question"]].prompt_ids for d in batch], args.tries, **sampling),
+        args.out, [{k: e.row[k] for k in NAMES} for e in examples], [e.prompt_ids for e in examples],
+        lambda batch: generate_rubrics(model, tokenizer, batch, args.tries, **sampling),
         args.batch_size * RANKS, "rubrics", model=args.model or "toy", writer=args.writer)
-    scores = [score_rubric(d["rubric"], asked[d["question"]].row) for d in lines]
+    scores = [score_rubric(d["rubric"], e.row) for d, e in zip(lines, examples)]
     quality = {"n": len(lines), **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
                "failed": dict(Counter(d["reason"] for d in lines if not d["rubric"]))}
     print(f"{args.out}: {show(quality)}")
@@ -938,17 +1024,19 @@ def show(figures: dict) -> str:
                      for k, v in figures.items())
 
 def cmd_eval(args) -> dict:
-    """Accuracy and rubric score, printed and, with --out, saved with every sample."""
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    """Accuracy and rubric score, printed; with --out every sample is saved, and not redone."""
     model, tokenizer, prompts, examples, sampling = prepare(args, args.context)
     check("{analysis}" not in prompts[args.context], f"--context {args.context}: is train's alone.")
-    summary, samples = evaluate(model, tokenizer, examples, progress="eval", **sampling)
+    samples = remember(
+        args.out, [{"question": e.row["question"], "sample": i} for e in examples
+                   for i in range(args.k)], [e for e in examples for _ in range(args.k)],
+        lambda batch: evaluate(model, tokenizer, batch, **sampling)[1], args.batch_size * RANKS,
+        "eval", model=args.model or "toy", context=args.context, temperature=args.temperature)
+    summary = summarize(samples)
     for key in ("accuracy", "rubric_score", "tokens", "truncated"):
         mean, se, n = (summary[key + part] for part in ("", "_se", "_n"))
         print(f"{key:13s}" + (f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else
                               "n/a: no row can be checked without a judge"))
-    if args.out and RANK == 0:
-        Path(args.out).write_text(json.dumps({"summary": summary, "samples": samples}, indent=1))
     return summary
 
 def cmd_train(args) -> dict:
@@ -1045,27 +1133,26 @@ def table(systems: dict[str, list[dict]]) -> str:
 
 def cmd_compare(args) -> dict:
     """The systems of prompts/toy/COMMAND.json on the toy: base model, rubrics, training, table."""
-    systems = json.loads((HERE / "prompts" / "toy" / f"{args.command}.json").read_text())
+    every = json.loads((HERE / "prompts" / "toy" / f"{args.command}.json").read_text())
+    systems = every.pop("systems")
     (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
     begin, seeds = time.perf_counter(), range(args.seed, args.seed + args.seeds)
     settings = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
     def measure(batch):
-        system, seed, last = batch[0]["system"], batch[0]["seed"], {}
+        (system, seed), figures = batch[0], {}
         base = model = toy_base(seed, args.base_steps)
+        known = vars(args) | {"seed": seed, "base": base}
+        known["run"] = out / re.sub(r"\W+", "-", f"{system} {seed} {settings}")
         for line in systems[system]:  # every command goes on with the last train's model
-            command, *words = [w.format(out=out, seed=seed, base=base) for w in line.split()]
-            common = ["--model", model, "--seed", seed]
-            common += ["--limit", args.n if command == "eval" else args.limit]
-            common += ["--max-new-tokens", 80] if command != "generate" else []
-            if command == "train":
-                name = re.sub(r"\W+", "-", f"{system} {seed} {settings}")
-                common += ["--steps", args.steps, "--out", out / name, "--resume"]
-            last[command] = run(command, *common, *words)
-            model = last[command]["out"] if command == "train" else model
-        return [last["eval"] | last.get("train", {})]
-    lines = remember(str(out / "runs.jsonl"), [
-        {"system": s, "seed": seed, "settings": settings} for seed in seeds for s in systems],
-        measure, 1, args.command)
+            command, *more = line.split()
+            words = [w.format(**known, model=model) for w in [*every[command].split(), *more]]
+            figures[command] = run(command, *words)
+            model = figures[command]["out"] if command == "train" else model
+        return [figures["eval"] | figures.get("train", {})]
+    jobs = [(system, seed) for seed in seeds for system in systems]
+    lines = remember(out / "runs.jsonl", [
+        {"system": s, "seed": seed, "settings": settings} for s, seed in jobs], jobs, measure, 1,
+        args.command)
     results = {s: [d for d in lines if d["system"] == s] for s in systems}
     text = f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling); {settings}\n"
     (out / "table.md").write_text(text)
@@ -1078,16 +1165,12 @@ COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train, "
 # Commands by first letter; the default (a tuple: choices, a dict: per command; see TOY); the help.
 FLAGS = [
     ("gte", "--model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); not given: the toy"),
-    ("gte", "--data", "rar-science", "toy, rar-science, a hub id, or a .jsonl .json .parquet"),
+    ("gte", "--data", "rar-science", "toy, a name in DATA, a hub id, or a .jsonl .json .parquet"),
     ("gte", "--split", {"g": "train", "t": "train", "e": "test"}, "split of a named data set"),
     ("dgtec", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0, "c": 256}, "that many rows; 0: all"),
     ("dgtec", "--seed", 0, "of data order and sampling (demo, compare: base model too; the first)"),
     ("gte", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
     ("gte", "--attn", "", "sdpa, flash_attention_2, ...; empty: the choice of transformers"),
-    ("t", "--lora-rank", 0, "train adapters of that rank, with peft; 0: all weights"),
-    ("t", "--lora-alpha", 0, "their scale is alpha / rank; 0: twice the rank"),
-    ("t", "--lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
-    ("t", "--gradient-checkpointing", False, "less memory for activations, a third more time"),
     ("gte", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
     ("gte", "--max-new-tokens", {"g": 1024, "t": 4096, "e": 4096}, "longest completion, in tokens"),
     ("gte", "--temperature", {"g": 0.7, "t": 1.0, "e": 0.7}, "of sampling; 0 is greedy"),
@@ -1099,39 +1182,37 @@ FLAGS = [
     ("g", "--tries", 3, "draws per question until an unreadable rubric counts as failed"),
     ("e", "--context", "student", "prompt file to answer from; a teacher's gives the ceiling"),
     ("e", "--out", "", "JSON file for summary and samples; empty: print only"),
-    ("t", "--out", "runs/train", "checkpoint directory"),
+    ("t", "--out", "runs/train", "checkpoint directory"), ("t", "--batch", 32, "prompts a step"),
     ("t", "--resume", False, "go on with the run in --out, to the same result"),
-    ("t", "--method", tuple(METHODS), "row of METHODS"),
+    ("t", "--method", tuple(METHODS), "row of METHODS"), ("t", "--lr", 5e-6, "peak, of AdamW"),
+    ("t", "--rollouts", 1, "completions per prompt; grpo needs 2 or more"),
     ("t", "--stage", tuple(STAGES), "row of STAGES: learn to reason, or to write rubrics"),
     ("t", "--rubrics", "data", "data, none, generic, random, noisy, reduced, or generate's .jsonl"),
     ("t", "--student-context", "student", "prompt file of the student"),
     ("t", "--teacher-context", "rubric", "prompt file of the teacher; else as in METHODS"),
     ("t", "--teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
-    ("t", "--ema-decay", 0.99, "of --teacher ema, per step"),
+    ("t", "--ema-decay", 0.99, "of the ema"), ("t", "--clip-at", 0.05, "nats, of the clip"),
+    ("t", "--clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
     ("t", "--divergence", (*BETA, "sampled"), "signal of rsd and opsd"),
     ("t", "--beta", 0.5, "of --divergence jsd: the teacher's share of the mixture"),
     ("t", "--loss-temperature", 1.0, "divides both logits in the divergence"),
     ("t", "--support", 0, "divergence on the teacher's top k tokens only; 0: all"),
     ("t", "--tail", False, "with --support: one more bucket for the rest of the mass"),
-    ("t", "--clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
-    ("t", "--clip-at", 0.05, "that cap, in nats"),
     ("t", "--kl", 0.0, "grpo: weight of the reverse KL to the teacher's weights"),
-    ("dc", "--base-steps", 700, "training steps of the toy's base model"),
-    ("dtc", "--steps", {"d": 60, "t": 100, "c": 40}, "optimizer steps"),
-    ("t", "--batch", 32, "prompts a step"),
-    ("t", "--rollouts", 1, "completions per prompt; grpo needs 2 or more"),
-    ("t", "--lr", 5e-6, "peak learning rate of AdamW"),
-    ("t", "--warmup", 5, "steps of linear warm-up"),
-    ("t", "--schedule", ("constant", "cosine"), "after the warm-up"),
-    ("t", "--max-grad-norm", 1.0, "gradient clipping"),
-    ("t", "--token-budget", 8192, "padded tokens in a micro-batch"),
+    ("t", "--warmup", 5, "steps, linear"), ("t", "--schedule", ("constant", "cosine"), "after it"),
+    ("t", "--max-grad-norm", 1.0, "clips"), ("t", "--token-budget", 8192, "of a micro-batch, padded"),
     ("t", "--truncated", ("keep", "mask"), "completions without a stop token"),
     ("t", "--skip-thinking", False, "no loss on the tokens up to </think>"),
+    ("t", "--lora-rank", 0, "train adapters of that rank, with peft; 0: all weights"),
+    ("t", "--lora-alpha", 0, "their scale is alpha / rank; 0: twice the rank"),
+    ("t", "--lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
+    ("t", "--gradient-checkpointing", False, "less memory for activations, a third more time"),
     ("t", "--save-every", 50, "steps between checkpoints; the last step is saved in any case"),
+    ("dtc", "--steps", {"d": 60, "t": 100, "c": 40}, "optimizer steps"),
+    ("dc", "--base-steps", 700, "training steps of the toy's base model"),
     ("dc", "--out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
     ("dc", "--n", 200, "held-out problems in each evaluation"),
-    ("dc", "--seeds", {"d": 1, "c": 3}, "runs per system, each with a base model of its own"),
-]
+    ("dc", "--seeds", {"d": 1, "c": 3}, "runs per system, each with a base model of its own")]
 TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-size": 256,
        "--max-new-tokens": 220, "--teacher-context": "rubric+answer", "--lr": 3e-4}
 
