@@ -7,7 +7,7 @@ list of weighted criteria that a good answer meets. One network plays two parts:
          loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
-Run: python rsd.py demo (the method on a toy, in minutes) | generate | train | eval | compare
+Run: python rsd.py demo (the method on a toy, in minutes) | generate | train | eval | inspect
 Sections 1 to 4 are the method; with 5 you can train. Glossary, code -> paper (arXiv 2606.19327):
 question x, reference_answer y*, solution z, rubric r = {c_1..c_K}, completion y^, student p_S,
 teacher p_T. Shapes: B sequences, T tokens of one completion, N completion tokens in all, V
@@ -19,17 +19,14 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partialmethod
-from itertools import islice
 from pathlib import Path
-from unicodedata import normalize
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
-                          TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HERE = Path(__file__).resolve().parent
 RANK, RANKS = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
@@ -73,8 +70,8 @@ def row_fields(row: dict) -> dict[str, str]:
     rubric = row.get("rubric") or []
     lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({points(c):g})"
              for c in rubric]
-    fields = row | {"answer": row.get("reference_answer"), "rubric": "\n".join(lines),
-                    "rubric_json": rubric and rubric_json(rubric)}
+    fields = {**row, "answer": row.get("reference_answer"), "analysis": row.get("analysis") or "-",
+              "rubric": "\n".join(lines), "rubric_json": rubric and rubric_json(rubric)}
     return {name: text for name, text in fields.items() if text and isinstance(text, str)}
 
 def plain(tokenizer, text: str) -> str:
@@ -89,9 +86,8 @@ def encode(tokenizer, text: str) -> list[int]:
             for t in tokenizer.encode(piece, add_special_tokens=False)]
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
-    """One prompt file and one row's fields -> ids [P] of a chat prompt, ready to be continued. The
-    one builder for all: braces, backslashes, $ and "<|im_end|>" in data stay plain text. thinking:
-    enable_thinking of the chat template. KeyError: a placeholder that the row cannot fill."""
+    """One prompt file and one row's fields -> ids [P] of a chat prompt. Braces, backslashes, $ and
+    "<|im_end|>" in data stay plain text. KeyError: a placeholder that the row cannot fill."""
     message = PLACEHOLDER.sub(lambda m: plain(tokenizer, fields[m[1]]), template)
     return encode(tokenizer, tokenizer.apply_chat_template(
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
@@ -115,9 +111,9 @@ ALIASES = {"title": ("title",), "description": ("description", "criterion", "cri
            "weight": ("weight", "points", "score")}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
 LATEX = (  # commands whose first letter JSON would take for an escape
-    r"([bf][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|geq|leq|mid|oindent|olimits|onumber"
-    r"|ot|otin|u)|r(angle|brac[ek]|ceil|floor|ho|ight\w*|m|oot|ule|[vV]ert)|t(ag|an|anh|au|binom|frac"
-    r"|ext\w*|herefore|heta|hinspace|ilde|imes|o|op|riangle\w*|t))(?![a-zA-Z])")
+    r"([bf][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|geq|leq|mid|oindent|olimits"
+    r"|onumber|ot|otin|u)|r(angle|brac[ek]|ceil|floor|ho|ight\w*|m|oot|ule|[vV]ert)|t(ag|an|anh|au"
+    r"|binom|frac|ext\w*|herefore|heta|hinspace|ilde|imes|o|op|riangle\w*|t))(?![a-zA-Z])")
 
 def read_criterion(item, need_title=False) -> dict:
     """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
@@ -145,8 +141,9 @@ def read_criterion(item, need_title=False) -> dict:
     got["weight"] = int(weight) if weight.is_integer() else weight
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
 
-AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|does(n't| not) "
-                    r"(\w+ly )?(overlook|neglect|ignor|omit|confus|mis|fail|forget|impl))", re.I)
+AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|does(n't|"
+                    r" not) (\w+ly )?(overlook|neglect|ignor|omit|confus|mis|fail|forget|impl))",
+                    re.I)
 
 def points(criterion: dict) -> float:
     """What meeting it is worth: below 0 for a fault (negative weight, or the title Pitfall), unless
@@ -161,8 +158,8 @@ def mend_backslashes(text: str) -> str:
     '\\\\frac{\\\\pi}{\\\\nu} \\n done \\" \\\\theta'
     """
     real = re.compile(rf'["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt]')
-    return re.sub(r"\\(.)", lambda m: m[0] if real.match(text, m.start(1)) else "\\\\" + m[1], text,
-                  flags=re.S)
+    double = lambda m: m[0] if real.match(text, m.start(1)) else "\\\\" + m[1]
+    return re.sub(r"\\(.)", double, text, flags=re.S)
 
 def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
     r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped; the array
@@ -227,9 +224,9 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
     have; the others go on in a later one. The model's own generation defaults (a repetition
     penalty, say) are set aside. Under torchrun each rank samples its share and gets all."""
     config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop))
-    warpers = [TemperatureLogitsWarper(temperature), draw] if temperature > 0 else []
-    warpers[1:1] = [TopKLogitsWarper(top_k)] if warpers and top_k else []
-    warpers[-1:-1] = [TopPLogitsWarper(top_p)] if warpers and top_p < 1 else []
+    warpers = [transformers.TemperatureLogitsWarper(temperature), draw] if temperature > 0 else []
+    warpers[1:1] = [transformers.TopKLogitsWarper(top_k)] if warpers and top_k else []
+    warpers[-1:-1] = [transformers.TopPLogitsWarper(top_p)] if warpers and top_p < 1 else []
     stops, device = torch.tensor(sorted(stop), device=model.device), model.device
     def mostly_done(out, _):
         return (torch.isin(out[:, width:], stops).any(1).float().mean() >= 0.75).expand(len(out))
@@ -261,9 +258,8 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
 
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """The hidden states [N, H] that predict each completion token, sequence after sequence: one
-    forward of the body over [context | completion]; logits_of(model, hidden) gives logits. Padding
-    is on the right, where a causal model never looks: positions count from 0, no mask is needed."""
+    """The hidden states [N, H] that predict each completion token, sequence after sequence (logits:
+    logits_of). Padding is on the right, where a causal model never looks: it needs no mask."""
     seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
     width = max(map(len, seqs))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
@@ -284,12 +280,6 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     head = model.get_output_embeddings()
     return soft_cap(model, F.linear(hidden.to(head.weight.dtype), head.weight, head.bias))
 
-def kl_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Entries of KL(p||q) from log-probs [N, V], as p log(p/q) - p + q: the extra terms sum to 0.
-    So no entry is negative, and where p = q both value and gradient are exactly 0 in float32."""
-    mass = p.exp()
-    return mass * (p - q) - mass + q.exp()
-
 def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
                temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
     """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
@@ -307,12 +297,13 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
     s, t = s.log_softmax(-1), t.log_softmax(-1)
     if 0 < top_k < s.shape[-1]:
         index = t.topk(top_k, dim=-1).indices
-        def support(x):  # [N, V] -> [N, top_k], or [N, top_k + 1] with the tail
-            kept = x.gather(-1, index)
-            if not tail: return kept.log_softmax(-1)
-            return torch.cat([kept, x.scatter(-1, index, -math.inf).logsumexp(-1, True)], -1)
-        s, t = support(s), support(t)
-    kl = kl_terms if clip != "entry" else lambda p, q: p.exp() * (p - q)
+        kept = lambda x: x.gather(-1, index)  # [N, V] -> [N, top_k]; with the tail one more
+        rest = lambda x: x.scatter(-1, index, -math.inf).logsumexp(-1, True)
+        s, t = (torch.cat([kept(x), rest(x)], -1) if tail else kept(x).log_softmax(-1)
+                for x in (s, t))
+    def kl(p, q):  # entries of KL(p||q), with - p + q, which sums to 0: so none is negative, and
+        mass = p.exp()  # where p = q both value and gradient are exactly 0 in float32
+        return mass * (p - q) - (mass - q.exp()) if clip != "entry" else mass * (p - q)
     if beta in (0, 1):
         terms = kl(s, t) if beta else kl(t, s)
     else:  # log m, exact where s = t and finite however far they are apart
@@ -330,8 +321,8 @@ BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
     forward, reverse, jsd: the divergence. sampled: policy gradient, advantage log p_T - log p_S.
-    advantage: policy gradient with that one (1: SFT's cross-entropy; GRPO's), plus kl times the
-    reverse KL to the teacher. Strictly on policy: no importance ratio, so nothing to clip."""
+    advantage: policy gradient with that one (1: SFT's cross-entropy), plus kl times the reverse KL
+    to the teacher. Strictly on policy: no importance ratio, so nothing to clip."""
     if signal in BETA: return divergence(student, teacher, **{"beta": BETA[signal]} | options)
     logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     if signal == "sampled":
@@ -393,14 +384,11 @@ LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance
 def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False,
                   needs=()) -> list[Episode]:
     """Rows and two prompt files -> episodes without completions. A row that lacks a field or score
-    (`needs` names more) or whose context has over `room` tokens is left out, never cut, and counted
-    aloud. UserError where no row remains."""
+    (`needs` names more) or has a context over `room` tokens is left out, never cut, and counted."""
     examples, dropped = [], Counter()
-    needs = {*needs, *PLACEHOLDER.findall(student + teacher)}
     for row in tqdm(rows, desc="contexts", leave=False):
-        fields = {"analysis": "-"} | row_fields(row)  # reason_first writes the real one
-        fields |= {k: "" for k, v in score("", row).items() if v is not None}
-        if missing := sorted(needs - fields.keys()):
+        fields = row_fields(row) | {k: "" for k, v in score("", row).items() if v is not None}
+        if missing := sorted({*needs, *PLACEHOLDER.findall(student + teacher)} - fields.keys()):
             dropped[f"no {missing[0]}"] += 1
             continue
         pair = [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
@@ -423,10 +411,11 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
 
 def reason_first(teacher, tokenizer, episodes, ask: str, template: str, thinking=False, **sampling):
     """The teacher's weights analyse the rubric (prompt `ask`); the analysis joins its context."""
-    asked = [context_ids(tokenizer, ask, row_fields(e.row), thinking) for e in episodes]
-    outputs = sample_completions(teacher, asked, stop_ids(teacher, tokenizer), **sampling)
-    for e, (ids, _) in zip(episodes, outputs):
-        row = e.row | {"analysis": tokenizer.decode(ids, skip_special_tokens=True) or "-"}
+    asked = [replace(e, prompt_ids=context_ids(tokenizer, ask, row_fields(e.row), thinking))
+             for e in episodes]
+    asked = write_completions("student", teacher, tokenizer, asked, **sampling)
+    for e, a in zip(episodes, asked):
+        row = e.row | {"analysis": tokenizer.decode(a.completion_ids, skip_special_tokens=True)}
         e.teacher_ids = context_ids(tokenizer, template, row_fields(row), thinking)
 
 def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
@@ -457,8 +446,8 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
                **options) -> Counter:
     """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
     One denominator, the trained tokens of all episodes: any split gives the same gradient. -> loss,
-    divergence, entropy, clipped per trained token, their number `trained`, seconds. Every rank is
-    given all episodes, takes its share, and ends with the gradient of all."""
+    divergence, entropy, clipped per trained token, their number, seconds. Every rank takes a share
+    and ends with the gradient of all. (Autocast's cache would cut it, where a teacher is live.)"""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
@@ -468,12 +457,10 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
                   for e in batch for k, t in enumerate(e.completion_ids)]
         ids, advantage, keep = (torch.tensor(x, device=model.device) for x in zip(*tokens))
         ids, advantage = ids[keep], advantage[keep]
-        needs_teacher = signal != "advantage" or kl > 0
-        with torch.autocast(  # no cache: a live teacher's casts would cut the student's gradient
-                "cuda", torch.bfloat16, model.device.type == "cuda", cache_enabled=False):
+        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda", False):
             with timed(seconds, "s_rescoring"), torch.no_grad():
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
-                    if needs_teacher else None
+                    if kl or signal != "advantage" else None
             def loss_of(student, target, rows):
                 return token_loss(signal, student, target, ids[rows], advantage[rows], kl,
                                   **options, **{"stats": stats} if signal in BETA else {})
@@ -570,72 +557,40 @@ def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
     return state["step"]
 
 # ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
-NUMBER = re.compile(r"(?i)([-+]?(?:\d[\d,]*)?\.?\d*\.?(?:e[-+]?\d+)?)(?:/(\d+(?:\.\d+)?))?(.*)", re.S)
-SPELLING = [  # LaTeX and Unicode of numbers and units -> one plain spelling, in this order
-    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"), (r"\^?\\circ\b", "\u00b0"),
-    (r"[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", lambda m: "^" + normalize("NFKC", m[0])),
-    (r"[\u2212\u2013]", "-"), (r"\\mu\b|\u00b5", "\u03bc"), (r"\\Omega\b|\u2126", "\u03a9"),
-    (r"^.*(?:=|\\approx|\u2248|\\sim)", ""), (r"\\[,;:! ]|[$~]", " "),
-    (r"(?:^|\\times|\\cdot|[\u00d7*\u00b7x]|(?<=\d)\s)\s*10\s*\^\s*[{(]*([-+]?\d+)[)}]*", r"e\1"),
-    (r"\\(?:text|mathrm|rm|mbox|left|right|displaystyle)\b|[{}\s]|\\(?=%)|\.$", "")]
-
-def plain_math(text: str) -> str:
-    """One spelling for numbers and units, without spaces; of an equation the right-hand side."""
-    for pattern, new in SPELLING: text = re.sub(pattern, new, text)
-    return text
-
-def quantity(text: str) -> tuple[float, str] | None:
-    r"""Value and unit of what stands there, "kJ/mol" and "kJ mol^-1" as one; None: no number.
-    >>> quantity(r"E = 6.6 \times 10^{-19} \mathrm{~J}"), quantity(r"\frac{3}{4} m/s^2")
-    ((6.6e-19, 'J'), (0.75, 'ms-2'))
-    """
-    number, divisor, unit = NUMBER.fullmatch(plain_math(text)).groups()
-    if not re.search(r"\d", number): return None
-    value = float(re.sub("(?i)^([-+]?)e", r"\g<1>1e", number.replace(",", "")))
-    unit = re.sub(r"/([^\W\d]+)(\d*)", r"\1-\2", re.sub(r"[\^().\u00b7]|\\cdot", "", unit))
-    return value / (float(divisor or 1) or math.nan), re.sub(r"-(?!\d)", "-1", unit)
+NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
 
 def extract_answer(text: str) -> str:
-    r"""The content of the last \boxed{}, nested braces included; without one what follows the last
-    "answer is" or "answer:", else the last line."""
+    r"""The content of the last \boxed{}, nested braces included; without one, the last line."""
     start, depth = text.rfind("\\boxed{"), 0
-    if start < 0:
-        said = re.findall(r"\banswer(?: is|:)\W*(.+)", text, re.I)
-        return (said or text.strip().splitlines() or [""])[-1].strip(" *")
+    if start < 0: return (text.strip().splitlines() or [""])[-1].strip()
     begin = start + len("\\boxed{")
     for end in range(begin - 1, len(text)):
         depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0: return text[begin:end].strip()
     return text[begin:].strip()
 
-def grade(answer: str, reference: str, tolerance=0.01, need_unit=True) -> bool:
-    """Is the extracted answer the reference? A capital letter: that option. Numbers: within the
-    relative tolerance, in the reference's unit, which with need_unit has to be there. Other text:
-    the same but for case, spaces and LaTeX's dress, or equal for math_verify, where installed.
-    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "B")
+def grade(answer: str, reference: str, tolerance=0.01) -> bool:
+    """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
+    reference's unit where it has one. Other text: the same but for case, spaces and $.
+    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "b")
     (True, False, True, True)
     """
-    a, b = plain_math(answer), plain_math(reference)
-    if re.fullmatch("[A-Z]", b):
-        return bool(re.match(rf"\W*(option|choice)?\W*{b}($|[.):,])", a, re.I))
-    x, y = quantity(answer), quantity(reference)
-    if x and y:
-        bare = not y[1] and not re.match(r"[/\\^*:\d-]|.*[+=]", x[1])  # no unit asked; not 3:4
-        unit = bare or x[1] == y[1] or not need_unit and not x[1]
-        return unit and abs(x[0] - y[0]) <= tolerance * abs(y[0])
-    if a.lower() == b.lower(): return True
-    with suppress(Exception):  # not installed, or no mathematics
-        import math_verify
-        return math_verify.verify(*(math_verify.parse(f"${t}$") for t in (reference, answer)))
-    return False
+    clean = lambda x: re.sub(r"\$|\\(text|mathrm)\b|\\[,; ]", "", x)
+    a, b = (NUMBER.fullmatch(clean(x)) for x in (answer, reference))
+    if a and b:
+        x, y = (float(m[1].replace(",", "")) for m in (a, b))
+        unit_a, unit_b = (re.sub(r"[\s{}.]", "", m[2]) for m in (a, b))
+        bare = not unit_b and not re.match(r"[/\\^*:\d-]|.*[+=]", unit_a)  # no unit asked; not 3/4
+        return (bare or unit_a == unit_b) and abs(x - y) <= tolerance * abs(y)
+    a, b = (re.sub(r"[\s$]", "", x).rstrip(".").lower() for x in (answer, reference))
+    return a == b
 
 def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
     """Points of the criteria met (whose `check`, a regular expression, is found) over the positive
-    points, in [0, 1] (HealthBench); of faults only, 1 less their share; None without checks."""
+    points, in [0, 1] (HealthBench); of penalties only, 1 less the share; None without checks."""
     if not rubric or not all("check" in c for c in rubric): return None
-    worth = [points(c) for c in rubric]
-    met = sum(w for w, c in zip(worth, rubric) if re.search(c["check"], text))
-    best, worst = (sum(w for w in worth if w * sign > 0) for sign in (1, -1))
+    met = sum(points(c) for c in rubric if re.search(c["check"], text))
+    best, worst = (sum(p for p in map(points, rubric) if p * sign > 0) for sign in (1, -1))
     return min(1.0, max(0.0, met / best)) if best else 1 - met / worst if worst else None
 
 def score(text: str, row: dict) -> dict:
@@ -643,14 +598,12 @@ def score(text: str, row: dict) -> dict:
     over 40 characters without \\boxed{}, and for criteria without a check."""
     reference = row["reference_answer"] or ""
     boxed = "\\boxed{" in reference
-    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference,
-                  **row.get("grading", {}))
+    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
     return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
             "rubric_score": rubric_score(text, row.get("own_rubric", row.get("rubric")))}
 
 def score_rubric(rubric: list[dict] | None, row: dict) -> dict:
-    """A generated rubric against the row's own: valid, number of criteria; where these are exact,
-    as in the toy, their recall and precision."""
+    """A generated rubric: valid, number of criteria; against exact ones recall and precision."""
     wanted = [c["description"] for c in row["own_rubric"] or () if "check" in c]
     hits = len({c["description"] for c in rubric or ()} & set(wanted))
     return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None,
@@ -663,57 +616,47 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
     se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
     return (x.mean().item(), se, len(x)) if len(x) else (None, None, 0)
 
-def summarize(samples: list[dict]) -> dict:
-    """Samples, k of each of n questions -> mean, standard error clustered by question (_se) and
-    number of questions (_n) of each figure; of answers that can be graded also pass@m (unbiased,
-    1 - C(k-c, m) / C(k, m) where c of k are right) and majority@k (the answer most often given)."""
-    by_question = {}
-    for s in samples: by_question.setdefault(s["question"], []).append(s)
-    groups = [*by_question.values()]
-    summary = {"n": len(groups), "k": (k := min(map(len, groups)))}
-    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
-        means = [mean_se([s[key] for s in g])[0] for g in groups]
-        summary |= zip((key, key + "_se", key + "_n"), mean_se(means))
-    graded = [g for g in groups if g[0]["accuracy"] is not None and k > 1]
-    for m in range(2, k + 1) if graded else ():
-        misses = [math.comb(k - sum(s["accuracy"] > 0 for s in g), m) for g in graded]
-        summary[f"pass@{m}"] = 1 - sum(misses) / math.comb(k, m) / len(graded)
-    modes = [Counter(s["answer"] for s in g).most_common(1)[0][0] for g in graded]
-    votes = [max(s["accuracy"] for s in g if s["answer"] == a) for g, a in zip(graded, modes)]
-    if graded: summary[f"majority@{k}"] = sum(votes) / len(votes)
-    return summary
-
 def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dict, list[dict]]:
-    """Answer every example's prompt_ids and grade it -> (summarize's figures, samples). `sampling`
-    goes to sample_completions."""
-    outputs = sample_completions(model, [e.prompt_ids for e in examples],
-                                 stop_ids(model, tokenizer), **sampling)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in outputs]
-    samples = [{"question": e.row["question"], "completion": text, "tokens": len(ids),
-                "truncated": float(not stopped), "answer": plain_math(extract_answer(text))}
-               | score(text, e.row) for e, text, (ids, stopped) in zip(examples, texts, outputs)]
-    return summarize(samples), samples
+    """Answer every example's prompt_ids and grade it -> (summary, samples). summary: n; mean, _se
+    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions."""
+    samples, summary = [], {"n": len(examples)}
+    for e in write_completions("student", model, tokenizer, examples, **sampling):
+        text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
+        samples.append({"question": e.row["question"], "completion": text,
+                        "tokens": len(e.completion_ids), "truncated": float(not e.stopped),
+                        **score(text, e.row)})
+    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
+        summary |= zip((key, key + "_se", key + "_n"), mean_se([s[key] for s in samples]))
+    return summary, samples
 
-# ---- 7. Models and data --------------------------------------------------------------------------
+# ---- 7. Seeing the credit: which tokens the rubric moves, and which criterion moves them ---------
+@torch.no_grad()
+def token_credit(model, teacher, prompt: list[int], context: list[int], without: list[list[int]],
+                 completion: list[int], top=5) -> dict[str, torch.Tensor]:
+    """Ids in: the student's prompt, the teacher's context, the same without each of K criteria, a
+    completion of T tokens. Out, in nats: gap [T] = log p_T - log p_S of the token (above 0: the
+    teacher pulls towards it); divergence [T] = KL(T||S); credit [K, T] = log p_T less log p_T
+    without criterion k; credit_divergence [K, T], the same of the KL; the `top` likeliest tokens,
+    student_p, student_ids, teacher_p, teacher_ids [T, top]. K + 2 forward passes, K + 1 batched.
+    Leave-one-out is what one adds to the others: of two that say the same each gets about 0."""
+    token, views = torch.tensor(completion, device=model.device)[:, None], [context, *without]
+    student = logits_of(model, rescore(model, [prompt], [completion])).float().log_softmax(-1)
+    said, apart, likeliest = [], [], [student.exp().topk(top)]
+    for hidden in rescore(teacher, views, [completion] * len(views)).split(len(token)):
+        logp = logits_of(teacher, hidden).float().log_softmax(-1)  # one [T, V] at a time
+        if not said: likeliest.append(logp.exp().topk(top))
+        said.append(logp.gather(1, token)[:, 0])
+        apart.append(divergence(student, logp))
+    return {"gap": said[0] - student.gather(1, token)[:, 0], "divergence": apart[0],
+            "credit": torch.stack([said[0] - x for x in said])[1:],
+            "credit_divergence": torch.stack([apart[0] - x for x in apart])[1:],
+            **{f"{who}_{k}": x for who, most in zip(("student", "teacher"), likeliest)
+               for k, x in zip(("p", "ids"), most)}}
+
+# ---- 8. Models and data --------------------------------------------------------------------------
 OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
 NAMES = ("question", "reference_answer", "solution")
-DATA = {  # name: hub id, its config or file, the split to train on, the one to evaluate on, the
-    # question and the answer: a text, or the options of a choice and which of them is right
-    "rar-science": ("ScaleAI/RaR-Science", None, "train", "test", "{question}", "{reference_answer}"),
-    "rubrichub-science": ("sojuL/RubricHub_v1", "RuRL/rurbichub_v1_Science.parquet", "train", "train",
-                          "{prompt}", "{reward_model[ground_truth]}"),
-    "natural-reasoning": ("facebook/natural_reasoning", None, "train", "train", "{question}",
-                          "{reference_answer}"),
-    "researchqa": ("realliyifei/ResearchQA", None, "valid", "test", "{query}", ""),
-    "scibench": ("xw27/scibench", None, "train", "train", "{problem_text}\n\nUnit: {unit}",
-                 "{answer_number} {unit}"),
-    "pubmedqa": ("qiaojin/PubMedQA", "pqa_labeled", "train", "train",
-                 "{context[contexts]}\n\n{question}\n\nAnswer yes, no or maybe.", "{final_decision}"),
-    "piqa": ("baber/piqa", None, "train", "validation", "{goal}", ("{sol1}", "{sol2}", "{label}")),
-    "medmcqa": ("openlifescienceai/medmcqa", None, "train", "validation", "{question}",
-                ("{opa}", "{opb}", "{opc}", "{opd}", "{cop}")),
-    "gpqa-diamond": ("Idavidrein/gpqa", "gpqa_diamond", "train", "train", "{Question}", (
-        "{Correct Answer}", *(f"{{Incorrect Answer {i}}}" for i in (1, 2, 3)), "0"))}
+HUB_DATA = {"rar-science": "ScaleAI/RaR-Science"}
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
               "{% if add_generation_prompt %}Answer:\n{% endif %}")
@@ -767,22 +710,22 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
     return rows
 
 def remember(path, items: list[dict], asked: list, work, size: int, desc: str, **origin):
-    """work(asked) -> [dict], `size` at a time -> a line {**item, **answer, **origin} for every item.
-    Each goes to the JSON Lines file `path` ("": none) as soon as it is known, and what stands there
-    is not asked again. UserError where lines there are of another origin."""
+    """A line item | answer | origin for every item; work(asked) -> answers, `size` at a time. What
+    stands in the JSON Lines file `path` is not asked again; UserError if it has another origin."""
     key = lambda line: json.dumps([line.get(k) for k in items[0]])
-    old = read_jsonl(Path(path), mend=True) if path and Path(path).exists() else []
+    old = read_jsonl(path, mend=True) if (path := Path(path)).exists() else []
     check(all(d.get(k) == v for d in old for k, v in origin.items()),
           f"--out {path} holds lines of other settings than {origin}; choose another --out.")
     done = {key(d): d for d in old}
-    todo = [*{key(item): (item, a) for item, a in zip(items, asked) if key(item) not in done}.values()]
+    todo = {key(item): (item, a) for item, a in zip(items, asked) if key(item) not in done}
+    todo = [*todo.values()]
     print(f"{len(todo)} of {len(items)} are still to do (others repeat, or are done)")
-    if path: Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if old and RANK == 0:  # whole lines only, in one move
         lines = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in old)
         (new := Path(f"{path}.rsd-new")).write_text(lines, encoding="utf-8")
         new.replace(path)
-    with open(path if path and RANK == 0 else os.devnull, "a", encoding="utf-8") as file:
+    with open(path if RANK == 0 else os.devnull, "a", encoding="utf-8") as file:
         for start in tqdm(range(0, len(todo), size), desc=desc, disable=not todo or RANK > 0):
             batch = todo[start:start + size]
             for (item, _), answer in zip(batch, work([a for _, a in batch])):
@@ -792,72 +735,42 @@ def remember(path, items: list[dict], asked: list, work, size: int, desc: str, *
     return [done[key(item)] for item in items]
 
 def read_table(data: str, split: str, limit: int) -> list[dict]:
-    """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub; with a limit
-    the hub is streamed, and only that much of it fetched."""
-    hub, config, train, test, *_ = DATA.get(data, (data, None, "train", "test"))
-    kind = Path(data).suffix if data.endswith((".jsonl", ".json", ".parquet")) else ""
-    check(kind or "/" in hub, f"--data {data}: unknown; give toy, {', '.join(DATA)}, a hub id "
-          "(owner/name), or a .jsonl, .json or .parquet file.")
-    check(not kind or Path(data).is_file(), f"{data}: there is no such file.")
+    """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
+    kind, source = Path(data).suffix, HUB_DATA.get(data, data)
+    is_file = kind in (".jsonl", ".json", ".parquet")
+    check(is_file or "/" in source, f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a "
+          "hub id (owner/name), or a .jsonl, .json or .parquet file.")
+    check(not is_file or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset
     table = read_jsonl(Path(data)) if kind == ".jsonl" else None
     try:
-        if kind == ".json": table = json.loads(Path(data).read_text(encoding="utf-8"))
-        if kind == ".parquet": table = Dataset.from_parquet(data)
-        if not kind:
-            part = {"data_files" if str(config).endswith(".parquet") else "name": config}
-            split = {"train": train, "test": test}.get(split, split)
-            table = load_dataset(hub, **part, split=split, streaming=limit > 0)
-        table = [*islice(table, limit or None)]
+        table = (table if kind == ".jsonl" else
+                 json.loads(Path(data).read_text(encoding="utf-8")) if kind == ".json" else
+                 Dataset.from_parquet(data).to_list() if is_file else
+                 load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list())
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
-        raise UserError(f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a "
-                        "data set of the hub can also be given as a file; for a gated one accept the "
-                        "terms on its page, then: hf auth login.") from error
+        raise UserError(f"{data}: looked for {source} and could not read it ({str(error)!r:.150}); "
+                        "a data set of the hub can also be given as a file.") from error
     check(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
-    return table
-
-def as_text(value):
-    """A cell as text: of chat messages the last user's, of a list all; in an object each value."""
-    if isinstance(value, dict): return {k: as_text(v) for k, v in value.items()}
-    if not isinstance(value, list): return "" if value is None else str(value).strip()
-    said = [m["content"] for m in value if isinstance(m, dict) and m.get("role") == "user"]
-    return said[-1] if said else "\n\n".join(map(str, value))
+    return table[:limit or None]
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
-    """Rows {question, reference_answer, solution, rubric} of anything that --data takes. The options
-    of a choice are lettered, in an order drawn from the question. UserError names the source and
-    the row (counted from 1), or the columns that there are."""
+    """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
+    UserError names the source and the row (counted from 1), or the columns that there are."""
     if data in ("toy", "toy-noisy"):
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
     table, rows = read_table(data, split, limit), []
-    ask, answer = DATA.get(data, DATA["rar-science"])[4:]
-    columns = {"solution": "", **{c: "" for row in table for c in row}}
-    for name in re.findall(r"\{([^}\[]+)", f"{ask} {answer}"):
-        check(name in columns, f"{data}: there is no column {name!r}; its columns are "
-              f"{sorted(columns)}.")
+    columns = sorted({c for row in table for c in row})
+    for name in NAMES[:2]:
+        check(name in columns, f"{data}: there is no column {name!r}; its columns are {columns}.")
     for number, raw in enumerate(table, 1):
-        fill = lambda text: text.format_map(cells).strip().removesuffix("Unit:").strip()
-        cells = columns | as_text(raw)
-        row = {"question": fill(ask), "reference_answer": "", "solution": cells["solution"]}
-        check(row["question"], f"{data}, row {number}: the question is empty.")
-        if isinstance(answer, str): row["reference_answer"] = fill(answer)
-        else:
-            *options, right = map(fill, answer)
-            order = random.Random(row["question"]).sample(range(len(options)), len(options))
-            lines = [f"{letter}. {options[i]}" for letter, i in zip("ABCD", order)]
-            row["reference_answer"] = dict(zip(map(str, order), "ABCD")).get(right, "")
-            row["question"] += "\n\n" + "\n".join(lines) + "\n\nAnswer with the letter alone."
-        if "{unit}" in answer: row["grading"] = {"tolerance": 0.05, "need_unit": False}
+        row = {k: "" if raw.get(k) is None else str(raw[k]) for k in NAMES}
+        check(row["question"].strip(), f"{data}, row {number}: the question is empty.")
         try:
             row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
         except (ValueError, re.error) as error:
             raise UserError(f"{data}, row {number}: cannot read the rubric ({error}).") from error
         rows.append(row)
-    if (data, split) == ("rar-science", "test"):  # 12 % of it
-        seen = {as_text(raw["question"]) for raw in read_table(data, "train", 0)}
-        kept = [row for row in rows if row["question"] not in seen]
-        print(f"{data}: left out {len(rows) - len(kept)} of {len(rows)} that stand in train as well")
-        rows = kept
     return rows
 
 def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
@@ -880,7 +793,7 @@ def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[d
     new = sources[source]()
     return [r | {"rubric": a or None, "own_rubric": r["rubric"]} for r, a in zip(rows, new)]
 
-# ---- 8. The toy world: a model that can do right when told how, and does not by default ----------
+# ---- 9. The toy world: a model that can do right when told how, and does not by default ----------
 HABITS = ("formula", "conversion", "unit")
 
 @cache
@@ -980,16 +893,15 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     new.rename(out)
     return str(out)
 
-# ---- 9. Command line: the only functions that see the config -------------------------------------
+# ---- 10. Command line: the only functions that see the config ------------------------------------
 def prepare(args, student: str, teacher="", needs=()):
-    """What every command begins with -> (model, tokenizer, prompts, examples, how to sample).
-    UserError for an unknown prompt file."""
+    """What every command begins with -> (model, tokenizer, prompts, examples, how to sample)."""
     prompts, teacher = load_prompts(args.prompts), teacher or student
     for name in (student, teacher):
         check(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
-    generic = Path(args.prompts) / "generic.json"
-    rows = with_rubrics(rows, getattr(args, "rubrics", "data"), generic, args.seed)
+    rows = with_rubrics(rows, getattr(args, "rubrics", "data"),
+                        Path(args.prompts) / "generic.json", args.seed)
     lora = getattr(args, "lora_rank", 0)
     half = torch.cuda.is_available() and (args.command != "train" or lora)
     model, tokenizer = load_model(args.model or toy_base(),
@@ -1009,7 +921,8 @@ def cmd_generate(args) -> dict:
     """A rubric for every question, appended to --out line by line; a second run goes on."""
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
     lines = remember(
-        args.out, [{k: e.row[k] for k in NAMES} for e in examples], [e.prompt_ids for e in examples],
+        args.out, [{k: e.row[k] for k in NAMES} for e in examples],
+        [e.prompt_ids for e in examples],
         lambda batch: generate_rubrics(model, tokenizer, batch, args.tries, **sampling),
         args.batch_size * RANKS, "rubrics", model=args.model or "toy", writer=args.writer)
     scores = [score_rubric(d["rubric"], e.row) for d, e in zip(lines, examples)]
@@ -1024,26 +937,23 @@ def show(figures: dict) -> str:
                      for k, v in figures.items())
 
 def cmd_eval(args) -> dict:
-    """Accuracy and rubric score, printed; with --out every sample is saved, and not redone."""
+    """Accuracy and rubric score, printed and, with --out, saved with every sample."""
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer, prompts, examples, sampling = prepare(args, args.context)
-    check("{analysis}" not in prompts[args.context], f"--context {args.context}: is train's alone.")
-    samples = remember(
-        args.out, [{"question": e.row["question"], "sample": i} for e in examples
-                   for i in range(args.k)], [e for e in examples for _ in range(args.k)],
-        lambda batch: evaluate(model, tokenizer, batch, **sampling)[1], args.batch_size * RANKS,
-        "eval", model=args.model or "toy", context=args.context, temperature=args.temperature)
-    summary = summarize(samples)
+    summary, samples = evaluate(model, tokenizer, examples, progress="eval", **sampling)
     for key in ("accuracy", "rubric_score", "tokens", "truncated"):
         mean, se, n = (summary[key + part] for part in ("", "_se", "_n"))
         print(f"{key:13s}" + (f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else
                               "n/a: no row can be checked without a judge"))
+    if args.out and RANK == 0:
+        Path(args.out).write_text(json.dumps({"summary": summary, "samples": samples}, indent=1))
     return summary
 
 def cmd_train(args) -> dict:
     """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory in --out."""
     writer, _, signal, reward = METHODS[args.method]
     signal = args.divergence if signal == "divergence" else signal
-    settings = {k: v for k, v in vars(args).items() if k not in ("run", "command", "resume", "out")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "out")}
     state = open_run(out := Path(args.out).resolve(), settings, args.resume)
     check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
     check(args.batch >= RANKS, f"--batch {args.batch}: every one of the {RANKS} ranks needs one.")
@@ -1092,13 +1002,13 @@ def cmd_train(args) -> dict:
               f"{norm}; stopped before the weights moved; {out} holds step {saved or 'none'}.")
         if args.teacher == "ema": ema_update(teacher, model, args.ema_decay)
         n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
+        spent = sum(v for k, v in (seconds + stats).items() if "s_" in k)
         metrics = {"step": step + 1, **stats, **seconds, "grad_norm": norm, "lr": rate,
                    "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
                    "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
                    **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
                    "rollouts": n * (writer == "student"), "sampled": tokens * (writer == "student"),
-                   "tokens_per_s": tokens / sum(
-                       seconds[k] + stats[k] for k in ("s_sampling", "s_rescoring", "s_update"))}
+                   "tokens_per_s": tokens / spent}
         history.append(metrics)
         with open(log, "a") as file: file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % 5 == 0:
@@ -1112,11 +1022,40 @@ def cmd_train(args) -> dict:
     print(f"saved {out}; python rsd.py eval --model {out}")
     return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained")}
 
+def cmd_inspect(args) -> dict:
+    """An HTML page: what the rubric does to each token of some rollouts; with --run, its curves."""
+    page, out, args.limit = {"curves": [], "rollouts": [], "text": {}}, Path(args.out), args.n
+    if args.run: page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
+    if args.model or not args.run:
+        teacher, tokenizer, prompts, examples, sampling = prepare(
+            args, args.student_context, args.teacher_context, ["rubric"])
+        students = {"the student": teacher}
+        if args.compare: students[args.compare], _ = load_model(args.compare, teacher.dtype)
+        jobs = [(number, name, model, e) for name, model in students.items() for number, e in
+                enumerate(write_completions("student", model, tokenizer, examples, **sampling))]
+        for _, name, model, e in tqdm(sorted(jobs, key=lambda job: job[0]), desc="credit"):
+            rubric, view = e.row["rubric"], prompts[args.teacher_context]
+            rest = [e.row | {"rubric": rubric[:k] + rubric[k + 1:]} for k in range(len(rubric))]
+            without = [context_ids(tokenizer, view, {"rubric": "-"} | row_fields(r),
+                                   args.thinking == "on") for r in rest]
+            figures = {k: x.tolist() for k, x in token_credit(
+                model, teacher, e.prompt_ids, e.teacher_ids, without, e.completion_ids).items()}
+            ids = {*e.completion_ids, *sum(figures["student_ids"] + figures["teacher_ids"], [])}
+            page["text"] |= {i: tokenizer.decode([i]) for i in ids}
+            page["rollouts"].append(figures | {"student": name, "question": e.row["question"],
+                                               "criteria": rubric, "tokens": e.completion_ids})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(data := json.dumps(page))
+    skeleton = (HERE / "prompts" / "inspect.html").read_text(encoding="utf-8")
+    out.write_text(skeleton.replace("{data}", data.replace("<", "\\u003c")), encoding="utf-8")
+    print(f"{out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps; .json beside it")
+    return page
+
 def run(*words) -> dict:
     """One command, as if typed -> its figures and its seconds."""
     print(f"\n$ python rsd.py {' '.join(map(str, words))}", flush=True)
     args, start = parse_args([str(w) for w in words]), time.perf_counter()
-    return args.run(args) | {"seconds": time.perf_counter() - start, "out": args.out}
+    return COMMANDS[args.command](args) | {"seconds": time.perf_counter() - start, "out": args.out}
 
 def table(systems: dict[str, list[dict]]) -> str:
     """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
@@ -1135,8 +1074,7 @@ def cmd_compare(args) -> dict:
     """The systems of prompts/toy/COMMAND.json on the toy: base model, rubrics, training, table."""
     every = json.loads((HERE / "prompts" / "toy" / f"{args.command}.json").read_text())
     systems = every.pop("systems")
-    (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
-    begin, seeds = time.perf_counter(), range(args.seed, args.seed + args.seeds)
+    begin, out, seeds = time.time(), Path(args.out), range(args.seed, args.seed + args.seeds)
     settings = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
     def measure(batch):
         (system, seed), figures = batch[0], {}
@@ -1157,64 +1095,55 @@ def cmd_compare(args) -> dict:
     text = f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling); {settings}\n"
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{text}\n{time.perf_counter() - begin:.0f} s; {out} holds it (runs.jsonl: not redone)")
+    print(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (runs.jsonl: not redone)")
     return results
 
 COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train, "eval": cmd_eval,
-            "compare": cmd_compare}
+            "compare": cmd_compare, "inspect": cmd_inspect}
 # Commands by first letter; the default (a tuple: choices, a dict: per command; see TOY); the help.
 FLAGS = [
-    ("gte", "--model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); not given: the toy"),
-    ("gte", "--data", "rar-science", "toy, a name in DATA, a hub id, or a .jsonl .json .parquet"),
-    ("gte", "--split", {"g": "train", "t": "train", "e": "test"}, "split of a named data set"),
-    ("dgtec", "--limit", {"d": 256, "g": 0, "t": 0, "e": 0, "c": 256}, "that many rows; 0: all"),
-    ("dgtec", "--seed", 0, "of data order and sampling (demo, compare: base model too; the first)"),
-    ("gte", "--prompts", str(HERE / "prompts"), "directory of prompt files"),
-    ("gte", "--attn", "", "sdpa, flash_attention_2, ...; empty: the choice of transformers"),
-    ("gte", "--thinking", ("off", "on"), "enable_thinking of the chat template"),
-    ("gte", "--max-new-tokens", {"g": 1024, "t": 4096, "e": 4096}, "longest completion, in tokens"),
-    ("gte", "--temperature", {"g": 0.7, "t": 1.0, "e": 0.7}, "of sampling; 0 is greedy"),
-    ("gte", "--top-p", {"g": 0.95, "t": 1.0, "e": 0.95}, "nucleus sampling; 1: off"),
-    ("gte", "--top-k", {"g": 20, "t": 0, "e": 20}, "sample from that many tokens; 0: all"),
-    ("gte", "--batch-size", 64, "completions sampled at a time"),
-    ("g", "--out", "runs/rubrics.jsonl", "JSON Lines file; what stands in it is not redone"),
-    ("g", "--writer", "writer+answer", "prompt file that asks for the rubric"),
-    ("g", "--tries", 3, "draws per question until an unreadable rubric counts as failed"),
-    ("e", "--context", "student", "prompt file to answer from; a teacher's gives the ceiling"),
-    ("e", "--out", "", "JSON file for summary and samples; empty: print only"),
-    ("t", "--out", "runs/train", "checkpoint directory"), ("t", "--batch", 32, "prompts a step"),
-    ("t", "--resume", False, "go on with the run in --out, to the same result"),
-    ("t", "--method", tuple(METHODS), "row of METHODS"), ("t", "--lr", 5e-6, "peak, of AdamW"),
-    ("t", "--rollouts", 1, "completions per prompt; grpo needs 2 or more"),
-    ("t", "--stage", tuple(STAGES), "row of STAGES: learn to reason, or to write rubrics"),
-    ("t", "--rubrics", "data", "data, none, generic, random, noisy, reduced, or generate's .jsonl"),
-    ("t", "--student-context", "student", "prompt file of the student"),
-    ("t", "--teacher-context", "rubric", "prompt file of the teacher; else as in METHODS"),
-    ("t", "--teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
-    ("t", "--ema-decay", 0.99, "of the ema"), ("t", "--clip-at", 0.05, "nats, of the clip"),
-    ("t", "--clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
-    ("t", "--divergence", (*BETA, "sampled"), "signal of rsd and opsd"),
-    ("t", "--beta", 0.5, "of --divergence jsd: the teacher's share of the mixture"),
-    ("t", "--loss-temperature", 1.0, "divides both logits in the divergence"),
-    ("t", "--support", 0, "divergence on the teacher's top k tokens only; 0: all"),
-    ("t", "--tail", False, "with --support: one more bucket for the rest of the mass"),
-    ("t", "--kl", 0.0, "grpo: weight of the reverse KL to the teacher's weights"),
-    ("t", "--warmup", 5, "steps, linear"), ("t", "--schedule", ("constant", "cosine"), "after it"),
-    ("t", "--max-grad-norm", 1.0, "clips"), ("t", "--token-budget", 8192, "of a micro-batch, padded"),
-    ("t", "--truncated", ("keep", "mask"), "completions without a stop token"),
-    ("t", "--skip-thinking", False, "no loss on the tokens up to </think>"),
-    ("t", "--lora-rank", 0, "train adapters of that rank, with peft; 0: all weights"),
-    ("t", "--lora-alpha", 0, "their scale is alpha / rank; 0: twice the rank"),
-    ("t", "--lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
-    ("t", "--gradient-checkpointing", False, "less memory for activations, a third more time"),
-    ("t", "--save-every", 50, "steps between checkpoints; the last step is saved in any case"),
-    ("dtc", "--steps", {"d": 60, "t": 100, "c": 40}, "optimizer steps"),
-    ("dc", "--base-steps", 700, "training steps of the toy's base model"),
-    ("dc", "--out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
-    ("dc", "--n", 200, "held-out problems in each evaluation"),
-    ("dc", "--seeds", {"d": 1, "c": 3}, "runs per system, each with a base model of its own")]
-TOY = {"--data": "toy", "--prompts": str(HERE / "prompts" / "toy"), "--batch-size": 256,
-       "--max-new-tokens": 220, "--teacher-context": "rubric+answer", "--lr": 3e-4}
+    ("gtei", "model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); without: the toy"),
+    ("gtei", "data", "rar-science", "toy, rar-science, a hub id, or a .jsonl .json .parquet"),
+    ("gtei", "split", {"g": "train", "t": "train", "e": "test", "i": "test"}, "of named data"),
+    ("dgtec", "limit", {"d": 256, "g": 0, "t": 0, "e": 0, "c": 256}, "that many rows; 0: all"),
+    ("dgteci", "seed", 0, "of data order, sampling and (demo, compare: the first) base model"),
+    ("gtei", "prompts", str(HERE / "prompts"), "directory of prompt files"),
+    ("gtei", "attn", "", "attn_implementation"), ("gtei", "batch-size", 64, "sampled at a time"),
+    ("gtei", "thinking", ("off", "on"), "enable_thinking of the chat template"),
+    ("gtei", "max-new-tokens", {"g": 1024, "t": 4096, "e": 4096, "i": 2000}, "per completion"),
+    ("gtei", "temperature", {"g": 0.7, "t": 1.0, "e": 0.7, "i": 1.0}, "of sampling; 0 is greedy"),
+    ("gtei", "top-p", {"g": 0.95, "t": 1.0, "e": 0.95, "i": 1.0}, "nucleus sampling; 1: off"),
+    ("gtei", "top-k", {"g": 20, "t": 0, "e": 20, "i": 0}, "sample from that many tokens; 0: all"),
+    ("g", "out", "runs/rubrics.jsonl", "JSON Lines file; what stands in it is not redone"),
+    ("g", "tries", 3, "draws for a readable one"), ("g", "writer", "writer+answer", "prompt file"),
+    ("e", "context", "student", "prompt file; a teacher's: the ceiling"), ("e", "out", "", "JSON"),
+    ("t", "out", "runs/train", "checkpoint directory"), ("t", "batch", 32, "prompts a step"),
+    ("t", "resume", False, "go on"), ("t", "gradient-checkpointing", False, "saves memory"),
+    ("t", "method", tuple(METHODS), "row of METHODS"), ("t", "skip-thinking", False, "no loss"),
+    ("t", "rollouts", 1, "per prompt; grpo: 2 or more"), ("t", "save-every", 50, "steps"),
+    ("t", "stage", tuple(STAGES), "row of STAGES: learn to reason, or to write rubrics"),
+    ("ti", "rubrics", "data", "data, none, generic, random, noisy, reduced; generate's .jsonl"),
+    ("ti", "student-context", "student", "prompt file of the student"),
+    ("ti", "teacher-context", "rubric", "prompt file of the teacher; else as in METHODS"),
+    ("t", "teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
+    ("t", "ema-decay", 0.99, "of the ema"), ("t", "clip-at", 0.05, "nats, of the clip"),
+    ("t", "clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
+    ("t", "divergence", (*BETA, "sampled"), "signal"), ("t", "loss-temperature", 1.0, "of both"),
+    ("t", "beta", 0.5, "of jsd: teacher's share"), ("t", "kl", 0.0, "grpo: weight of reverse KL"),
+    ("t", "support", 0, "only the teacher's top k; 0: all"), ("t", "tail", False, "add the rest"),
+    ("t", "lr", 5e-6, "peak, of AdamW"), ("t", "warmup", 5, "steps from 0 to there, linear"),
+    ("t", "schedule", ("constant", "cosine"), "then"), ("t", "max-grad-norm", 1.0, "clips"),
+    ("t", "truncated", ("keep", "mask"), "completions"), ("t", "token-budget", 8192, "micro-batch"),
+    ("t", "lora-rank", 0, "adapters, by peft; 0: none"), ("t", "lora-alpha", 0, "0: 2 x rank"),
+    ("t", "lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
+    ("dtc", "steps", {"d": 60, "t": 100, "c": 40}, "optimizer steps"),
+    ("dc", "base-steps", 700, "of the base model"), ("dc", "seeds", {"d": 1, "c": 3}, "of runs"),
+    ("dc", "out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
+    ("dci", "n", {"d": 200, "c": 200, "i": 5}, "held-out problems in each evaluation"),
+    ("i", "out", "runs/credit.html", "and .json"), ("i", "compare", "", "trained model, beside"),
+    ("i", "run", "", "directory of a run: its curves (and, given --model, the credit too)")]
+TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch-size": 256,
+       "max-new-tokens": 220, "teacher-context": "rubric+answer", "lr": 3e-4}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
@@ -1226,7 +1155,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.__doc__.split("\n")[0], allow_abbrev=False)
-        sub.set_defaults(run=command)
         for _, flag, values, text in (f for f in FLAGS if name[0] in f[0]):
             usual, toy = (v[name[0]] if isinstance(v, dict) else v
                           for v in (values, TOY.get(flag, values)))
@@ -1234,7 +1162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     {"choices": usual} if isinstance(usual, tuple) else {"type": type(usual)})
             usual, toy = (v[0] if isinstance(v, tuple) else v for v in (usual, toy))
             text += f" (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
-            sub.add_argument(flag, default=toy if is_toy else usual, help=text, **kind)
+            sub.add_argument(f"--{flag}", default=toy if is_toy else usual, help=text, **kind)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         usual = commands.choices[args.command].get_default(name)
@@ -1260,7 +1188,7 @@ def main(argv: list[str] | None = None) -> int:
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
             sys.stdout = open(os.devnull, "w")
     try:
-        args.run(args)
+        COMMANDS[args.command](args)
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"rsd.py {args.command}: {str(error) or 'interrupted'}{hint}", file=sys.stderr)

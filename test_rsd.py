@@ -5,11 +5,13 @@ network. Run: pytest -q
 """
 import copy
 import doctest
+import html
 import json
 import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -472,7 +474,7 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
 
 def test_no_straggler_holds_a_batch(tok, monkeypatch):
     """Rows that end early leave; the others go on in later batches, with the same greedy tokens."""
-    model, batches = tiny(tok), []
+    model, batches = tiny(tok, seed=2), []
     prompts = [[3 + i, 40 + 3 * i, 9] for i in range(12)]
     free = [ids for ids, _ in rsd.sample_completions(model, prompts, {len(tok) + 9}, 16, temperature=0)]
     stop = {t for ids in free[:9] for t in ids[1:3]} - set(free[11])
@@ -1001,7 +1003,154 @@ def test_evaluate_summary(tok, prompts, monkeypatch):
     assert [s["completion"] for s in samples] == texts
 
 
-# ---- 7. models and data ----------------------------------------------------------------------------
+# ---- 7. seeing the credit --------------------------------------------------------------------------
+
+
+def test_token_credit_against_plain_forwards(tok):
+    """Every figure equals the plain one: a whole forward per context, F.kl_div, one criterion at a time."""
+    model, teacher = tiny(tok, 1), tiny(tok, 2)
+    rng = random.Random(3)
+    ids = lambda n: [rng.randrange(3, len(tok)) for _ in range(n)]
+    prompt, context, without, said = ids(5), ids(17), [ids(12), ids(9), ids(14)], ids(8)
+
+    def plain(net, p):
+        with torch.no_grad():
+            return net(torch.tensor([p + said])).logits[0, len(p) - 1:-1].log_softmax(-1)
+
+    got = rsd.token_credit(model, teacher, prompt, context, without, said, top=3)
+    s, t = plain(model, prompt), plain(teacher, context)
+    at = torch.tensor(said)[:, None]
+    kl = lambda q: F.kl_div(s, q, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(got["gap"], (t - s).gather(1, at)[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got["divergence"], kl(t), rtol=1e-4, atol=1e-5)
+    for k, p in enumerate(without):
+        q = plain(teacher, p)
+        torch.testing.assert_close(got["credit"][k], (t - q).gather(1, at)[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got["credit_divergence"][k], kl(t) - kl(q), rtol=1e-4, atol=1e-5)
+    assert got["credit"].shape == (3, 8)
+    assert got["student_ids"].tolist() == s.topk(3).indices.tolist()
+    torch.testing.assert_close(got["teacher_p"], t.exp().topk(3).values)
+    again = rsd.token_credit(model, teacher, prompt, context, [context, without[0]], said)
+    assert not again["credit"][0].any() and not again["credit_divergence"][0].any()  # put back: the first scores
+
+
+def credit_of(model, tok, row, view, rubric, completion):
+    ids = lambda r: rsd.context_ids(tok, view, rsd.row_fields(row | {"rubric": r}))
+    rest = [ids(rubric[:k] + rubric[k + 1:]) for k in range(len(rubric))]
+    return rsd.token_credit(model, model, rsd.context_ids(tok, "{question}", row), ids(rubric), rest, completion)["credit"]
+
+
+def test_credit_falls_where_the_toy_says(prompts):
+    """50 held-out problems whose solution keeps every habit: each criterion's credit falls on its own span."""
+    where = REPO / "runs" / "toy-seed0-steps700"
+    if not where.exists():
+        pytest.skip("needs the demo's base model: python rsd.py demo, in the repository")
+    model, tok = rsd.load_model(str(where))
+    rows, view = rsd.toy_rows("test", 50, seed=1), prompts["rubric+answer"]
+    shares, first, weaker = [], [], []
+    for row in rows:
+        ids = tok.encode(row["solution"])
+        pieces = [tok.decode([i]) for i in ids]
+        ends = [len("".join(pieces[:k + 1])) for k in range(len(pieces))]
+        law, unit = len(row["toy"]["law"]), row["solution"].rindex(" " + row["toy"]["unit"] + "}")
+        spans = [(0, law), (law, row["solution"].index(".", law)), (unit, unit + len(row["toy"]["unit"]) + 2)]
+        inside = [torch.tensor([a < end and end - len(p) < b for end, p in zip(ends, pieces)]) for a, b in spans]
+        credit = credit_of(model, tok, row, view, row["rubric"], ids)
+        up = credit.clamp(min=0)
+        shares.append([(up[k][m].sum() / up[k].sum()).item() for k, m in enumerate(inside)])
+        first.append([credit[:, m].sum(1).argmax().item() == k for k, m in enumerate(inside)])
+        rng = random.Random(row["question"])
+        other = rng.choice([r for r in rows if not {r["toy"]["unit"], r["toy"]["big"]}
+                            & {row["toy"]["unit"], row["toy"]["big"]}])
+        foreign = credit_of(model, tok, row, view, row["rubric"] + [rng.choice(other["rubric"])], ids)[3]
+        weaker.append(foreign.abs().sum() < credit.abs().sum(1).min())
+    mean = lambda x: torch.tensor(x, dtype=torch.float64).mean(0)
+    print("share on the own span", mean(shares).tolist(), "largest there", mean(first).tolist(), "foreign", mean(weaker))
+    assert mean(shares).min() >= 0.5 and mean(first).min() >= 0.95 and mean(weaker) >= 0.8
+
+
+HOSTILE = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\"></script>{data} \u2028"
+
+
+@pytest.fixture(scope="session")
+def credit_page(base, tmp_path_factory):
+    """A page from the command line, with hostile text in question and rubric, two students and curves."""
+    where = tmp_path_factory.mktemp("credit")
+    rubric = [{"title": t, "description": HOSTILE, "weight": w} for t, w in (("One", 5), ("Two", -2), ("", 1))]
+    rows = [{"question": f"{HOSTILE} {i}", "reference_answer": "1", "rubric": rubric} for i in range(2)]
+    rows.append({"question": "no rubric", "reference_answer": "1"})
+    (where / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (where / "metrics.jsonl").write_text("".join(json.dumps(
+        {"step": i, "loss": 1 / i, "accuracy": None, "entropy": 2.0}) + "\n" for i in (1, 2, 3)))
+    words = ["inspect", "--model", base, "--data", where / "d.jsonl", "--compare", base, "--run", where, "--n", "3",
+             "--max-new-tokens", "20", "--out", where / "new" / "credit.html"]
+    done = cli(*words, cwd=where)
+    assert done.returncode == 0 and "left out 1 of 3" in done.stdout, done.stderr
+    return where / "new" / "credit.html"
+
+
+def test_inspect_writes_the_page_and_its_figures(credit_page):
+    text, figures = credit_page.read_text(), json.loads(credit_page.with_suffix(".json").read_text())
+    assert text.count("<script") == 2 and "<img" not in text
+    assert not re.findall(r"https?://(?!www\.w3\.org)|@import|url\(", text)  # nothing comes from elsewhere
+    assert len(figures["rollouts"]) == 4 and [m["step"] for m in figures["curves"]] == [1, 2, 3]
+    assert [r["question"] for r in figures["rollouts"]][::2] == [f"{HOSTILE} 0", f"{HOSTILE} 1"]  # side by side
+    for r in figures["rollouts"]:
+        n = len(r["tokens"])
+        assert len(r["gap"]) == len(r["divergence"]) == len(r["student_ids"]) == n and len(r["criteria"]) == 3
+        assert [len(x) for x in r["credit"] + r["credit_divergence"]] == [n] * 6
+        assert {str(i) for row in [r["tokens"], *r["teacher_ids"]] for i in row} <= set(figures["text"])
+    assert json.dumps(figures).replace("<", "\\u003c") in text
+
+
+def test_inspect_without_a_model_shows_the_run_alone(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert rsd.main(["inspect", "--run", str(tmp_path), "--out", "p.html"]) == 0
+    assert json.loads(Path("p.json").read_text()) == {"curves": [{"step": 1, "loss": 0.5}], "rollouts": [], "text": {}}
+    assert rsd.main(["inspect", "--run", "none", "--out", "q.html"]) == 2 and "none" in capsys.readouterr().err
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs chromium, which .ci/run installs")
+def test_the_page_in_a_browser(credit_page, tmp_path):
+    """No script of the data runs, no console error; hover, arrow keys, criteria and the switch work."""
+    steps = """<script>
+      const log = {}, section = document.querySelectorAll("section")[1], text = section.querySelector(".tokens");
+      const panel = () => section.querySelector(".panel").textContent, key = k => text.dispatchEvent(new KeyboardEvent("keydown", {key: k, cancelable: true}));
+      log.sections = document.querySelectorAll("section").length; log.figures = document.querySelectorAll("figure").length;
+      log.question = section.querySelector(".question").textContent;
+      log.tokens = text.textContent.length;
+      text.children[3].dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); log.hover = panel();
+      key("ArrowRight"); log.right = panel(); key("Home"); key("ArrowLeft"); log.home = panel(); key("End"); log.end = panel();
+      const buttons = [...section.querySelectorAll("td button")], paint = () => [...text.children].map(s => s.style.background).join();
+      const before = paint(); buttons[1].click(); log.pressed = buttons.map(b => b.getAttribute("aria-pressed")).join(); log.painted = paint() !== before;
+      buttons[1].click(); log.back = paint() === before;
+      section.querySelectorAll(".switch button")[1].click(); log.switched = section.querySelector(".switch p, .switch + p, p:nth-of-type(2)") !== null && paint() !== before;
+      log.wide = document.documentElement.scrollWidth <= innerWidth;
+      log.images = document.images.length; log.title = document.title;
+      document.body.replaceChildren(document.createElement("pre")); document.querySelector("pre").textContent = "RESULT" + JSON.stringify(log) + "END";
+    </script></html>"""
+    page = tmp_path / "page.html"
+    page.write_text(credit_page.read_text().replace("</html>", steps))
+    for width in (400, 1200):
+        done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+                               f"--window-size={width},900", f"--user-data-dir={tmp_path / str(width)}",
+                               "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+                              capture_output=True, text=True, timeout=120)
+        assert "CONSOLE" not in done.stderr, done.stderr
+        log = json.loads(html.unescape(re.search("RESULT(.*)END", done.stdout, re.S)[1]))
+        assert log["sections"] == 5 and log["figures"] == 2 and log["images"] == 0 and log["title"] != "ran"
+        assert log["question"] == f"{HOSTILE} 0" and log["tokens"] > 5 and log["wide"]
+        n = len(json.loads(credit_page.with_suffix(".json").read_text())["rollouts"][0]["tokens"])
+        for name, number in (("hover", 4), ("right", 5), ("home", 1), ("end", n)):
+            assert log[name].startswith(f"Token {number} of {n}") and "pull" in log[name] and "%" in log[name]
+        assert log["pressed"] == "false,true,false" and log["painted"] and log["back"] and log["switched"]
+
+
+# ---- 8. models and data ----------------------------------------------------------------------------
 
 
 def test_soft_capped_head_is_followed_and_a_scaled_one_refused(tok, tmp_path):
@@ -1119,7 +1268,7 @@ def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, caps
     assert "rows can be used" in capsys.readouterr().err
 
 
-# ---- 8. the toy world ------------------------------------------------------------------------------
+# ---- 9. the toy world ------------------------------------------------------------------------------
 
 
 def test_toy_splits_share_no_question():
@@ -1219,7 +1368,7 @@ def test_masks_for_thinking_and_for_truncated_completions(base, tmp_path, monkey
 
 @pytest.mark.parametrize("command", ["demo", "compare"])
 def test_every_row_of_a_comparison_is_filled_once(command, tmp_path, monkeypatch):
-    words, systems = [], json.loads((REPO / "prompts" / "toy" / f"{command}.json").read_text())
+    words, systems = [], json.loads((REPO / "prompts" / "toy" / f"{command}.json").read_text())["systems"]
 
     def fake(*command):
         args = rsd.parse_args([str(w) for w in command])  # every row's flags are ones that the command has
@@ -1272,10 +1421,12 @@ def test_a_users_own_file_is_never_cut(base, tmp_path):
         assert rsd.main(["generate", "--model", str(base), "--out", str(tmp_path / name)]) == 2
         assert (tmp_path / name).read_bytes() == content
     ours = tmp_path / "ours.jsonl"
-    for content, kept in ((b'{"a": 1}\n{"b"', b'{"a": 1}\n'), (b'{"a": 1}\n{"b": [{"c": 2}', b'{"a": 1}\n'), (mine, mine + b"\n"), (b"", b"")):
-        ours.write_bytes(content)
-        rsd.append_jsonl(ours).close()
-        assert ours.read_bytes() == kept
+    for content, kept in ((b'{"a": 1}\n{"b"', 1), (b'{"a": 1}\n{"b": [{"c": 2}', 1), (mine, 2), (b"", 0)):
+        ours.write_bytes(content)  # a half-written last line goes, all else stays
+        rsd.remember(ours, [{"q": 1}], ["x"], lambda asked: [{"saw": asked}], 1, "d")
+        assert rsd.read_jsonl(ours) == [{"a": 1}, {"b": 2}][:kept] + [{"q": 1, "saw": ["x"]}]
+    rsd.remember(ours, [{"q": 1}, {"q": 2}, {"q": 2}], ["x", "y", "z"], lambda asked: [{"saw": asked}], 1, "d")
+    assert [d["saw"] for d in rsd.read_jsonl(ours)] == [["x"], ["z"]]  # known ones and repeats are not asked
 
 
 def test_grpo_leaves_out_and_counts_what_it_cannot_grade(base, tmp_path, capsys):
@@ -1298,6 +1449,8 @@ def test_real_questions_go_through(tok, tmp_path):
     assert rsd.main(["generate", *common, "--out", str(tmp_path / "r.jsonl"), "--tries", "1"]) == 0
     assert rsd.main(["train", *common, "--steps", "2", "--batch", "4", "--out", str(tmp_path / "t")]) == 0
     assert rsd.main(["eval", *common, "--out", str(tmp_path / "e.json")]) == 0
+    assert rsd.main(["inspect", *common[:-2], "--n", "2", "--out", str(tmp_path / "c.html")]) == 0
+    assert len(json.loads((tmp_path / "c.json").read_text())["rollouts"]) == 2
     rows = rsd.load_rows(str(data), "")
     assert len(rows) == 100 and all(r["rubric"] and all(c["weight"] for c in r["rubric"]) for r in rows)
     prompt = rsd.load_prompts(REPO / "prompts")["rubric"]
