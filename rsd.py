@@ -141,9 +141,9 @@ def read_criterion(item, need_title=False) -> dict:
     got["weight"] = int(weight) if weight.is_integer() else weight
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
 
-AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|does(n't|"
-                    r" not) (\w+ly )?(overlook|neglect|ignor|omit|confus|mis|fail|forget|impl))",
-                    re.I)
+AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|"
+                    r"does(n't| not) (\w+ly )?(overlook|neglect|ignor|omit|confus|mis|incorrect|"
+                    r"fail|forget|impl))", re.I)
 
 def points(criterion: dict) -> float:
     """What meeting it is worth: below 0 for a fault (negative weight, or the title Pitfall), unless

@@ -277,6 +277,22 @@ def test_rubrics_in_every_known_form():
             rsd.read_rubric(bad)
 
 
+@pytest.mark.parametrize("title, description, weight, worth", [  # wording as in RaR-Science and of an 8B model
+    ("Law", "States the law.", 5, 5), ("Pitfall", "Fails to convert the unit.", -1, -1),
+    ("Pitfall", "The response should avoid citing heat loss.", -1, 1), ("Pitfall", "Does not overlook friction.", -2, 2),
+    ("Pitfall", "Does not mention that friction is neglected.", -1, -1), ("Pitfall", "Omits the unit.", 0.9, -0.9),
+    ("Pitfall", "The response must not confuse mass and weight.", 0.9, 0.9), ("Sign Error", "Uses a wrong sign.", -2, -2),
+    ("Slip", "Warns against using the template strand.", -1, 1), ("Clarity", "Is concise and avoids jargon.", 3, 3),
+    ("Slip", "Does not incorrectly attribute the effect to heat.", -1, 1), ("", "Says 4 m.", 1, 1)])
+def test_polarity_of_a_criterion(title, description, weight, worth):
+    c = {"title": title, "description": description, "weight": weight}
+    assert rsd.points(c) == worth
+    row = {"question": "q", "reference_answer": "a", "rubric": [c]}
+    assert rsd.row_fields(row)["rubric"].endswith(f"({worth:g})")  # the teacher sees the same sign
+    check = [c | {"check": "x"}]  # met or not, against 1 less the share for a fault
+    assert [rsd.rubric_score(t, check) for t in ("x", "")] == ([1, 0] if worth > 0 else [0, 1])
+
+
 def test_recall_counts_a_repeated_criterion_once():
     row = rsd.with_rubrics(rsd.toy_rows("train", 2), "data", None)[0]
     got = rsd.score_rubric([row["own_rubric"][0]] * 3, row)
