@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partialmethod
 from pathlib import Path
@@ -484,7 +484,6 @@ def make_teacher(model, kind: str):
 def add_lora(model, rank: int, alpha: int, targets: str) -> None:
     """Freeze the model; float32 adapters on `targets` (names by comma, or all-linear) train."""
     from peft import LoraConfig  # optional; main says how to get it
-    check(not hasattr(model, "peft_config"), "--lora-rank: --model has an adapter; merge it.")
     targets = targets if targets == "all-linear" else targets.split(",")
     model.requires_grad_(False).add_adapter(LoraConfig(
         r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
@@ -907,6 +906,8 @@ def prepare(args, student: str, teacher="", needs=()):
     model, tokenizer = load_model(args.model or toy_base(),
                                   torch.bfloat16 if half else torch.float32, args.attn or None)
     torch.manual_seed(args.seed)
+    check(args.command != "train" or not hasattr(model, "peft_config"),
+          f"--model {args.model}: is an adapter; merge it into its base first (README: LoRA).")
     if lora: add_lora(model, lora, args.lora_alpha, args.lora_targets)
     parts = 2 if "{analysis}" in prompts[teacher] else 1  # the teacher's analysis, the completion
     room = getattr(model.config, "max_position_embeddings", math.inf) - parts * args.max_new_tokens
@@ -985,9 +986,8 @@ def cmd_train(args) -> dict:
         texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
         scores = [score(text, e.row) if args.stage == "reason" else
                   score_rubric(parse_rubric(text)[0], e.row) for text, e in zip(texts, episodes)]
-        if reward:
-            rewards = group_advantages([s[reward] for s in scores], args.rollouts)
-            episodes = [replace(e, advantage=a) for e, a in zip(episodes, rewards)]
+        gains = group_advantages([s[reward] for s in scores], args.rollouts) if reward else ()
+        for e, gain in zip(episodes, gains): e.advantage = gain
         for e in episodes:
             if args.skip_thinking and end_thinking in e.completion_ids:
                 e.train_from = e.completion_ids.index(end_thinking) + 1

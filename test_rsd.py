@@ -891,7 +891,7 @@ def test_precision_of_teacher_and_adapters(tok, monkeypatch):  # pitfall 7; as o
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
 
 
-def test_lora_checkpoint_loads_in_peft_and_resumes(base, tmp_path, tok):
+def test_lora_checkpoint_loads_in_peft_and_resumes(base, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     more = ("--lora-rank", "4", "--lr", "0.01", "--save-every", "1", "--teacher", "ema", "--ema-decay", "0.5")
     for name, *stops in (("whole", 3), ("half", 1, 3)):
@@ -909,7 +909,9 @@ def test_lora_checkpoint_loads_in_peft_and_resumes(base, tmp_path, tok):
     torch.testing.assert_close(ours(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
     assert (ours(ids).logits - AutoModelForCausalLM.from_pretrained(base)(ids).logits).abs().max() > 1e-3
     assert rsd.main(["eval", "--model", str(tmp_path / "whole"), "--limit", "2", "--max-new-tokens", "4"]) == 0
-    assert rsd.main(train_args(tmp_path / "whole", tmp_path / "again", "--lora-rank", "4")) == 2
+    for rank in ((), ("--lora-rank", "4")):  # an adapter is no base to train on
+        assert rsd.main(train_args(tmp_path / "whole", tmp_path / "again", *rank)) == 2
+        assert "merge it into its base" in capsys.readouterr().err
 
 
 def torchrun(*words, cwd):
@@ -1183,6 +1185,31 @@ def test_soft_capped_head_is_followed_and_a_scaled_one_refused(tok, tmp_path):
     tok.save_pretrained(tmp_path / "granite")
     with pytest.raises(rsd.UserError, match="granite"):
         rsd.load_model(str(tmp_path / "granite"))
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2"])
+def test_families_of_models_go_through(family, tok, tmp_path):
+    """generate, two steps of train and eval; the checkpoint's own greedy tokens are the evaluated ones."""
+    sizes = dict(head_dim=16) if family in ("Qwen3", "Gemma", "Gemma2") else {}
+    sizes |= dict(final_logit_softcapping=5.0, sliding_window=16) if family == "Gemma2" else {}
+    model = tiny(tok, cls=getattr(transformers, family + "Config"), tie_word_embeddings=family != "Llama", **sizes)
+    for part in (model, tok):
+        part.save_pretrained(tmp_path / "m")
+    common = ["--data", "toy", "--prompts", str(REPO / "prompts" / "toy"), "--max-new-tokens", "12", "--limit", "6"]
+    at = ["--model", str(tmp_path / "m")]
+    assert rsd.main(["generate", *at, *common, "--out", str(tmp_path / "r.jsonl"), "--tries", "1"]) == 0
+    assert rsd.main(["train", *at, *common, "--steps", "2", "--batch", "3", "--lr", "1e-2", "--out", str(tmp_path / "t")]) == 0
+    losses = [m["loss"] for m in rsd.read_jsonl(tmp_path / "t" / "metrics.jsonl")]
+    assert len(losses) == 2 and min(losses) > 0
+    words = ["eval", "--model", str(tmp_path / "t"), *common, "--temperature", "0", "--out", str(tmp_path / "e.json")]
+    assert rsd.main(words) == 0
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "t", dtype=torch.float32)
+    moved = [(a != b).any() for a, b in zip(trained.parameters(), model.parameters())]
+    assert any(moved)
+    sample = json.loads((tmp_path / "e.json").read_text())["samples"][0]
+    ids = rsd.context_ids(tok, "{question}", sample)
+    out = trained.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(ids):]
+    assert tok.decode(out, skip_special_tokens=True) == sample["completion"]
 
 
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
