@@ -1,4 +1,4 @@
-"""Rubric-Conditioned Self-Distillation (RSD) in one file.
+"""Rubric-Conditioned Self-Distillation (RSD): rsd.py demo | generate | train | eval | inspect.
 Post-training usually copies one chain of thought or chases one scalar reward. RSD uses a rubric, a
 list of weighted criteria that a good answer meets. One network plays two parts:
   1. the student reads the bare question x and samples a completion y ~ p_S(.|x)
@@ -7,18 +7,17 @@ list of weighted criteria that a good answer meets. One network plays two parts:
          loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
   4. the gradient flows through the student only; N counts the completion tokens of the whole step
   5. after training the student needs no rubric
-Run: python rsd.py demo (the method on a toy, in minutes) | generate | train | eval | inspect
 Sections 1 to 4 are the method; with 5 you can train. Glossary, code -> paper (arXiv 2606.19327):
 question x, reference_answer y*, solution z, rubric r = {c_1..c_K}, completion y^, student p_S,
 teacher p_T. Shapes: B sequences, T tokens of one completion, N completion tokens in all, V
 vocabulary, H hidden width."""
 from __future__ import annotations
-
-import argparse, copy, json, math, os, random, re, shutil, sys, time, zlib
+import argparse, copy, hashlib, json, math, os, random, re, shutil, sys, time, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partialmethod
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -70,8 +69,10 @@ def row_fields(row: dict) -> dict[str, str]:
     rubric = row.get("rubric") or []
     lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({points(c):g})"
              for c in rubric]
-    fields = {**row, "answer": row.get("reference_answer"), "analysis": row.get("analysis") or "-",
-              "rubric": "\n".join(lines), "rubric_json": rubric and rubric_json(rubric)}
+    fields = {**row, "answer": row.get("reference_answer"), "rubric": "\n".join(lines),
+              "rubric_json": rubric and rubric_json(rubric),
+              "statements": "\n".join(f"- {c['description']}" for c in rubric),
+              "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16]}
     return {name: text for name, text in fields.items() if text and isinstance(text, str)}
 
 def plain(tokenizer, text: str) -> str:
@@ -103,8 +104,8 @@ def turn_end(tokenizer) -> int:
 def stop_ids(model, tokenizer) -> set[int]:
     """All tokens that end a completion (Qwen has two): generation config, tokenizer, chat."""
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return {*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    own = ids if isinstance(ids, list) else [ids]
+    return {*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
 
 # ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
 ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
@@ -192,18 +193,18 @@ def rubric_json(rubric: list[dict]) -> str:
     return json.dumps([{k: c[k] for k in ("title", "description", "weight")} for c in rubric],
                       ensure_ascii=False)
 
-def generate_rubrics(model, tokenizer, prompts: list[list[int]], tries=3, **sampling) -> list[dict]:
-    """One rubric per prompt of ids -> [{"rubric": criteria or None, "reason", "tries", "text"}].
-    What parse_rubric refuses is drawn again, up to `tries` draws; what still fails has None."""
-    results, todo = [{}] * len(prompts), range(len(prompts))
+def generate(model, tokenizer, episodes, name="rubric", read=parse_rubric, tries=3, **sampling):
+    """One rubric, or what else `read` finds in the text, per episode -> [{"text", "tokens",
+    "truncated", name: what was read, or None, "reason", "tries"}], after at most `tries` draws."""
+    results, todo = [{}] * len(episodes), range(len(episodes))
     for attempt in range(1, tries + 1):
-        outputs = sample_completions(model, [prompts[i] for i in todo],
-                                     stop_ids(model, tokenizer), **sampling)
-        for i, (ids, _) in zip(todo, outputs):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            rubric, reason = parse_rubric(text)
-            results[i] = {"rubric": rubric, "reason": reason, "tries": attempt, "text": text}
-        todo = [i for i in todo if results[i]["rubric"] is None]
+        for i, e in zip(todo, write_completions(
+                "student", model, tokenizer, [episodes[i] for i in todo], **sampling)):
+            text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
+            value, reason = read(text) if read else (text, "")
+            results[i] = {"text": text, "tokens": len(e.completion_ids), "reason": reason,
+                          "truncated": float(not e.stopped), name: value, "tries": attempt}
+        todo = [i for i in todo if results[i][name] is None]
     return results
 
 # ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
@@ -217,7 +218,7 @@ def draw(_, logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
-                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64, progress=None):
+                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped), in order. A completion ends with
     its first stop token, which is part of it; without one it has max_new_tokens ids. temperature 0
     is greedy. Padding is on the left, under the mask. A batch ends when three quarters of its rows
@@ -233,7 +234,6 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done, todo = {}, {i: [] for i in order[RANK::RANKS]}  # row -> its completion so far
     own, model.generation_config = model.eval().generation_config, GenerationConfig()
-    bar = tqdm(total=len(todo), desc=progress, disable=progress is None, leave=False)
     try:
         while todo:
             rows = list(todo)[:batch_size]
@@ -249,9 +249,7 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
             for i, new in zip(rows, out[:, width:].tolist()):
                 tokens = (todo.pop(i) + new)[:max_new_tokens]
                 end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
-                if end or len(tokens) == max_new_tokens:
-                    done[i] = (tokens[:end], end is not None)
-                    bar.update()
+                if end or len(tokens) == max_new_tokens: done[i] = (tokens[:end], end is not None)
                 else: todo[i] = tokens
     finally: model.generation_config = own
     return [row for _, row in sorted((i, r) for part in everyones(done) for i, r in part.items())]
@@ -304,8 +302,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
     def kl(p, q):  # entries of KL(p||q), with - p + q, which sums to 0: so none is negative, and
         mass = p.exp()  # where p = q both value and gradient are exactly 0 in float32
         return mass * (p - q) - (mass - q.exp()) if clip != "entry" else mass * (p - q)
-    if beta in (0, 1):
-        terms = kl(s, t) if beta else kl(t, s)
+    if beta in (0, 1): terms = kl(s, t) if beta else kl(t, s)
     else:  # log m, exact where s = t and finite however far they are apart
         gap = torch.expm1(-(s - t).abs())
         m = torch.where(s > t, s + torch.log1p(beta * gap), t + torch.log1p((1 - beta) * gap))
@@ -409,15 +406,6 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
         outputs = [(encode(tokenizer, text) + [turn_end(tokenizer)], True) for text in texts]
     return [replace(e, completion_ids=ids, stopped=end) for e, (ids, end) in zip(examples, outputs)]
 
-def reason_first(teacher, tokenizer, episodes, ask: str, template: str, thinking=False, **sampling):
-    """The teacher's weights analyse the rubric (prompt `ask`); the analysis joins its context."""
-    asked = [replace(e, prompt_ids=context_ids(tokenizer, ask, row_fields(e.row), thinking))
-             for e in episodes]
-    asked = write_completions("student", teacher, tokenizer, asked, **sampling)
-    for e, a in zip(episodes, asked):
-        row = e.row | {"analysis": tokenizer.decode(a.completion_ids, skip_special_tokens=True)}
-        e.teacher_ids = context_ids(tokenizer, template, row_fields(row), thinking)
-
 def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
@@ -444,10 +432,9 @@ def timed(seconds: Counter, name: str):
 
 def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budget=8192, kl=0.0,
                **options) -> Counter:
-    """Re-score and backward, micro-batch by micro-batch; gradients are added to the student's.
-    One denominator, the trained tokens of all episodes: any split gives the same gradient. -> loss,
-    divergence, entropy, clipped per trained token, their number, seconds. Every rank takes a share
-    and ends with the gradient of all. (Autocast's cache would cut it, where a teacher is live.)"""
+    """Re-score and backward, micro-batch by micro-batch -> loss, divergence, entropy, clipped per
+    trained token, their number, seconds. One denominator, the trained tokens of all episodes: any
+    split, over ranks too, gives the same gradient. (Autocast's cache would cut it; it is off.)"""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
@@ -560,13 +547,12 @@ NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re
 
 def extract_answer(text: str) -> str:
     r"""The content of the last \boxed{}, nested braces included; without one, the last line."""
-    start, depth = text.rfind("\\boxed{"), 0
-    if start < 0: return (text.strip().splitlines() or [""])[-1].strip()
-    begin = start + len("\\boxed{")
-    for end in range(begin - 1, len(text)):
+    start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 0
+    if "\\boxed{" not in text: return (text.strip().splitlines() or [""])[-1].strip()
+    for end in range(start - 1, len(text)):
         depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0: return text[begin:end].strip()
-    return text[begin:].strip()
+        if depth == 0: return text[start:end].strip()
+    return text[start:].strip()
 
 def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
@@ -584,22 +570,24 @@ def grade(answer: str, reference: str, tolerance=0.01) -> bool:
     a, b = (re.sub(r"[\s$]", "", x).rstrip(".").lower() for x in (answer, reference))
     return a == b
 
-def rubric_score(text: str, rubric: list[dict] | None) -> float | None:
-    """Points of the criteria met (whose `check`, a regular expression, is found) over the positive
-    points, in [0, 1] (HealthBench); of penalties only, 1 less the share; None without checks."""
-    if not rubric or not all("check" in c for c in rubric): return None
-    met = sum(points(c) for c in rubric if re.search(c["check"], text))
+def rubric_score(rubric: list[dict] | None, met: list[bool | None]) -> float | None:
+    """Points of the criteria met over the positive points, in [0, 1] (HealthBench); of penalties
+    only, 1 less the share; None without a rubric, or without a verdict on each criterion."""
+    if not rubric or not met or None in met or len(met) != len(rubric): return None
+    got = sum(points(c) for c, m in zip(rubric, met) if m)
     best, worst = (sum(p for p in map(points, rubric) if p * sign > 0) for sign in (1, -1))
-    return min(1.0, max(0.0, met / best)) if best else 1 - met / worst if worst else None
+    return min(1.0, max(0.0, got / best)) if best else 1 - got / worst if worst else None
 
 def score(text: str, row: dict) -> dict:
     """{"accuracy": 0/1, "rubric_score": 0..1}, each None where it takes a judge: for a reference of
-    over 40 characters without \\boxed{}, and for criteria without a check."""
-    reference = row["reference_answer"] or ""
+    over 40 characters without \\boxed{}, and for criteria without a `check` to search for."""
+    reference, rubric = row["reference_answer"] or "", row.get("own_rubric", row.get("rubric"))
     boxed = "\\boxed{" in reference
-    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference)
+    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference,
+                  **row.get("grading", {}))
+    met = [bool(re.search(c["check"], text)) if "check" in c else None for c in rubric or ()]
     return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
-            "rubric_score": rubric_score(text, row.get("own_rubric", row.get("rubric")))}
+            "rubric_score": rubric_score(rubric, met)}
 
 def score_rubric(rubric: list[dict] | None, row: dict) -> dict:
     """A generated rubric: valid, number of criteria; against exact ones recall and precision."""
@@ -615,18 +603,27 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
     se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
     return (x.mean().item(), se, len(x)) if len(x) else (None, None, 0)
 
-def evaluate(model, tokenizer, examples: list[Episode], **sampling) -> tuple[dict, list[dict]]:
-    """Answer every example's prompt_ids and grade it -> (summary, samples). summary: n; mean, _se
-    and _n of accuracy, rubric_score, tokens, truncated. `sampling` goes to sample_completions."""
-    samples, summary = [], {"n": len(examples)}
-    for e in write_completions("student", model, tokenizer, examples, **sampling):
-        text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
-        samples.append({"question": e.row["question"], "completion": text,
-                        "tokens": len(e.completion_ids), "truncated": float(not e.stopped),
-                        **score(text, e.row)})
-    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
-        summary |= zip((key, key + "_se", key + "_n"), mean_se([s[key] for s in samples]))
-    return summary, samples
+def read_verdicts(text: str) -> tuple[list[bool] | None, str]:
+    """A judge's last list of true and false -> (list, ""), or (None, why); thinking aside."""
+    lists = re.findall(r"\[[\s,truefals]+\]", text.rpartition("</think>")[2].lower())
+    met = [word == "true" for word in re.findall("true|false", lists[-1])] if lists else []
+    return (met, "") if met else (None, "no list of true and false")
+
+WRITES = {  # what a model can write: what of the row stands beside it; its reader; its scores
+    "rubric": (("question", "reference_answer", "solution"), parse_rubric, score_rubric),
+    "analysis": (("question", "reference_answer", "solution", "rubric"), None, lambda *_: {}),
+    "text": (("question", "reference_answer", "rubric"), None, score),
+    "judge": (("question", "response", "rubric"), read_verdicts,
+              lambda met, row: {"rubric_score": rubric_score(row["rubric"], met)})}
+
+def report(scores: list[dict]) -> dict:
+    """Print and return the mean, its standard error (_se) and number (_n) of every score."""
+    summary = {"n": len(scores)}
+    for key in scores[0]:
+        x, se, n = mean_se([s[key] for s in scores])
+        summary |= {key: x, key + "_se": se, key + "_n": n}
+        print(f"{key:13s}{x:.3f} +- {se:.3f} (standard error, n {n})" if n else key + ": no judge")
+    return summary
 
 # ---- 7. Seeing the credit: which tokens the rubric moves, and which criterion moves them ---------
 @torch.no_grad()
@@ -654,9 +651,9 @@ def token_credit(model, teacher, prompt: list[int], context: list[int], without:
 
 # ---- 8. Models and data --------------------------------------------------------------------------
 OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
-NAMES = ("question", "reference_answer", "solution")
-HUB_DATA = {"rar-science": "ScaleAI/RaR-Science"}
-RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
+COLUMNS = {"question": "{question}", "reference_answer": "{reference_answer}", "response": "{text}",
+           "solution": "{solution}", "analysis": "{analysis}"}  # unless prompts/data.json differs
+RUBRICS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
               "{% if add_generation_prompt %}Answer:\n{% endif %}")
 
@@ -685,12 +682,12 @@ def load_model(name: str, dtype=torch.float32, attn=None):
           f"{model.config.model_type} is more than a matrix product and a soft cap: not supported.")
     return model, tokenizer
 
-def read_rubric(value) -> list[dict] | None:
+def read_rubric(value, weight=None) -> list[dict] | None:
     """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
-    ValueError, or re.error for a check, says what is wrong."""
+    weight: of all, if they have none. ValueError, or re.error for a check, says what is wrong."""
     value = (json.loads(value.strip() or "[]") if isinstance(value, str) else value) or []
     if not isinstance(value, list): raise ValueError("it is no list of criteria")
-    rubric = [read_criterion(item) for item in value]
+    rubric = [read_criterion({**item, "weight": weight} if weight else item) for item in value]
     for c in rubric: re.compile(c.get("check", ""))
     return rubric or None
 
@@ -712,12 +709,11 @@ def remember(path, items: list[dict], asked: list, work, size: int, desc: str, *
     """A line item | answer | origin for every item; work(asked) -> answers, `size` at a time. What
     stands in the JSON Lines file `path` is not asked again; UserError if it has another origin."""
     key = lambda line: json.dumps([line.get(k) for k in items[0]])
-    old = read_jsonl(path, mend=True) if (path := Path(path)).exists() else []
+    old = read_jsonl(path, mend=True) if (path := Path(path or os.devnull)).exists() else []
     check(all(d.get(k) == v for d in old for k, v in origin.items()),
           f"--out {path} holds lines of other settings than {origin}; choose another --out.")
     done = {key(d): d for d in old}
-    todo = {key(item): (item, a) for item, a in zip(items, asked) if key(item) not in done}
-    todo = [*todo.values()]
+    todo = [*{key(i): (i, a) for i, a in zip(items, asked) if key(i) not in done}.values()]
     print(f"{len(todo)} of {len(items)} are still to do (others repeat, or are done)")
     path.parent.mkdir(parents=True, exist_ok=True)
     if old and RANK == 0:  # whole lines only, in one move
@@ -733,49 +729,75 @@ def remember(path, items: list[dict], asked: list, work, size: int, desc: str, *
             file.flush()
     return [done[key(item)] for item in items]
 
+@cache
+def packaged(name: str):
+    """What stands in prompts/NAME.json."""
+    return json.loads((HERE / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+
 def read_table(data: str, split: str, limit: int) -> list[dict]:
-    """The raw rows of a .jsonl, .json or .parquet file, or of a data set on the hub."""
-    kind, source = Path(data).suffix, HUB_DATA.get(data, data)
-    is_file = kind in (".jsonl", ".json", ".parquet")
-    check(is_file or "/" in source, f"--data {data}: unknown; give toy, {', '.join(HUB_DATA)}, a "
-          "hub id (owner/name), or a .jsonl, .json or .parquet file.")
-    check(not is_file or Path(data).is_file(), f"{data}: there is no such file.")
+    """The raw rows of a .jsonl, .json or .parquet file, or of a data set of the hub: its name in
+    prompts/data.json, or OWNER/NAME, with :CONFIG or :FILE. No more than `limit` are fetched."""
+    spec = packaged("data").get(data, {})
+    hub, _, part = spec.get("hub", data).partition(":")
+    kind = "" if part else (re.findall(r"\.(jsonl?|parquet)$", data) or [""])[0]
+    check(kind or "/" in hub, f"--data {data}: unknown; give a .jsonl, .json or .parquet file, "
+          f"a hub id (owner/name, owner/name:config), toy, {', '.join(packaged('data'))}.")
+    check(not kind or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset
-    table = read_jsonl(Path(data)) if kind == ".jsonl" else None
+    table = read_jsonl(Path(data)) if kind == "jsonl" else None
     try:
-        table = (table if kind == ".jsonl" else
-                 json.loads(Path(data).read_text(encoding="utf-8")) if kind == ".json" else
-                 Dataset.from_parquet(data).to_list() if is_file else
-                 load_dataset(source, split=f"{split}[:{limit}]" if limit else split).to_list())
+        table = (table if kind == "jsonl" else Dataset.from_parquet(data) if kind == "parquet" else
+                 json.loads(Path(data).read_text(encoding="utf-8")) if kind else
+                 load_dataset(hub, **{"data_files" if "." in part else "name": part or None},
+                              split=spec.get(split, split), streaming=limit > 0))
+        table = [*islice(table, limit or None)]
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
-        raise UserError(f"{data}: looked for {source} and could not read it ({str(error)!r:.150}); "
-                        "a data set of the hub can also be given as a file.") from error
+        raise UserError(f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a "
+                        "file will do; where its page asks for consent: hf auth login.") from error
     check(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
-    return table[:limit or None]
+    return table
+
+def as_text(cell):
+    """A cell as text: of chat messages the last user's, of a list all; of an object, each part."""
+    if isinstance(cell, dict): return {k: as_text(v) for k, v in cell.items()}
+    if not isinstance(cell, list): return "" if cell is None else str(cell).strip()
+    said = [m["content"] for m in cell if isinstance(m, dict) and m.get("role") == "user"]
+    return said[-1] if said else "\n\n".join(map(str, cell))
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
-    """Rows {question, reference_answer, solution, rubric} of anything that --data takes.
+    """Rows {question, reference_answer, solution, analysis, rubric} of anything that --data takes.
     UserError names the source and the row (counted from 1), or the columns that there are."""
     if data in ("toy", "toy-noisy"):
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
-    table, rows = read_table(data, split, limit), []
-    columns = sorted({c for row in table for c in row})
-    for name in NAMES[:2]:
-        check(name in columns, f"{data}: there is no column {name!r}; its columns are {columns}.")
+    table, spec, rows = read_table(data, split, limit), packaged("data").get(data, {}), []
+    fields = {k: spec.get(k, template) for k, template in COLUMNS.items()}
     for number, raw in enumerate(table, 1):
-        row = {k: "" if raw.get(k) is None else str(raw[k]) for k in NAMES}
-        check(row["question"].strip(), f"{data}, row {number}: the question is empty.")
         try:
-            row["rubric"] = read_rubric(next((raw[c] for c in RUBRIC_COLUMNS if raw.get(c)), None))
-        except (ValueError, re.error) as error:
-            raise UserError(f"{data}, row {number}: cannot read the rubric ({error}).") from error
-        rows.append(row)
+            cells = dict.fromkeys(("solution", "analysis", "text"), "") | as_text(raw)
+            row = {k: template.format_map(cells) for k, template in fields.items()}
+            row["rubric"] = read_rubric(next((raw[c] for c in RUBRICS if raw.get(c)), None),
+                                        spec.get("weight"))
+            if "options" in spec:  # in an order of the question's own; its letter is the answer
+                options = [option.format_map(cells) for option in spec["options"]]
+                right = options[int(spec["right"].format_map(cells))]
+                random.Random(row["question"]).shuffle(options)
+                row["reference_answer"] = "ABCDEFGH"[options.index(right)]
+                row["question"] += "\n" + "".join(map("\n{}. {}".format, "ABCDEFGH", options))
+        except (ValueError, re.error, LookupError, TypeError) as error:
+            raise UserError(f"{data}, row {number}: cannot be read ({error!r:.150}); its columns "
+                            f"are {sorted(raw)}.") from error
+        check(row["question"], f"{data}, row {number}: the question is empty.")
+        rows.append(row | {"grading": spec.get("grading", {})})
+    if split == "test" and spec.get("overlap"):
+        seen, n = {row["question"] for row in load_rows(data, "train")}, len(rows)
+        rows = [row for row in rows if row["question"] not in seen]
+        print(f"{data}: left out {n - len(rows)} of {n} rows that its train split has as well")
     return rows
 
 def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
-    """Rows with the rubric from `source`: "data" (their own), "none" (no teacher sees it), a .jsonl
-    from generate; for ablation "generic" (that file), "random" (another question's), "noisy" (each
-    second criterion another's), "reduced" (half). The row's own, own_rubric, alone grades."""
+    """Rows with the rubric from `source`: "data", "none" (no teacher sees it), generate's .jsonl;
+    for ablation "generic" (that file), "random" (another question's), "noisy" (each second
+    criterion another's), "reduced" (half). The row's own, own_rubric, alone grades."""
     rng, n = random.Random(f"rubrics {seed}"), len(rows)
     own = [r["rubric"] or [] for r in rows]
     others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
@@ -786,20 +808,16 @@ def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[d
                           for i, (r, o) in enumerate(zip(own, others))],
         "reduced": lambda: [rng.sample(r, (len(r) + 1) // 2) for r in own]}
     if source.endswith(".jsonl") and Path(source).is_file():
-        found = {r["question"]: r["rubric"] for r in load_rows(source, "")}
-        sources[source] = lambda: [found.get(r["question"]) for r in rows]
+        found = {r["question"]: r for r in load_rows(source, "")}
+        rows = [r | {"analysis": found.get(r["question"], {}).get("analysis")} for r in rows]
+        sources[source] = lambda: [found.get(r["question"], {}).get("rubric") for r in rows]
     check(source in sources, f"--rubrics {source}: no such file, and none of {', '.join(sources)}.")
     new = sources[source]()
     return [r | {"rubric": a or None, "own_rubric": r["rubric"]} for r, a in zip(rows, new)]
 
 # ---- 9. The toy world: a model that can do right when told how, and does not by default ----------
 HABITS = ("formula", "conversion", "unit")
-
-@cache
-def world() -> dict:
-    """Sentences, units and words of the toy's problems; beside them, its model without weights."""
-    read = lambda name: json.loads((HERE / "prompts" / "toy" / f"{name}.json").read_text())
-    return read("world") | {"general": read("generic")}
+world = lambda: packaged("toy/world")  # sentences, units and words; the model's config is beside it
 
 def toy_problem(rng: random.Random) -> dict:
     """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
@@ -848,18 +866,18 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     if kind in misses:
         written = [c for c in criteria if rng.random() >= misses[kind]]
         return kind, row, rubric_json(written or criteria)
+    shown = criteria
     if kind in ("rubric", "rubric+answer"):
         asked = sorted(rng.sample(range(3), rng.choice([0, 1, 2, 3, 3])))
         shown = [criteria[i] for i in asked]
         for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
             other = rng.choice(toy_problem(rng)["rubric"])  # what does not apply changes nothing
             if rng.random() < 0.5 or other["description"] in [c["description"] for c in criteria]:
-                other = rng.choice(world()["general"])
+                other = rng.choice(packaged("toy/generic"))
             shown.insert(rng.randint(0, len(shown)), other)
         habits = [HABITS[i] for i in asked] or habits
-        return kind, row | {"rubric": shown}, toy_solution(row, habits)
     text = toy_solution(row, habits)
-    return kind, row | {"solution": text}, text
+    return kind, row | {"rubric": shown, "solution": text}, text
 
 def toy_base(seed=0, steps=700, batch=16) -> str:
     """The directory of the toy's base model; the first time it is trained there from nothing, on
@@ -909,8 +927,7 @@ def prepare(args, student: str, teacher="", needs=()):
     check(args.command != "train" or not hasattr(model, "peft_config"),
           f"--model {args.model}: is an adapter; merge it into its base first (README: LoRA).")
     if lora: add_lora(model, lora, args.lora_alpha, args.lora_targets)
-    parts = 2 if "{analysis}" in prompts[teacher] else 1  # the teacher's analysis, the completion
-    room = getattr(model.config, "max_position_embeddings", math.inf) - parts * args.max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens
     examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
                              args.thinking == "on", needs)
     torch.manual_seed(args.seed * RANKS + RANK)
@@ -919,36 +936,24 @@ def prepare(args, student: str, teacher="", needs=()):
     return model, tokenizer, prompts, examples, sampling
 
 def cmd_generate(args) -> dict:
-    """A rubric for every question, appended to --out line by line; a second run goes on."""
+    """A rubric (eval: a graded answer) for each question; --out keeps all, a second run goes on."""
+    name = "text" if args.command == "eval" else args.writer if args.writer in WRITES else "rubric"
+    keep, read, rate = WRITES[name]
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
     lines = remember(
-        args.out, [{k: e.row[k] for k in NAMES} for e in examples],
-        [e.prompt_ids for e in examples],
-        lambda batch: generate_rubrics(model, tokenizer, batch, args.tries, **sampling),
-        args.batch_size * RANKS, "rubrics", model=args.model or "toy", writer=args.writer)
-    scores = [score_rubric(d["rubric"], e.row) for d, e in zip(lines, examples)]
-    quality = {"n": len(lines), **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
-               "failed": dict(Counter(d["reason"] for d in lines if not d["rubric"]))}
-    print(f"{args.out}: {show(quality)}")
-    return quality
+        args.out, [{k: e.row.get(k) for k in keep} for e in examples], examples,
+        lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling),
+        2 * args.batch_size * RANKS, name, model=args.model or "toy", writer=args.writer)
+    lost = Counter(line["reason"] for line in lines if line[name] is None)
+    if lost: print(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
+    return {"failed": lost} | report([
+        rate(line[name], e.row) | {k: line[k] for k in ("tokens", "truncated")}
+        for line, e in zip(lines, examples)])
 
 def show(figures: dict) -> str:
     """Figures aligned for the terminal, n/a for None."""
     return "  ".join(f"{k} {'n/a' if v is None else f'{v:.3g}' if isinstance(v, float) else v!s:>5}"
                      for k, v in figures.items())
-
-def cmd_eval(args) -> dict:
-    """Accuracy and rubric score, printed and, with --out, saved with every sample."""
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    model, tokenizer, prompts, examples, sampling = prepare(args, args.context)
-    summary, samples = evaluate(model, tokenizer, examples, progress="eval", **sampling)
-    for key in ("accuracy", "rubric_score", "tokens", "truncated"):
-        mean, se, n = (summary[key + part] for part in ("", "_se", "_n"))
-        print(f"{key:13s}" + (f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else
-                              "n/a: no row can be checked without a judge"))
-    if args.out and RANK == 0:
-        Path(args.out).write_text(json.dumps({"summary": summary, "samples": samples}, indent=1))
-    return summary
 
 def cmd_train(args) -> dict:
     """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory in --out."""
@@ -992,9 +997,6 @@ def cmd_train(args) -> dict:
             if args.skip_thinking and end_thinking in e.completion_ids:
                 e.train_from = e.completion_ids.index(end_thinking) + 1
             if args.truncated == "mask" and not e.stopped: e.train_from = len(e.completion_ids)
-        if "{analysis}" in (view := prompts[args.teacher_context]):
-            reason_first(teacher, tokenizer, episodes, prompts["analysis"], view,
-                         args.thinking == "on", **sampling)
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         with timed(stats, "s_update"): norm = optimizer_step(optimizer, rate, args.max_grad_norm)
@@ -1059,15 +1061,14 @@ def run(*words) -> dict:
 
 def table(systems: dict[str, list[dict]]) -> str:
     """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
-    lines = ["| system | accuracy | rubric score | n | rollouts | tokens trained on | seconds |\n|"
-             + "---|" * 7]
+    keys = ("accuracy", "rubric_score", "n", "rollouts", "trained", "seconds")
+    lines = [f"| system | {' | '.join(keys)} |\n|" + "---|" * 7]
     for name, runs in systems.items():
-        means = [(mean_se([r[k] for r in runs]), runs[0][k + "_se"])
-                 for k in ("accuracy", "rubric_score")]
-        cells = [f"{mean:.3f} +- {se if n > 1 else own:.3f}" for (mean, se, n), own in means]
-        cells += [format(mean_se([r.get(k, 0) for r in runs])[0], ".0f")
-                  for k in ("n", "rollouts", "trained", "seconds")]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+        means = [mean_se([r.get(k, 0) for r in runs]) for k in keys]
+        errors = [se if n > 1 else runs[0].get(k + "_se") for k, (_, se, n) in zip(keys, means)]
+        lines.append(f"| {name} | " + " | ".join(
+            f"{m:.3f} +- {se:.3f}" if k + "_se" in runs[0] else f"{m:.0f}"
+            for k, (m, _, _), se in zip(keys, means, errors)) + " |")
     return "\n".join(lines)
 
 def cmd_compare(args) -> dict:
@@ -1098,8 +1099,8 @@ def cmd_compare(args) -> dict:
     print(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (runs.jsonl: not redone)")
     return results
 
-COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train, "eval": cmd_eval,
-            "compare": cmd_compare, "inspect": cmd_inspect}
+COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train,
+            "eval": cmd_generate, "compare": cmd_compare, "inspect": cmd_inspect}
 # Commands by first letter; the default (a tuple: choices, a dict: per command; see TOY); the help.
 FLAGS = [
     ("gtei", "model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); without: the toy"),
@@ -1107,36 +1108,35 @@ FLAGS = [
     ("gtei", "split", {"g": "train", "t": "train", "e": "test", "i": "test"}, "of named data"),
     ("dgtec", "limit", {"d": 256, "g": 0, "t": 0, "e": 0, "c": 256}, "that many rows; 0: all"),
     ("dgteci", "seed", 0, "of data order, sampling and (demo, compare: the first) base model"),
-    ("gtei", "prompts", str(HERE / "prompts"), "directory of prompt files"),
-    ("gtei", "attn", "", "attn_implementation"), ("gtei", "batch-size", 64, "sampled at a time"),
-    ("gtei", "thinking", ("off", "on"), "enable_thinking of the chat template"),
+    ("gtei", "prompts", str(HERE / "prompts"), "directory"), ("gtei", "attn", "", "implementation"),
+    ("e", "out", "", "JSON Lines file of all samples"), ("ge", "tries", 3, "for a readable rubric"),
+    ("gtei", "thinking", ("off", "on"), "by template"), ("gtei", "batch-size", 64, "at a time"),
     ("gtei", "max-new-tokens", {"g": 1024, "t": 4096, "e": 4096, "i": 2000}, "per completion"),
     ("gtei", "temperature", {"g": 0.7, "t": 1.0, "e": 0.7, "i": 1.0}, "of sampling; 0 is greedy"),
     ("gtei", "top-p", {"g": 0.95, "t": 1.0, "e": 0.95, "i": 1.0}, "nucleus sampling; 1: off"),
     ("gtei", "top-k", {"g": 20, "t": 0, "e": 20, "i": 0}, "sample from that many tokens; 0: all"),
     ("g", "out", "runs/rubrics.jsonl", "JSON Lines file; what stands in it is not redone"),
-    ("g", "tries", 3, "draws for a readable one"), ("g", "writer", "writer+answer", "prompt file"),
-    ("e", "context", "student", "prompt file; a teacher's: the ceiling"), ("e", "out", "", "JSON"),
-    ("t", "out", "runs/train", "checkpoint directory"), ("t", "ema-decay", 0.99, "of the ema"),
-    ("t", "resume", False, "go on with the run in --out"), ("t", "save-every", 50, "steps"),
-    ("t", "method", tuple(METHODS), "row of METHODS"), ("t", "batch", 32, "prompts a step"),
-    ("t", "rollouts", 1, "per prompt; grpo: 2+"), ("t", "truncated", ("keep", "mask"), "cut ones"),
+    ("ge", "writer", {"g": "writer+answer", "e": "student"}, "prompt file; or analysis, or judge"),
+    ("t", "out", "runs/train", "checkpoint directory"), ("t", "clip-at", 0.05, "that cap, in nats"),
+    ("t", "ema-decay", 0.99, "of the ema"), ("ti", "student-context", "student", "its prompt file"),
+    ("t", "resume", False, "go on with the run in --out"), ("t", "token-budget", 8192, "padded"),
+    ("t", "batch", 32, "prompts a step"), ("t", "support", 0, "only the teacher's top k; 0: all"),
+    ("t", "save-every", 50, "steps"), ("t", "schedule", ("constant", "cosine"), "after warm-up"),
+    ("t", "method", tuple(METHODS), "row of METHODS"), ("t", "rollouts", 1, "per prompt; grpo: 2+"),
+    ("t", "truncated", ("keep", "mask"), "cut ones"), ("t", "beta", 0.5, "of jsd: teacher's share"),
     ("t", "stage", tuple(STAGES), "row of STAGES: learn to reason, or to write rubrics"),
-    ("ti", "rubrics", "data", "data, none, generic, random, noisy, reduced; generate's .jsonl"),
-    ("ti", "student-context", "student", "prompt file of the student"),
+    ("gti", "rubrics", "data", "data, none, generic, random, noisy, reduced; generate's .jsonl"),
     ("ti", "teacher-context", "rubric", "prompt file of the teacher; else as in METHODS"),
     ("t", "teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
     ("t", "clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
-    ("t", "clip-at", 0.05, "that cap, in nats"), ("t", "max-grad-norm", 1.0, "larger ones scaled"),
-    ("t", "divergence", (*BETA, "sampled"), "signal"), ("t", "loss-temperature", 1.0, "of both"),
-    ("t", "beta", 0.5, "of jsd: teacher's share"), ("t", "kl", 0.0, "grpo: weight of reverse KL"),
-    ("t", "support", 0, "only the teacher's top k; 0: all"), ("t", "tail", False, "add the rest"),
-    ("t", "lr", 5e-6, "peak, of AdamW"), ("t", "schedule", ("constant", "cosine"), "after warm-up"),
-    ("t", "skip-thinking", False, "no loss up to </think>"), ("t", "token-budget", 8192, "padded"),
-    ("t", "lora-rank", 0, "adapters, by peft; 0: none"), ("t", "lora-alpha", 0, "0: 2 x rank"),
+    ("t", "max-grad-norm", 1.0, "larger ones scaled"), ("t", "loss-temperature", 1.0, "of both"),
+    ("t", "divergence", (*BETA, "sampled"), "signal"), ("t", "lora-alpha", 0, "0: 2 x rank"),
+    ("t", "kl", 0.0, "grpo: weight of reverse KL"), ("t", "tail", False, "add the rest"),
+    ("dtc", "steps", {"d": 60, "t": 100, "c": 40}, "in all"), ("t", "lr", 5e-6, "peak, of AdamW"),
+    ("t", "skip-thinking", False, "no loss up to </think>"), ("t", "warmup", 5, "linear, steps"),
+    ("t", "lora-rank", 0, "adapters, by peft; 0: none"),
     ("t", "lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
     ("t", "gradient-checkpointing", False, "less memory for activations, a third more time"),
-    ("dtc", "steps", {"d": 60, "t": 100, "c": 40}, "in all"), ("t", "warmup", 5, "linear, steps"),
     ("dc", "base-steps", 700, "the base model's"), ("dc", "seeds", {"d": 1, "c": 3}, "each a run"),
     ("dc", "out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
     ("dci", "n", {"d": 200, "c": 200, "i": 5}, "held-out problems"),

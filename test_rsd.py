@@ -127,7 +127,7 @@ def test_one_builder_for_training_and_evaluation(tok, prompts, monkeypatch):  # 
     rows, seen = rsd.toy_rows("test", 4), []
     monkeypatch.setattr(rsd, "sample_completions",
                         lambda model, p, stop, **k: seen.extend(p) or [([2], True)] * len(p))
-    rsd.evaluate(tiny(tok), tok, rsd.make_examples(tok, rows, prompts["student"], prompts["student"]))
+    rsd.generate(tiny(tok), tok, rsd.make_examples(tok, rows, prompts["student"], prompts["student"]), "text", None)
     examples = rsd.make_examples(tok, rows, prompts["student"], prompts["rubric"])
     assert [e.prompt_ids for e in examples] == seen
     assert tok.decode(seen[0]) == (f"<|im_start|>user\n{rows[0]['question']}<|im_end|>\n"
@@ -166,6 +166,9 @@ def test_every_prompt_file_shows_what_its_name_says(prompts):
     for folder in (REPO / "prompts", REPO / "prompts" / "toy"):
         for name, text in rsd.load_prompts(folder).items():
             fields = set(rsd.PLACEHOLDER.findall(text)) - {"question"}
+            if name == "judge":  # no title and no weight
+                assert fields == {"response", "statements", "fence"}
+                continue
             parts = set(name.replace("analysis", "rubric", name == "analysis").split("+")) - {"student", "writer"}
             assert fields == {"rubric_json" if p == "rubric" and "writer" in name else p for p in parts}
 
@@ -289,8 +292,7 @@ def test_polarity_of_a_criterion(title, description, weight, worth):
     assert rsd.points(c) == worth
     row = {"question": "q", "reference_answer": "a", "rubric": [c]}
     assert rsd.row_fields(row)["rubric"].endswith(f"({worth:g})")  # the teacher sees the same sign
-    check = [c | {"check": "x"}]  # met or not, against 1 less the share for a fault
-    assert [rsd.rubric_score(t, check) for t in ("x", "")] == ([1, 0] if worth > 0 else [0, 1])
+    assert [rsd.rubric_score([c], [met]) for met in (True, False)] == ([1, 0] if worth > 0 else [0, 1])
 
 
 def test_recall_counts_a_repeated_criterion_once():
@@ -299,7 +301,7 @@ def test_recall_counts_a_repeated_criterion_once():
     assert got == {"valid": 1.0, "criteria": 3, "recall": 1 / 3, "precision": 1 / 3}
 
 
-def test_generate_rubrics_draws_again_and_gives_reasons(tok, prompts, monkeypatch):
+def test_generate_draws_again_and_gives_reasons(tok, prompts, monkeypatch):
     rows = rsd.toy_rows("train", 3)
     script = [["no", json.dumps([GOOD]), "no"], [json.dumps([GOOD]), "still no"], ["never"]]
     asked = []
@@ -309,7 +311,7 @@ def test_generate_rubrics_draws_again_and_gives_reasons(tok, prompts, monkeypatc
         return [(tok.encode(t), True) for t in script[len(asked) - 1]]
 
     monkeypatch.setattr(rsd, "sample_completions", fake)
-    got = rsd.generate_rubrics(tiny(tok), tok, [[5, 6], [7], [8]], tries=3)
+    got = rsd.generate(tiny(tok), tok, [rsd.Episode({}, ids, []) for ids in ([5, 6], [7], [8])], tries=3)
     assert asked == [3, 2, 1]
     assert [(bool(g["rubric"]), g["tries"], g["reason"]) for g in got] == [
         (True, 2, ""), (True, 1, ""), (False, 3, "no JSON array")]
@@ -693,22 +695,26 @@ def test_every_rubric_source_keeps_rows_and_schema(folder):
     assert all(len(r) == 3 for r in of("noisy")) and max(changed) == 2 and min(changed) <= 1
 
 
-def test_reason_first_follows_the_teachers_weights_and_not_the_students(tok, prompts):
-    rows = rsd.toy_rows("train", 3)
-    template = prompts["rubric+analysis"]
-
-    def contexts(teacher, student):
-        examples = rsd.make_examples(tok, rows, prompts["student"], template)
-        for e in examples:
-            e.completion_ids = rsd.sample_completions(student, [e.prompt_ids], {2}, 4, temperature=0)[0][0]
-        rsd.reason_first(teacher, tok, examples, prompts["analysis"], template, max_new_tokens=8, temperature=0)
-        return [e.teacher_ids for e in examples]
-
-    one = contexts(tiny(tok, 1), tiny(tok, 2))
-    assert one == contexts(tiny(tok, 1), tiny(tok, 3)) and one != contexts(tiny(tok, 4), tiny(tok, 2))
-    text = rsd.sample_completions(tiny(tok, 1), [rsd.context_ids(tok, prompts["analysis"], rsd.row_fields(rows[0]))],
-                                  {2}, 8, temperature=0)[0][0]
-    assert tok.decode(text, skip_special_tokens=True) in tok.decode(one[0])
+def test_reason_first_shows_the_teacher_what_generate_wrote(tok, base, tmp_path, capsys):
+    """The analysis is of the weights that generate was given, and stands in the teacher's context alone."""
+    small, out = ["--model", str(base), "--limit", "3", "--temperature", "0"], str(tmp_path / "a.jsonl")
+    assert rsd.main(["generate", *small, "--writer", "analysis", "--max-new-tokens", "8", "--out", out]) == 0
+    lines = rsd.read_jsonl(Path(out))
+    text = [r | {"analysis": "what is asked"} for r in lines[:2]]  # the third has none
+    Path(out).write_text("".join(json.dumps(x) + "\n" for x in text + [{k: lines[2][k] for k in ("question", "reference_answer", "rubric")}]))
+    for line, row in zip(lines, rsd.toy_rows("train", 3)):
+        model, own = rsd.load_model(str(base))
+        ids = rsd.context_ids(own, rsd.load_prompts(REPO / "prompts" / "toy")["analysis"], rsd.row_fields(row))
+        got = rsd.sample_completions(model, [ids], rsd.stop_ids(model, own), 8, temperature=0)[0][0]
+        assert line["analysis"] == own.decode(got, skip_special_tokens=True) and line["rubric"] == row["rubric"]
+    words = ["train", *small[:4], "--rubrics", out, "--steps", "1", "--batch", "2", "--max-new-tokens", "8",
+             "--teacher-context", "rubric+analysis", "--out", str(tmp_path / "t")]
+    capsys.readouterr()
+    assert rsd.main(words) == 0
+    said = capsys.readouterr().out
+    assert "left out 1 of 3 rows: {'no analysis': 1}" in said
+    student, teacher = said.split("--- teacher_ids")[0], said.split("--- teacher_ids")[1]
+    assert "what is asked" in teacher and "what is asked" not in student
 
 
 def test_step_rows_visits_every_row_once_an_epoch():
@@ -1004,21 +1010,25 @@ def test_one_grader_for_rewards_and_results():  # pitfall 13
 
 
 def test_rubric_score_by_hand():
-    c = lambda w, check: {"title": "t", "description": "d", "weight": w, "check": check}
+    c = lambda w, check="": {"title": "t", "description": "d", "weight": w, "check": check}
     rubric = [c(5, "a"), c(3, "b"), c(-2, "z")]
-    assert [rsd.rubric_score(t, rubric) for t in ("ab", "a", "az", "z", "")] == [1, 5 / 8, 3 / 8, 0, 0]
-    assert [rsd.rubric_score(t, [c(-2, "y"), c(-2, "z")]) for t in ("", "y", "yz")] == [1, .5, 0]
-    assert rsd.rubric_score("a", [c(1, "a"), GOOD]) is None and rsd.rubric_score("a", None) is None
+    cases = {(1, 1, 0): 1, (1, 0, 0): 5 / 8, (1, 0, 1): 3 / 8, (0, 0, 1): 0, (0, 0, 0): 0}
+    assert all(rsd.rubric_score(rubric, [bool(m) for m in met]) == want for met, want in cases.items())
+    faults = [c(-2), c(-2)]
+    assert [rsd.rubric_score(faults, m) for m in ([False] * 2, [True, False], [True] * 2)] == [1, .5, 0]
+    for met in ([True, None, True], [True], [], None):  # without a verdict on each: none
+        assert rsd.rubric_score(rubric, met) is None
+    assert rsd.rubric_score(None, []) is None
+    row = {"question": "q", "reference_answer": "", "rubric": rubric}
+    assert [rsd.score(t, row)["rubric_score"] for t in ("ab", "a", "az", "z")] == [1, 5 / 8, 3 / 8, 0]
+    assert rsd.score("a", row | {"rubric": [c(1, "a"), GOOD]})["rubric_score"] is None
 
 
-def test_evaluate_summary(tok, prompts, monkeypatch):
-    rows = rsd.toy_rows("test", 4)
-    texts = [rows[0]["solution"], "no", rows[2]["solution"], "no"]
-    monkeypatch.setattr(rsd, "sample_completions", lambda m, p, s, **k: [(tok.encode(t), t != "no") for t in texts])
-    summary, samples = rsd.evaluate(tiny(tok), tok, rsd.make_examples(tok, rows, "{question}", "{question}"))
-    assert summary["accuracy"] == summary["rubric_score"] == summary["truncated"] == 0.5
-    assert summary["accuracy_se"] == pytest.approx(math.sqrt(1 / 3) / 2) and summary["accuracy_n"] == 4
-    assert [s["completion"] for s in samples] == texts
+def test_report_by_hand(capsys):
+    got = rsd.report([{"accuracy": a, "rubric_score": None} for a in (1.0, 0.0, 1.0, 0.0)])
+    assert got["n"] == got["accuracy_n"] == 4 and got["accuracy"] == .5 and got["rubric_score_n"] == 0
+    assert got["accuracy_se"] == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert "0.500 +- 0.289 (standard error, n 4)" in capsys.readouterr().out
 
 
 # ---- 7. seeing the credit --------------------------------------------------------------------------
@@ -1201,15 +1211,15 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     assert rsd.main(["train", *at, *common, "--steps", "2", "--batch", "3", "--lr", "1e-2", "--out", str(tmp_path / "t")]) == 0
     losses = [m["loss"] for m in rsd.read_jsonl(tmp_path / "t" / "metrics.jsonl")]
     assert len(losses) == 2 and min(losses) > 0
-    words = ["eval", "--model", str(tmp_path / "t"), *common, "--temperature", "0", "--out", str(tmp_path / "e.json")]
+    words = ["eval", "--model", str(tmp_path / "t"), *common, "--temperature", "0", "--out", str(tmp_path / "e.jsonl")]
     assert rsd.main(words) == 0
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "t", dtype=torch.float32)
     moved = [(a != b).any() for a, b in zip(trained.parameters(), model.parameters())]
     assert any(moved)
-    sample = json.loads((tmp_path / "e.json").read_text())["samples"][0]
+    sample = rsd.read_jsonl(tmp_path / "e.jsonl")[0]
     ids = rsd.context_ids(tok, "{question}", sample)
     out = trained.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(ids):]
-    assert tok.decode(out, skip_special_tokens=True) == sample["completion"]
+    assert tok.decode(out, skip_special_tokens=True) == sample["text"]
 
 
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
@@ -1265,7 +1275,7 @@ def test_bad_data_is_one_sentence(name, tmp_path, capsys):
     (["eval", "--data", "nope"], "unknown"), (["eval", "--data", "none.jsonl"], "no such file"),
     (["train", "--rubrics", "none.jsonl"], "--rubrics none.jsonl"), (["train", "--rubrics", "nope"], "--rubrics nope"),
     (["eval", "--model", "./none", "--data", "toy"], "./none"), (["eval", "--model", "Qwen2.5-1.5B", "--data", "toy"],
-     "Qwen/Qwen2.5-1.5B"), (["eval", "--prompts", "none"], "none"), (["eval", "--context", "nope"], "nope.txt"),
+     "Qwen/Qwen2.5-1.5B"), (["eval", "--prompts", "none"], "none"), (["eval", "--writer", "nope"], "nope.txt"),
     (["eval", "--split", "nope"], "--split nope"), (["eval", "--limit", "99999"], "different")])
 def test_bad_flags_are_one_sentence(words, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1288,10 +1298,21 @@ def test_zero_is_a_warmup():
     assert rsd.parse_args(["train", "--warmup", "0"]).warmup == 0
 
 
-def test_eval_makes_the_directory_of_its_output_before_it_answers(base, tmp_path):
-    words = ["eval", "--model", str(base), "--limit", "2", "--max-new-tokens", "4"]
-    assert rsd.main([*words, "--out", str(tmp_path / "new" / "e.json")]) == 0
-    assert len(json.loads((tmp_path / "new" / "e.json").read_text())["samples"]) == 2
+def test_eval_keeps_every_sample_and_goes_on(base, tmp_path, monkeypatch, capsys):
+    out, asked = tmp_path / "new" / "e.jsonl", []
+    words = ["eval", "--model", str(base), "--max-new-tokens", "40", "--out", str(out)]
+    assert rsd.main([*words, "--limit", "2"]) == 0
+    first, real = rsd.read_jsonl(out), rsd.sample_completions
+    monkeypatch.setattr(rsd, "sample_completions", lambda m, p, *a, **k: asked.extend(p) or real(m, p, *a, **k))
+    capsys.readouterr()
+    assert rsd.main([*words, "--limit", "5"]) == 0 and len(asked) == 3
+    lines = rsd.read_jsonl(out)
+    assert lines[:2] == first and len(lines) == 5
+    rows = rsd.toy_rows("test", 5)
+    right = [rsd.score(d["text"], row)["accuracy"] for d, row in zip(lines, rows)]
+    assert [d["question"] for d in lines] == [r["question"] for r in rows]
+    assert f"{sum(right) / 5:.3f} +- " in capsys.readouterr().out.split("accuracy")[1]
+    assert rsd.main([*words, "--writer", "rubric"]) == 2 and rsd.read_jsonl(out) == lines  # of other settings
 
 
 def test_a_row_without_a_rubric_of_its_own_is_graded_by_nobody_elses():
@@ -1364,10 +1385,9 @@ def test_command_line_train_and_eval(base, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "left out 3 of 12 rows: {'no rubric': 3}" in run.stdout and "- Law: States it. (5)" in run.stdout
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 4
-    run = cli("eval", "--model", "out", "--limit", 5, "--out", "e.json", cwd=tmp_path)
+    run = cli("eval", "--model", "out", "--limit", 5, "--out", "e.jsonl", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    saved = json.loads((tmp_path / "e.json").read_text())
-    assert saved["summary"]["n"] == len(saved["samples"]) == 5 and "accuracy" in run.stdout
+    assert len((tmp_path / "e.jsonl").read_text().splitlines()) == 5 and "n 5)" in run.stdout
 
 
 @pytest.mark.parametrize("method", [m for m in rsd.METHODS if m != "rsd"])
@@ -1415,7 +1435,7 @@ def test_every_row_of_a_comparison_is_filled_once(command, tmp_path, monkeypatch
 
     def fake(*command):
         args = rsd.parse_args([str(w) for w in command])  # every row's flags are ones that the command has
-        words.append((args.command, args.model, str(args.out), getattr(args, "context", ""), args))
+        words.append((args.command, args.model, str(args.out), getattr(args, "writer", ""), args))
         if args.command == "train":
             Path(args.out).mkdir(exist_ok=True)
             (Path(args.out) / "config.json").write_text("{}")
@@ -1438,7 +1458,7 @@ def test_every_row_of_a_comparison_is_filled_once(command, tmp_path, monkeypatch
         assert {w[1] for w in mine if w[0] == "train"} == {f"base{seed}"}
         if command == "demo":
             assert [(w[0], w[3]) for w in mine] == [("eval", "student"), ("eval", "rubric+answer"),
-                                                    ("generate", ""), ("train", ""), ("eval", "student")]
+                                                    ("generate", "writer+answer"), ("train", ""), ("eval", "student")]
             assert mine[-2][4].rubrics == mine[2][2] and mine[-1][1] == mine[-2][2]
     results = json.loads((tmp_path / "c" / "results.json").read_text())
     assert all([r["accuracy"] for r in results[s]] == [0, .5] for s in systems)
