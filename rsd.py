@@ -108,8 +108,8 @@ def stop_ids(model, tokenizer) -> set[int]:
     return {*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
 
 # ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
-ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria"),
-           "weight": ("weight", "points", "score")}
+ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria",
+                                       "rubric_item"), "weight": ("weight", "points", "score")}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
 LATEX = (  # commands whose first letter JSON would take for an escape
     r"([bf][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|geq|leq|mid|oindent|olimits"
@@ -162,7 +162,7 @@ def mend_backslashes(text: str) -> str:
     double = lambda m: m[0] if real.match(text, m.start(1)) else "\\\\" + m[1]
     return re.sub(r"\\(.)", double, text, flags=re.S)
 
-def parse_rubric(text: str) -> tuple[list[dict] | None, str]:
+def parse_rubric(text: str, *_) -> tuple[list[dict] | None, str]:
     r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped; the array
     with most complete criteria (title, description, numeric weight) is read object by object, so
     what is cut off or broken costs only itself; LaTeX backslashes are mended. Nothing is guessed.
@@ -201,7 +201,7 @@ def generate(model, tokenizer, episodes, name="rubric", read=parse_rubric, tries
         for i, e in zip(todo, write_completions(
                 "student", model, tokenizer, [episodes[i] for i in todo], **sampling)):
             text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
-            value, reason = read(text) if read else (text, "")
+            value, reason = read(text, e.row) if read else (text, "")
             results[i] = {"text": text, "tokens": len(e.completion_ids), "reason": reason,
                           "truncated": float(not e.stopped), name: value, "tries": attempt}
         todo = [i for i in todo if results[i][name] is None]
@@ -554,21 +554,21 @@ def extract_answer(text: str) -> str:
         if depth == 0: return text[start:end].strip()
     return text[start:].strip()
 
-def grade(answer: str, reference: str, tolerance=0.01) -> bool:
-    """Is the extracted answer the reference? Numbers: within a relative tolerance, and with the
-    reference's unit where it has one. Other text: the same but for case, spaces and $.
+def grade(answer: str, reference: str, tolerance=0.01, need_unit=True) -> bool:
+    """Is the extracted answer the reference? Numbers: within a relative tolerance, and in the
+    reference's unit, which need_unit asks for. Other text: the same but for case, spaces, LaTeX.
     >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "b")
     (True, False, True, True)
     """
-    clean = lambda x: re.sub(r"\$|\\(text|mathrm)\b|\\[,; ]", "", x)
+    clean = lambda x: re.sub(r"[\s$~]|\\(text|mathrm|textbf|mathbf)\b|\\[,;! ]", "", re.sub(
+        r"(?<=[\d.])[\s$]*(?:\\times|\\cdot|[×x*\s])[\s$]*10\s*\^\s*\{?([-+]?\d+)\}?", r"e\1", x))
     a, b = (NUMBER.fullmatch(clean(x)) for x in (answer, reference))
     if a and b:
         x, y = (float(m[1].replace(",", "")) for m in (a, b))
-        unit_a, unit_b = (re.sub(r"[\s{}.]", "", m[2]) for m in (a, b))
-        bare = not unit_b and not re.match(r"[/\\^*:\d-]|.*[+=]", unit_a)  # no unit asked; not 3/4
-        return (bare or unit_a == unit_b) and abs(x - y) <= tolerance * abs(y)
-    a, b = (re.sub(r"[\s$]", "", x).rstrip(".").lower() for x in (answer, reference))
-    return a == b
+        u, v = (re.sub(r"[{}.]", "", m[2]) for m in (a, b))  # units
+        bare = not (u if v else re.match(r"[/\\^*:\d-]|.*[+=]", u))  # 3/4 is no 3 with a unit
+        return (u == v or bare and not (need_unit and v)) and abs(x - y) <= tolerance * abs(y)
+    return clean(answer).strip("(){}.").lower() == clean(reference).strip("(){}.").lower()
 
 def rubric_score(rubric: list[dict] | None, met: list[bool | None]) -> float | None:
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench); of penalties
@@ -603,11 +603,11 @@ def mean_se(values: list) -> tuple[float | None, float | None, int]:
     se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
     return (x.mean().item(), se, len(x)) if len(x) else (None, None, 0)
 
-def read_verdicts(text: str) -> tuple[list[bool] | None, str]:
-    """A judge's last list of true and false -> (list, ""), or (None, why); thinking aside."""
+def read_verdicts(text: str, row: dict) -> tuple[list[bool] | None, str]:
+    """A judge's last list of true and false, one for each criterion; or (None, why not)."""
     lists = re.findall(r"\[[\s,truefals]+\]", text.rpartition("</think>")[2].lower())
     met = [word == "true" for word in re.findall("true|false", lists[-1])] if lists else []
-    return (met, "") if met else (None, "no list of true and false")
+    return (met, "") if len(met) == len(row["rubric"]) else (None, "not a verdict for each one")
 
 WRITES = {  # what a model can write: what of the row stands beside it; its reader; its scores
     "rubric": (("question", "reference_answer", "solution"), parse_rubric, score_rubric),
@@ -737,13 +737,13 @@ def packaged(name: str):
 def read_table(data: str, split: str, limit: int) -> list[dict]:
     """The raw rows of a .jsonl, .json or .parquet file, or of a data set of the hub: its name in
     prompts/data.json, or OWNER/NAME, with :CONFIG or :FILE. No more than `limit` are fetched."""
-    spec = packaged("data").get(data, {})
-    hub, _, part = spec.get("hub", data).partition(":")
+    hub, _, part = (spec := packaged("data").get(data, {})).get("hub", data).partition(":")
     kind = "" if part else (re.findall(r"\.(jsonl?|parquet)$", data) or [""])[0]
     check(kind or "/" in hub, f"--data {data}: unknown; give a .jsonl, .json or .parquet file, "
           f"a hub id (owner/name, owner/name:config), toy, {', '.join(packaged('data'))}.")
     check(not kind or Path(data).is_file(), f"{data}: there is no such file.")
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, load_dataset, logging
+    logging.set_verbosity(logging.CRITICAL)  # what it would say is said below
     table = read_jsonl(Path(data)) if kind == "jsonl" else None
     try:
         table = (table if kind == "jsonl" else Dataset.from_parquet(data) if kind == "parquet" else
