@@ -769,12 +769,11 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     UserError names the source and the row (counted from 1), or the columns that there are."""
     if data in ("toy", "toy-noisy"):
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
-    table, spec, rows = read_table(data, split, limit), packaged("data").get(data, {}), []
-    fields = {k: spec.get(k, template) for k, template in COLUMNS.items()}
+    table, spec, rows = read_table(data, split, limit), COLUMNS | packaged("data").get(data, {}), []
     for number, raw in enumerate(table, 1):
         try:
             cells = dict.fromkeys(("solution", "analysis", "text"), "") | as_text(raw)
-            row = {k: template.format_map(cells) for k, template in fields.items()}
+            row = {k: spec[k].format_map(cells) for k in COLUMNS}
             row["rubric"] = read_rubric(next((raw[c] for c in RUBRICS if raw.get(c)), None),
                                         spec.get("weight"))
             if "options" in spec:  # in an order of the question's own; its letter is the answer
@@ -943,7 +942,8 @@ def cmd_generate(args) -> dict:
     lines = remember(
         args.out, [{k: e.row.get(k) for k in keep} for e in examples], examples,
         lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling),
-        2 * args.batch_size * RANKS, name, model=args.model or "toy", writer=args.writer)
+        2 * args.batch_size * RANKS, name, writer=args.writer, temperature=args.temperature,
+        model=(m := args.model or "toy"), saved=os.path.isdir(m) and os.path.getmtime(m))
     lost = Counter(line["reason"] for line in lines if line[name] is None)
     if lost: print(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
     return {"failed": lost} | report([

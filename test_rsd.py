@@ -1481,7 +1481,14 @@ def test_eval_keeps_every_sample_and_goes_on(base, tmp_path, monkeypatch, capsys
     right = [rsd.score(d["text"], row)["accuracy"] for d, row in zip(lines, rows)]
     assert [d["question"] for d in lines] == [r["question"] for r in rows]
     assert f"{sum(right) / 5:.3f} +- " in capsys.readouterr().out.split("accuracy")[1]
-    assert rsd.main([*words, "--writer", "rubric"]) == 2 and rsd.read_jsonl(out) == lines  # of other settings
+    for other in (["--writer", "rubric"], ["--temperature", ".1"]):
+        assert rsd.main([*words, *other]) == 2 and rsd.read_jsonl(out) == lines
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    words[2] = str(copy)
+    assert rsd.main([*words, "--out", str(tmp_path / "f.jsonl"), "--limit", "1"]) == 0
+    os.utime(copy, (1, 1))  # saved anew: the old answers are another model's
+    assert rsd.main([*words, "--out", str(tmp_path / "f.jsonl"), "--limit", "1"]) == 2
 
 
 def test_a_row_without_a_rubric_of_its_own_is_graded_by_nobody_elses():
