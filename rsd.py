@@ -622,7 +622,7 @@ def report(scores: list[dict]) -> dict:
     for key in scores[0]:
         x, se, n = mean_se([s[key] for s in scores])
         summary |= {key: x, key + "_se": se, key + "_n": n}
-        print(f"{key:13s}{x:.3f} +- {se:.3f} (standard error, n {n})" if n else key + ": no judge")
+        print(f"{key:13s}{x:.3f} +- {se:.3f} (standard error, n {n})" if n else f"{key:13s}n/a")
     return summary
 
 # ---- 7. Seeing the credit: which tokens the rubric moves, and which criterion moves them ---------

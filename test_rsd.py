@@ -1089,7 +1089,7 @@ def test_answers_are_judged_and_nobody_is_asked_twice(tok, base, tmp_path, monke
         return [(tok.encode(text), True) for text in texts]
 
     assert rsd.main(["eval", *at, "--data", "d.jsonl", "--out", "e.jsonl"]) == 0
-    assert "rubric_score: no judge" in capsys.readouterr().out
+    assert "rubric_score n/a" in capsys.readouterr().out
     monkeypatch.setattr(rsd, "sample_completions", fake)
     words = ["generate", "--writer", "judge", *at, "--data", "e.jsonl", "--out", "v.jsonl", "--tries", "2"]
     assert rsd.main(words) == 0
