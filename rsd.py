@@ -1,6 +1,6 @@
 """Rubric-Conditioned Self-Distillation (RSD): rsd.py demo | generate | train | eval | inspect.
-Post-training usually copies one chain of thought or chases one scalar reward. RSD uses a rubric, a
-list of weighted criteria that a good answer meets. One network plays two parts:
+Not one chain of thought to copy, nor one scalar reward to chase: RSD uses a rubric, the weighted
+criteria that a good answer meets. One network plays two parts:
   1. the student reads the bare question x and samples a completion y ~ p_S(.|x)
   2. the teacher, the same network with the rubric r in its context, re-scores every token of y
   3. at every position t of y the two next-token distributions are compared:
@@ -9,22 +9,22 @@ list of weighted criteria that a good answer meets. One network plays two parts:
   5. after training the student needs no rubric
 Sections 1 to 4 are the method; with 5 you can train. Glossary, code -> paper (arXiv 2606.19327):
 question x, reference_answer y*, solution z, rubric r = {c_1..c_K}, completion y^, student p_S,
-teacher p_T. Shapes: B sequences, T tokens of one completion, N completion tokens in all, V
-vocabulary, H hidden width."""
+teacher p_T. B sequences, T tokens of one, N completion tokens in all, V vocabulary, H width."""
 from __future__ import annotations
-import argparse, copy, hashlib, json, math, os, random, re, shutil, sys, time, zlib
+import argparse, copy, functools, hashlib, itertools, json, math, os, random, re, shutil, sys, time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, partialmethod
-from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import InferenceClient
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +42,6 @@ class UserError(Exception):
 def check(ok, message: str) -> None:
     """UserError(message) unless ok."""
     if not ok: raise UserError(message)
-
 # ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
@@ -70,7 +69,8 @@ def row_fields(row: dict) -> dict[str, str]:
     lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({points(c):g})"
              for c in rubric]
     fields = {**row, "answer": row.get("reference_answer"), "rubric": "\n".join(lines),
-              "rubric_json": rubric and rubric_json(rubric),
+              "rubric_json": rubric and json.dumps([
+                  {k: c[k] for k in NAMES} for c in rubric], ensure_ascii=False),
               "statements": "\n".join(f"- {c['description']}" for c in rubric),
               "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16]}
     return {name: text for name, text in fields.items() if text and isinstance(text, str)}
@@ -87,12 +87,14 @@ def encode(tokenizer, text: str) -> list[int]:
             for t in tokenizer.encode(piece, add_special_tokens=False)]
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
-    """One prompt file and one row's fields -> ids [P] of a chat prompt. Braces, backslashes, $ and
-    "<|im_end|>" in data stay plain text. KeyError: a placeholder that the row cannot fill."""
-    message = PLACEHOLDER.sub(lambda m: plain(tokenizer, fields[m[1]]), template)
-    return encode(tokenizer, tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
-        enable_thinking=thinking))
+    """One prompt file and one row's fields -> ids [P] of a chat prompt, or for a server, which has
+    no tokenizer here, one text. Braces, backslashes, $ and "<|im_end|>" in data stay plain text
+    (for a server as "< |im_end|>"). KeyError: a placeholder that the row cannot fill."""
+    safe = lambda text: plain(tokenizer, text) if tokenizer else re.sub(r"<(?=\S*>)", "< ", text)
+    message = PLACEHOLDER.sub(lambda m: safe(fields[m[1]]), template)
+    return encode(tokenizer, tokenizer.apply_chat_template([{"role": "user", "content": message}],
+                  tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+                  ) if tokenizer else [message]
 
 def turn_end(tokenizer) -> int:
     """The token with which the chat template ends an assistant's turn, else the tokenizer's eos."""
@@ -103,43 +105,37 @@ def turn_end(tokenizer) -> int:
 
 def stop_ids(model, tokenizer) -> set[int]:
     """All tokens that end a completion (Qwen has two): generation config, tokenizer, chat."""
-    ids = model.generation_config.eos_token_id
-    own = ids if isinstance(ids, list) else [ids]
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
     return {*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
-
 # ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
-ALIASES = {"title": ("title",), "description": ("description", "criterion", "criteria",
-                                       "rubric_item"), "weight": ("weight", "points", "score")}
+NAMES = {"title": ["title"], "description": ["description", "criterion", "criteria", "rubric_item"],
+         "weight": ["weight", "points", "score"]}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
 LATEX = (  # commands whose first letter JSON would take for an escape
-    r"([bf][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|geq|leq|mid|oindent|olimits"
-    r"|onumber|ot|otin|u)|r(angle|brac[ek]|ceil|floor|ho|ight\w*|m|oot|ule|[vV]ert)|t(ag|an|anh|au"
-    r"|binom|frac|ext\w*|herefore|heta|hinspace|ilde|imes|o|op|riangle\w*|t))(?![a-zA-Z])")
+    r"([bfr][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|[gl]eq|mid|o(indent|limits|number"
+    r"|t|tin)|u)|t(ag|anh?|au|binom|frac|ext\w*|h(erefore|eta|inspace)|ilde|imes|op?|riangle\w*|t))"
+    r"(?![a-zA-Z])")
+ESCAPE = re.compile(rf'["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt]')  # what JSON means by \ as well
 
 def read_criterion(item, need_title=False) -> dict:
-    """One criterion from an object (any known field names) or a string ("Essential Criteria: ...").
-    A string without a known first word weighs 1. ValueError says what is missing.
-    >>> read_criterion("Pitfall Criteria: Ignores friction.")
-    {'title': 'Pitfall', 'description': 'Ignores friction.', 'weight': -1}
-    """
+    """One criterion from an object (any known field names) or a string ("Pitfall Criteria: ...": of
+    weight 1 without a known first word). ValueError says what is missing."""
     if isinstance(item, str):
-        word, colon, rest = item.partition(":")
-        word = word.split()[0] if word.split() and colon else ""
-        known = word.lower() in WORD_WEIGHT
-        item = {"title": word if known else "", "description": rest if known else item,
-                "weight": WORD_WEIGHT.get(word.lower(), 1)}
+        m = re.match(rf"(?i)\s*({'|'.join(WORD_WEIGHT)})\b[^:]*:", item)
+        item = {"title": m[1], "description": item[m.end():], "weight": WORD_WEIGHT[m[1].lower()]
+                } if m else {"description": item, "weight": 1}
     if not isinstance(item, dict):
         raise ValueError(f"a criterion is an object or a string, not {json.dumps(item)[:40]}")
     got = {field: next((item[n] for n in names if item.get(n) is not None), None)
-           for field, names in ALIASES.items()}
+           for field, names in NAMES.items()}
     for field in ("title", "description"):
         got[field] = got[field].strip() if isinstance(got[field], str) else ""
         if not got[field] and (field == "description" or need_title):
             raise ValueError(f"a criterion has no {field}")
     if not re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", str(got["weight"])):
         raise ValueError("a criterion has no numeric weight")
-    weight = float(got["weight"])
-    got["weight"] = int(weight) if weight.is_integer() else weight
+    got["weight"] = int(w) if (w := float(got["weight"])).is_integer() else w
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
 
 AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|"
@@ -153,15 +149,6 @@ def points(criterion: dict) -> float:
     fault = fault and not AVOIDS.search(criterion["description"])
     return -abs(criterion["weight"]) if fault else abs(criterion["weight"])
 
-def mend_backslashes(text: str) -> str:
-    r"""Double the backslashes of LaTeX that JSON rejects or silently misreads; keep real escapes.
-    >>> mend_backslashes(r'\frac{\pi}{\nu} \n done \" \\theta')
-    '\\\\frac{\\\\pi}{\\\\nu} \\n done \\" \\\\theta'
-    """
-    real = re.compile(rf'["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt]')
-    double = lambda m: m[0] if real.match(text, m.start(1)) else "\\\\" + m[1]
-    return re.sub(r"\\(.)", double, text, flags=re.S)
-
 def parse_rubric(text: str, *_) -> tuple[list[dict] | None, str]:
     r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped; the array
     with most complete criteria (title, description, numeric weight) is read object by object, so
@@ -169,9 +156,9 @@ def parse_rubric(text: str, *_) -> tuple[list[dict] | None, str]:
     >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
     ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
     """
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text: return None, "unfinished thinking"
-    text, decoder = mend_backslashes(text), json.JSONDecoder(strict=False)
+    if "<think>" in (text := text.rpartition("</think>")[2]): return None, "unfinished thinking"
+    mended = lambda m: m[0] if ESCAPE.match(text, m.start(1)) else "\\\\" + m[1]
+    text, decoder = re.sub(r"\\(.)", mended, text, flags=re.S), json.JSONDecoder(strict=False)
     best, why = [], "no JSON array"
     for start in [m.start() for m in re.finditer(r"\[\s*\{", text)][::-1] or [0]:
         found, at, closed = [], start, None
@@ -188,11 +175,6 @@ def parse_rubric(text: str, *_) -> tuple[list[dict] | None, str]:
         best = max(best, found, key=len)  # of several arrays the fullest, then the last
     return (best, "") if best else (None, why)
 
-def rubric_json(rubric: list[dict]) -> str:
-    """The form in which rubrics are asked for and written: a JSON array, without the checks."""
-    return json.dumps([{k: c[k] for k in ("title", "description", "weight")} for c in rubric],
-                      ensure_ascii=False)
-
 def generate(model, tokenizer, episodes, name="rubric", read=parse_rubric, tries=3, **sampling):
     """One rubric, or what else `read` finds in the text, per episode -> [{"text", "tokens",
     "truncated", name: what was read, or None, "reason", "tries"}], after at most `tries` draws."""
@@ -200,34 +182,24 @@ def generate(model, tokenizer, episodes, name="rubric", read=parse_rubric, tries
     for attempt in range(1, tries + 1):
         for i, e in zip(todo, write_completions(
                 "student", model, tokenizer, [episodes[i] for i in todo], **sampling)):
-            text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
+            text = tokenizer.decode(e.completion_ids, skip_special_tokens=True) if tokenizer else \
+                "".join(e.completion_ids)
             value, reason = read(text, e.row) if read else (text, "")
             results[i] = {"text": text, "tokens": len(e.completion_ids), "reason": reason,
                           "truncated": float(not e.stopped), name: value, "tries": attempt}
         todo = [i for i in todo if results[i][name] is None]
     return results
-
 # ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
-def draw(_, logits: torch.Tensor) -> torch.Tensor:
-    """Sampling as a logits processor: [B, V] -> -inf but for one drawn token. The inverse of the
-    summed probabilities takes one random number a row; torch.multinomial takes V of them."""
-    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    at = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device) * mass[:, -1:]
-    token = torch.searchsorted(mass, at, right=True).clamp(max=mass.shape[1] - 1)
-    return torch.full_like(logits, -math.inf).scatter(1, token, 0.0)
-
 @torch.no_grad()
 def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
                        temperature=1.0, top_p=1.0, top_k=0, batch_size=64):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped), in order. A completion ends with
-    its first stop token, which is part of it; without one it has max_new_tokens ids. temperature 0
-    is greedy. Padding is on the left, under the mask. A batch ends when three quarters of its rows
-    have; the others go on in a later one. The model's own generation defaults (a repetition
-    penalty, say) are set aside. Under torchrun each rank samples its share and gets all."""
-    config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop))
-    warpers = [transformers.TemperatureLogitsWarper(temperature), draw] if temperature > 0 else []
-    warpers[1:1] = [transformers.TopKLogitsWarper(top_k)] if warpers and top_k else []
-    warpers[-1:-1] = [transformers.TopPLogitsWarper(top_p)] if warpers and top_p < 1 else []
+    its first stop token, which is part of it; without one it has max_new_tokens ids. temperature 0:
+    greedy. A batch ends when three quarters of its rows have; the others go on in a later one. The
+    model's own defaults (repetition penalty ...) are set aside. Each rank samples its share."""
+    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop),
+                              **how if temperature > 0 else {})
     stops, device = torch.tensor(sorted(stop), device=model.device), model.device
     def mostly_done(out, _):
         return (torch.isin(out[:, width:], stops).any(1).float().mean() >= 0.75).expand(len(out))
@@ -241,11 +213,10 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
             seqs = [prompts[i] + todo[i] for i in rows]
             width = max(map(len, seqs))
             ids = torch.tensor([[0] * (width - len(s)) + s for s in seqs], device=device)
-            mask = torch.arange(width) >= torch.tensor([[width - len(s)] for s in seqs])
+            mask = (torch.arange(width) >= torch.tensor([[width - len(s)] for s in seqs])).long()
             with torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask.long().to(device), generation_config=config,
-                    logits_processor=warpers, stopping_criteria=[mostly_done])
+                out = model.generate(input_ids=ids, attention_mask=mask.to(device),
+                                     generation_config=config, stopping_criteria=[mostly_done])
             for i, new in zip(rows, out[:, width:].tolist()):
                 tokens = (todo.pop(i) + new)[:max_new_tokens]
                 end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
@@ -253,6 +224,28 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
                 else: todo[i] = tokens
     finally: model.generation_config = own
     return [row for _, row in sorted((i, r) for part in everyones(done) for i, r in part.items())]
+
+def ask(server: str, prompts: list[list[str]], batch_size=64, max_new_tokens=512, temperature=1.0,
+        top_p=1.0, tries=8, **_) -> list[tuple[list[str], bool]]:
+    """The same of NAME@URL, an OpenAI-compatible server (key: $OPENAI_API_KEY), batch_size requests
+    at a time. A prompt is one text; a completion its text, then "" for each further token. What may
+    pass is tried again after 1, 2, 4 ... 64 s, else UserError. top_k is not in the protocol."""
+    name, _, url = server.rpartition("@")
+    key = os.environ.get("OPENAI_API_KEY", "none")  # with None the hub's own token would be sent
+    client = InferenceClient(base_url=url, api_key=key, timeout=600)
+    how = dict(model=name, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    def one(prompt):
+        for attempt in range(1, tries + 1):
+            try:
+                got = client.chat_completion([{"role": "user", "content": prompt[0]}], **how)
+                text, ended = got.choices[0].message.content, got.choices[0].finish_reason
+                return [text or ""] + [""] * (got.usage.completion_tokens - 1), ended != "length"
+            except Exception as error:  # of the connection, the server, its JSON: many kinds
+                code = getattr(getattr(error, "response", None), "status_code", 500)
+                check(attempt < tries and (code in (408, 429) or code >= 500), f"--model {server}: "
+                      f"try {attempt} of {tries} failed ({str(error)!r:.200}).")
+                time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
+    return thread_map(one, prompts, max_workers=batch_size, desc=name, leave=False)
 
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
@@ -280,13 +273,13 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
                temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
-    """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
-    beta 0: forward KL(T||S). 1: reverse KL(S||T). Between: beta*KL(T||m) + (1-beta)*KL(S||m) with
-    m = beta*T + (1-beta)*S; mind the jump, that goes to 0 towards both ends. top_k > 0: only the
-    teacher's top_k tokens, renormalised; with tail, one bucket more holds the rest of the mass
-    (top_k = V then is the full divergence). clip "entry" caps every vocabulary entry at clip_at
-    before the sum, as the public code does: the sum can turn negative and invert the training.
-    "token" caps the sum. stats grows by sums: "divergence" before clipping, "clipped" fraction.
+    """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32. beta 0:
+    forward KL(T||S). 1: reverse KL(S||T). Between: beta*KL(T||m) + (1-beta)*KL(S||m) with m =
+    beta*T + (1-beta)*S; mind the jump, that goes to 0 towards both ends. top_k > 0: the teacher's
+    top_k tokens alone, renormalised; with tail, one bucket more holds the rest of the mass. clip
+    "entry" caps every vocabulary entry at clip_at before the sum, as the public code does: it can
+    turn negative and invert the training; "token" caps the sum. stats grows by sums: "divergence"
+    before clipping, "clipped" fraction.
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
@@ -317,9 +310,9 @@ BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
-    forward, reverse, jsd: the divergence. sampled: policy gradient, advantage log p_T - log p_S.
-    advantage: policy gradient with that one (1: SFT's cross-entropy), plus kl times the reverse KL
-    to the teacher. Strictly on policy: no importance ratio, so nothing to clip."""
+    forward, reverse, jsd: divergence(**options). sampled: policy gradient, advantage log p_T -
+    log p_S. advantage: policy gradient with that one (1: SFT's cross-entropy), plus kl times the
+    reverse KL to the teacher. Strictly on policy: no importance ratio, so nothing to clip."""
     if signal in BETA: return divergence(student, teacher, **{"beta": BETA[signal]} | options)
     logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     if signal == "sampled":
@@ -330,12 +323,12 @@ def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options)
 @torch.no_grad()
 def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float, stats: Counter,
                        chunk=24_000_000, part=1_000_000) -> None:
-    """Backward of sum(loss_of(...)) / denominator without ever holding [N, V] logits.
-    hidden [N, H] with its graph, the teacher's `seen` [N, H] or None; loss_of(student's logits
-    [n, V], teacher's or None, rows: slice) -> [n]. Both heads run on `chunk` logits at a time, the
-    loss on `part` of them, which a CPU's cache holds. Its gradient takes the logits' place and goes
-    by hand right into the head's: autograd would build a second matrix of that size per chunk. Last
-    comes one backward through the body. stats grows by sums of "loss" and "entropy" (nats)."""
+    """Backward of sum(loss_of(...)) / denominator without ever holding [N, V] logits. hidden [N, H]
+    with its graph, the teacher's `seen` [N, H] or None; loss_of(student's logits [n, V], teacher's
+    or None, rows: slice) -> [n]. Both heads run on `chunk` logits at a time, the loss on `part` of
+    them, which a CPU's cache holds. Its gradient takes the logits' place and goes by hand into the
+    head's: autograd would build a second matrix of that size per chunk. Last comes one backward
+    through the body. stats grows by sums of "loss" and "entropy" (nats)."""
     head, low = model.get_output_embeddings(), torch.get_autocast_dtype("cuda")
     weight, grad = head.weight, torch.zeros_like(hidden)
     if torch.is_autocast_enabled("cuda"): weight = weight.to(low)  # once, not in every chunk
@@ -363,7 +356,6 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
         if head.bias is not None and head.bias.requires_grad: head.bias.grad += logits.sum(0)
         del logits, target  # before the next ones are made
     hidden.backward(grad)
-
 # ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
 METHODS = {
     # name         who writes   teacher sees  signal        reward
@@ -372,14 +364,12 @@ METHODS = {
     "grpo":        ("student",   "student",  "advantage",  "accuracy"),
     "grpo-rubric": ("student",   "student",  "advantage",  "rubric_score"),
     "sft":         ("reference", "student",  "advantage",  None)}
-STAGES = {  # what the student and the teacher of rsd see; learning to write rubrics is stage 1
-    "reason": ("student", "rubric"),
-    "rubric": ("writer+answer", "writer+answer+rubric"),  # as in the public code
-    "rubric-paper": ("writer", "writer+answer")}
+STAGES = {"reason": ("student", "rubric"),  # what the student and the teacher of rsd see; stage 1:
+          "rubric": ("writer+answer", "writer+answer+rubric"),  # as in the public code
+          "rubric-paper": ("writer", "writer+answer")}
 LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b", re.I)
 
-def make_examples(tokenizer, rows, student: str, teacher: str, room=math.inf, thinking=False,
-                  needs=()) -> list[Episode]:
+def make_examples(tokenizer, rows, student, teacher, room=math.inf, thinking=False, needs=()):
     """Rows and two prompt files -> episodes without completions. A row that lacks a field or score
     (`needs` names more) or has a context over `room` tokens is left out, never cut, and counted."""
     examples, dropped = [], Counter()
@@ -399,8 +389,9 @@ def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sam
     """Choice 1, who writes: "student" samples `rollouts` each, "reference" takes the solution."""
     if writer == "student":
         examples = [e for e in examples for _ in range(rollouts)]
-        outputs = sample_completions(model, [e.prompt_ids for e in examples],
-                                     stop_ids(model, tokenizer), **sampling)
+        prompts = [e.prompt_ids for e in examples]
+        outputs = (sample_completions(model, prompts, stop_ids(model, tokenizer), **sampling)
+                   if tokenizer else ask(model, prompts, **sampling))
     else:
         texts = [plain(tokenizer, e.row["solution"]) for e in examples]
         outputs = [(encode(tokenizer, text) + [turn_end(tokenizer)], True) for text in texts]
@@ -430,8 +421,7 @@ def timed(seconds: Counter, name: str):
     if torch.cuda.is_available(): torch.cuda.synchronize()
     seconds[name] += time.perf_counter() - start
 
-def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budget=8192, kl=0.0,
-               **options) -> Counter:
+def accumulate(model, teacher, episodes, signal, token_budget=8192, kl=0.0, **options) -> Counter:
     """Re-score and backward, micro-batch by micro-batch -> loss, divergence, entropy, clipped per
     trained token, their number, seconds. One denominator, the trained tokens of all episodes: any
     split, over ranks too, gives the same gradient. (Autocast's cache would cut it; it is off.)"""
@@ -448,9 +438,8 @@ def accumulate(model, teacher, episodes: list[Episode], signal: str, token_budge
             with timed(seconds, "s_rescoring"), torch.no_grad():
                 seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
                     if kl or signal != "advantage" else None
-            def loss_of(student, target, rows):
-                return token_loss(signal, student, target, ids[rows], advantage[rows], kl,
-                                  **options, **{"stats": stats} if signal in BETA else {})
+            loss_of = lambda student, target, rows: token_loss(
+                signal, student, target, ids[rows], advantage[rows], kl, stats=stats, **options)
             with timed(seconds, "s_update"):
                 hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
                 backward_in_chunks(model, hidden, teacher, seen, loss_of, max(total, 1), stats)
@@ -533,50 +522,58 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
     check(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
     check(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
     return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
-
-def restore(out: Path, state: dict, model, teacher, optimizer) -> int:
-    """Put a run's student, teacher and optimizer back -> its step."""
-    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
-    model.load_state_dict(saved)
-    teacher.load_state_dict(state["teacher"] or saved, strict=not state["teacher"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
 # ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
-NUMBER = re.compile(r"\s*([-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?)\s*(.*)", re.S)
+NUMBER = re.compile(r"([-+]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+                    r"(?:/(\d+(?:\.\d+)?))?(.*)", re.S)
+SPELLINGS = [  # of numbers, units and letters -> a plain one, in this order
+    (r"(?<!\d)(?<!\d )\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r"\1/\2"), ("[−–]", "-"),
+    (r"\^?\s*\{?\s*\\circ\b\s*\}?", "\u00b0"), (r"^[\s$]*10\s*\^\s*\{?([-+]?\d+)\}?", r"1e\1"),
+    (r"(?<=[\d.])[\s$]*(?:\\times|\\cdot|[×x*\s])[\s$]*10\s*\^\s*\{?([-+]?\d+)\}?", r"e\1"),
+    (r"[\s$~]|\\(?:text|mathrm|textbf|mathbf)\b|\\[,;! ]|\\(?=%)", "")]
+
+def spell(text: str) -> str:
+    """Numbers, units and letters in one plain spelling, without spaces and LaTeX's dress."""
+    for pattern, plainer in SPELLINGS: text = re.sub(pattern, plainer, text)
+    return text
 
 def extract_answer(text: str) -> str:
     r"""The content of the last \boxed{}, nested braces included; without one, the last line."""
-    start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 0
-    if "\\boxed{" not in text: return (text.strip().splitlines() or [""])[-1].strip()
-    for end in range(start - 1, len(text)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0: return text[start:end].strip()
-    return text[start:].strip()
+    _, boxed, rest = text.rpartition("\\boxed{")
+    if not boxed: return (text.strip().splitlines() or [""])[-1].strip()
+    depth = [*itertools.accumulate((c == "{") - (c == "}") for c in rest)]
+    return rest[:depth.index(-1) if -1 in depth else None].strip()
 
 def grade(answer: str, reference: str, tolerance=0.01, need_unit=True) -> bool:
-    """Is the extracted answer the reference? Numbers: within a relative tolerance, and in the
-    reference's unit, which need_unit asks for. Other text: the same but for case, spaces, LaTeX.
-    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("$B$", "b")
+    """Is the extracted answer the reference? A capital letter: that option. Numbers: within a
+    relative tolerance, and in the reference's unit, which need_unit asks for. Other text: the same
+    but for case, spaces, LaTeX's dress, or equal for math_verify, where that is installed.
+    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("(b)", "B")
     (True, False, True, True)
     """
-    clean = lambda x: re.sub(r"[\s$~]|\\(text|mathrm|textbf|mathbf)\b|\\[,;! ]", "", re.sub(
-        r"(?<=[\d.])[\s$]*(?:\\times|\\cdot|[×x*\s])[\s$]*10\s*\^\s*\{?([-+]?\d+)\}?", r"e\1", x))
-    a, b = (NUMBER.fullmatch(clean(x)) for x in (answer, reference))
-    if a and b:
-        x, y = (float(m[1].replace(",", "")) for m in (a, b))
-        u, v = (re.sub(r"[{}.]", "", m[2]) for m in (a, b))  # units
-        bare = not (u if v else re.match(r"[/\\^*:\d-]|.*[+=]", u))  # 3/4 is no 3 with a unit
+    a, b = spell(answer), spell(reference)
+    if re.fullmatch("[A-Z]", b):
+        return bool(re.match(rf"(?i)\W*(option|choice)?\W*{b}($|[.,:)}}])", a))
+    if (m := NUMBER.fullmatch(a)) and (n := NUMBER.fullmatch(b)):
+        x, y = (float(k[1].replace(",", "")) / (float(k[2] or 1) or math.nan) for k in (m, n))
+        u, v = (re.sub(r"[{}.]", "", k[3]) for k in (m, n))  # units
+        bare = not (u if v else re.match(r"[/\\^*:,\d-]|.*[+=]", u))  # 3:4 is no 3 with a unit
         return (u == v or bare and not (need_unit and v)) and abs(x - y) <= tolerance * abs(y)
-    return clean(answer).strip("(){}.").lower() == clean(reference).strip("(){}.").lower()
+    if a.strip("(){}.").lower() == b.strip("(){}.").lower(): return True
+    with suppress(Exception):  # not installed, or no mathematics
+        import math_verify
+        return math_verify.verify(*(math_verify.parse(f"${t}$") for t in (reference, answer)))
+    return False
 
-def rubric_score(rubric: list[dict] | None, met: list[bool | None]) -> float | None:
-    """Points of the criteria met over the positive points, in [0, 1] (HealthBench); of penalties
-    only, 1 less the share; None without a rubric, or without a verdict on each criterion."""
+def rubric_score(rubric: list[dict] | None, met: list[bool | None], rar=False) -> float | None:
+    """Points of the criteria met over the positive points, in [0, 1] (HealthBench); rar (Rubrics as
+    Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
+    fault's by its absence. None without a rubric, or without a verdict on each criterion."""
     if not rubric or not met or None in met or len(met) != len(rubric): return None
-    got = sum(points(c) for c, m in zip(rubric, met) if m)
-    best, worst = (sum(p for p in map(points, rubric) if p * sign > 0) for sign in (1, -1))
-    return min(1.0, max(0.0, got / best)) if best else 1 - got / worst if worst else None
+    worth = [points(c) for c in rubric]
+    got = sum(w for w, m in zip(worth, met) if m)
+    best, worst = (sum(w for w in worth if w * sign > 0) for sign in (1, -1))
+    if rar or not best: return (got - worst) / (best - worst) if best > worst else None
+    return min(1.0, max(0.0, got / best))
 
 def score(text: str, row: dict) -> dict:
     """{"accuracy": 0/1, "rubric_score": 0..1}, each None where it takes a judge: for a reference of
@@ -614,27 +611,43 @@ WRITES = {  # what a model can write: what of the row stands beside it; its read
     "analysis": (("question", "reference_answer", "solution", "rubric"), None, lambda *_: {}),
     "text": (("question", "reference_answer", "rubric"), None, score),
     "judge": (("question", "response", "rubric"), read_verdicts,
-              lambda met, row: {"rubric_score": rubric_score(row["rubric"], met)})}
+              lambda met, row: {"rubric_score": rubric_score(row["rubric"], met),
+                                "rar_score": rubric_score(row["rubric"], met, rar=True)})}
 
-def report(scores: list[dict]) -> dict:
-    """Print and return the mean, its standard error (_se) and number (_n) of every score."""
-    summary = {"n": len(scores)}
-    for key in scores[0]:
-        x, se, n = mean_se([s[key] for s in scores])
-        summary |= {key: x, key + "_se": se, key + "_n": n}
-        print(f"{key:13s}{x:.3f} +- {se:.3f} (standard error, n {n})" if n else f"{key:13s}n/a")
+def per_question(samples) -> dict[str, dict]:
+    """(question, answer, scores), k times a question -> {question: mean of each score; with k > 1
+    pass@m = 1 - C(k - right, m) / C(k, m), unbiased (arXiv 2107.03374), and majority@k}."""
+    groups = {}
+    for question, *sample in samples: groups.setdefault(question, []).append(sample)
+    for question, group in groups.items():
+        (answers, scores), k = zip(*group), len(group)
+        groups[question] = own = {n: mean_se([s[n] for s in scores])[0] for n in scores[0]}
+        if k == 1 or own.get("accuracy") is None: continue
+        wrong, often = k - round(k * own["accuracy"]), Counter(answers).most_common(1)[0][0]
+        for m in (2**i for i in range(1, k.bit_length())):
+            own[f"pass@{m}"] = 1 - math.comb(wrong, m) / math.comb(k, m)
+        own[f"majority@{k}"] = scores[answers.index(often)]["accuracy"]
+    return groups
+
+def report(figures: list[dict]) -> dict:
+    """Print and return the mean over questions of every figure, its standard error (_se; clustered,
+    as a question is one figure whatever its samples), 95 % interval and number (_n)."""
+    summary = {"n": len(figures)}
+    for key in {key: 0 for f in figures for key in f}:
+        x, se, n = mean_se([f.get(key) for f in figures])
+        summary |= {key: x, f"{key}_se": se, f"{key}_n": n}
+        print(f"{key:18s}", f"{x:.3f} +- {se:.3f} (standard error, n {n}), 95 %: "
+              f"{x - 1.96 * se:.3f} to {x + 1.96 * se:.3f}" if n else "n/a")
     return summary
-
 # ---- 7. Seeing the credit: which tokens the rubric moves, and which criterion moves them ---------
 @torch.no_grad()
-def token_credit(model, teacher, prompt: list[int], context: list[int], without: list[list[int]],
-                 completion: list[int], top=5) -> dict[str, torch.Tensor]:
+def token_credit(model, teacher, prompt, context, without, completion, top=5) -> dict:
     """Ids in: the student's prompt, the teacher's context, the same without each of K criteria, a
-    completion of T tokens. Out, in nats: gap [T] = log p_T - log p_S of the token (above 0: the
-    teacher pulls towards it); divergence [T] = KL(T||S); credit [K, T] = log p_T less log p_T
-    without criterion k; credit_divergence [K, T], the same of the KL; the `top` likeliest tokens,
-    student_p, student_ids, teacher_p, teacher_ids [T, top]. K + 2 forward passes, K + 1 batched.
-    Leave-one-out is what one adds to the others: of two that say the same each gets about 0."""
+    completion of T tokens. Out, in nats: gap [T] = log p_T - log p_S (above 0: the teacher pulls
+    towards the token); divergence [T] = KL(T||S); credit [K, T] = log p_T less log p_T without
+    criterion k; credit_divergence [K, T], of the KL; the likeliest student_ids, teacher_ids and
+    their student_p, teacher_p [T, top]. K + 2 forward passes, K + 1 batched. Leave-one-out is what
+    one adds to the others: of two that say the same each gets about 0."""
     token, views = torch.tensor(completion, device=model.device)[:, None], [context, *without]
     student = logits_of(model, rescore(model, [prompt], [completion])).float().log_softmax(-1)
     said, apart, likeliest = [], [], [student.exp().topk(top)]
@@ -648,32 +661,27 @@ def token_credit(model, teacher, prompt: list[int], context: list[int], without:
             "credit_divergence": torch.stack([apart[0] - x for x in apart])[1:],
             **{f"{who}_{k}": x for who, most in zip(("student", "teacher"), likeliest)
                for k, x in zip(("p", "ids"), most)}}
-
 # ---- 8. Models and data --------------------------------------------------------------------------
 OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
-COLUMNS = {"question": "{question}", "reference_answer": "{reference_answer}", "response": "{text}",
-           "solution": "{solution}", "analysis": "{analysis}"}  # unless prompts/data.json differs
-RUBRICS = ("rubric", "rubric_list", "Rubrics", "rubrics")
-PLAIN_CHAT = ("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
-              "{% if add_generation_prompt %}Answer:\n{% endif %}")
 
-def load_model(name: str, dtype=torch.float32, attn=None):
-    """(model, tokenizer) of a directory or the hub: no dropout, safetensors only.
-    UserError for what cannot be found, or has a head that logits_of cannot follow."""
+def load_model(name: str, dtype=torch.float32, attn=None, **hub):
+    """(model, tokenizer) of a directory or the hub, safetensors only; (name, None) of a server.
+    hub: revision, trust_remote_code. UserError: not found, or a head that logits_of cannot do."""
+    if re.search("@https?://", name): return name, None
     owner = next((o for family, o in OWNERS.items() if name.lower().startswith(family)), "")
     source = f"{owner}/{name}" if owner and not ("/" in name or Path(name).is_dir()) else name
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True,
-                                                     attn_implementation=attn)
+                                                     attn_implementation=attn, **hub)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} here and on the hub, in vain "
                         f"({str(error)!r:.150}); pass --model DIR, a downloaded copy.") from error
     if tokenizer.chat_template is None:
         print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
-        tokenizer.chat_template = PLAIN_CHAT
+        tokenizer.chat_template = (HERE / "prompts" / "plain_chat.jinja").read_text()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
         own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
@@ -692,8 +700,8 @@ def read_rubric(value, weight=None) -> list[dict] | None:
     return rubric or None
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
-    """The objects of a JSON Lines file; UserError names file and line of what is not one.
-    mend: pass over a last line that a crash left half-written."""
+    """The objects of a JSON Lines file; UserError names the line of what is none (with mend not of
+    a last one that a crash left half-written)."""
     rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -705,16 +713,16 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
                   f"{path}, line {number}: no JSON object ({error}); mend it.")
     return rows
 
-def remember(path, items: list[dict], asked: list, work, size: int, desc: str, **origin):
-    """A line item | answer | origin for every item; work(asked) -> answers, `size` at a time. What
+def remember(path, jobs: list[tuple], work, size: int, desc: str, **origin) -> list[dict]:
+    """For each job (item, asked) a line item | answer | origin; work([asked ...]) -> answers. What
     stands in the JSON Lines file `path` is not asked again; UserError if it has another origin."""
-    key = lambda line: json.dumps([line.get(k) for k in items[0]])
+    key = lambda line: json.dumps([line.get(k) for k in jobs[0][0]])
     old = read_jsonl(path, mend=True) if (path := Path(path or os.devnull)).exists() else []
     check(all(d.get(k) == v for d in old for k, v in origin.items()),
           f"--out {path} holds lines of other settings than {origin}; choose another --out.")
     done = {key(d): d for d in old}
-    todo = [*{key(i): (i, a) for i, a in zip(items, asked) if key(i) not in done}.values()]
-    print(f"{len(todo)} of {len(items)} are still to do (others repeat, or are done)")
+    todo = [*{key(job[0]): job for job in jobs if key(job[0]) not in done}.values()]
+    print(f"{len(todo)} of {len(jobs)} are still to do (others repeat, or are done)")
     path.parent.mkdir(parents=True, exist_ok=True)
     if old and RANK == 0:  # whole lines only, in one move
         lines = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in old)
@@ -727,9 +735,9 @@ def remember(path, items: list[dict], asked: list, work, size: int, desc: str, *
                 done[key(item)] = line = item | answer | origin
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-    return [done[key(item)] for item in items]
+    return [done[key(item)] for item, _ in jobs]
 
-@cache
+@functools.cache
 def packaged(name: str):
     """What stands in prompts/NAME.json."""
     return json.loads((HERE / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
@@ -740,7 +748,7 @@ def read_table(data: str, split: str, limit: int) -> list[dict]:
     hub, _, part = (spec := packaged("data").get(data, {})).get("hub", data).partition(":")
     kind = "" if part else (re.findall(r"\.(jsonl?|parquet)$", data) or [""])[0]
     check(kind or "/" in hub, f"--data {data}: unknown; give a .jsonl, .json or .parquet file, "
-          f"a hub id (owner/name, owner/name:config), toy, {', '.join(packaged('data'))}.")
+          f"a hub id (owner/name, owner/name:config), toy, {', '.join([*packaged('data')][1:])}.")
     check(not kind or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset, logging
     logging.set_verbosity(logging.CRITICAL)  # what it would say is said below
@@ -750,7 +758,7 @@ def read_table(data: str, split: str, limit: int) -> list[dict]:
                  json.loads(Path(data).read_text(encoding="utf-8")) if kind else
                  load_dataset(hub, **{"data_files" if "." in part else "name": part or None},
                               split=spec.get(split, split), streaming=limit > 0))
-        table = [*islice(table, limit or None)]
+        table = [*itertools.islice(table, limit or None)]
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a "
                         "file will do; where its page asks for consent: hf auth login.") from error
@@ -765,16 +773,17 @@ def as_text(cell):
     return said[-1] if said else "\n\n".join(map(str, cell))
 
 def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
-    """Rows {question, reference_answer, solution, analysis, rubric} of anything that --data takes.
+    """Rows {question, reference_answer, solution, analysis, response, rubric} of what --data takes.
     UserError names the source and the row (counted from 1), or the columns that there are."""
     if data in ("toy", "toy-noisy"):
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
-    table, spec, rows = read_table(data, split, limit), COLUMNS | packaged("data").get(data, {}), []
+    spec = packaged("data")["any"] | packaged("data").get(data, {})
+    table, columns, rows = read_table(data, split, limit), spec["columns"] | spec, []
     for number, raw in enumerate(table, 1):
         try:
             cells = dict.fromkeys(("solution", "analysis", "text"), "") | as_text(raw)
-            row = {k: spec[k].format_map(cells) for k in COLUMNS}
-            row["rubric"] = read_rubric(next((raw[c] for c in RUBRICS if raw.get(c)), None),
+            row = {k: columns[k].format_map(cells) for k in spec["columns"]}
+            row["rubric"] = read_rubric(next((raw[c] for c in spec["rubric"] if raw.get(c)), None),
                                         spec.get("weight"))
             if "options" in spec:  # in an order of the question's own; its letter is the answer
                 options = [option.format_map(cells) for option in spec["options"]]
@@ -793,122 +802,103 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
         print(f"{data}: left out {n - len(rows)} of {n} rows that its train split has as well")
     return rows
 
-def with_rubrics(rows: list[dict], source: str, generic: Path, seed=0) -> list[dict]:
-    """Rows with the rubric from `source`: "data", "none" (no teacher sees it), generate's .jsonl;
-    for ablation "generic" (that file), "random" (another question's), "noisy" (each second
-    criterion another's), "reduced" (half). The row's own, own_rubric, alone grades."""
+def with_rubrics(rows: list[dict], source: str, folder, seed=0) -> list[dict]:
+    """Rows with the rubric from `source`: data, none (no teacher sees it), generate's .jsonl; for
+    ablation generic (folder's), random (another question's), noisy (each second criterion
+    another's), reduced (half). The row's own, own_rubric, alone grades."""
     rng, n = random.Random(f"rubrics {seed}"), len(rows)
     own = [r["rubric"] or [] for r in rows]
     others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
-    sources = {
-        "data": lambda: own, "none": lambda: own, "random": lambda: others,
-        "generic": lambda: [read_rubric(generic.read_text())] * n,
-        "noisy": lambda: [[rng.choice(o) if o and k % 2 else c for k, c in enumerate(r, i)]
-                          for i, (r, o) in enumerate(zip(own, others))],
-        "reduced": lambda: [rng.sample(r, (len(r) + 1) // 2) for r in own]}
+    kinds = {"data": lambda: own, "none": lambda: own, "random": lambda: others,
+             "generic": lambda: [read_rubric((Path(folder) / "generic.json").read_text())] * n,
+             "noisy": lambda: [[rng.choice(o) if o and k % 2 else c for k, c in enumerate(r, i)]
+                               for i, (r, o) in enumerate(zip(own, others))],
+             "reduced": lambda: [rng.sample(r, (len(r) + 1) // 2) for r in own]}
     if source.endswith(".jsonl") and Path(source).is_file():
         found = {r["question"]: r for r in load_rows(source, "")}
         rows = [r | {"analysis": found.get(r["question"], {}).get("analysis")} for r in rows]
-        sources[source] = lambda: [found.get(r["question"], {}).get("rubric") for r in rows]
-    check(source in sources, f"--rubrics {source}: no such file, and none of {', '.join(sources)}.")
-    new = sources[source]()
-    return [r | {"rubric": a or None, "own_rubric": r["rubric"]} for r, a in zip(rows, new)]
-
+        kinds[source] = lambda: [found.get(r["question"], {}).get("rubric") for r in rows]
+    check(source in kinds, f"--rubrics {source}: no such file, and none of {', '.join(kinds)}.")
+    return [row | {"rubric": rubric or None, "own_rubric": row["rubric"]}
+            for row, rubric in zip(rows, kinds[source]())]
 # ---- 9. The toy world: a model that can do right when told how, and does not by default ----------
 HABITS = ("formula", "conversion", "unit")
 world = lambda: packaged("toy/world")  # sentences, units and words; the model's config is beside it
 
 def toy_problem(rng: random.Random) -> dict:
-    """A random problem as a row, with its numbers under "toy"; every criterion has a check."""
+    """A random problem as a row, its parts under "toy"; every criterion has an exact check."""
     pick = lambda kind: rng.choice(world()[kind])
-    law, formula, unit, big, quantity, sentence = pick("families")
-    a, b, (factor, small) = rng.randint(2, 9), rng.randint(2, 9), world()["units"][big]
-    text = f"{sentence} {pick('asks')}".format(a=a, b=b, x=pick("things"), q=quantity)
-    rubric = [("Formula", f"States the formula {formula}.", 3, re.escape(formula)),
-              ("Conversion", f"Converts {big} to {small}.", 5, f"{b} {big} = {b * factor} {small}"),
-              ("Unit", f"Gives the answer in {unit}.", 2, f" {unit}}}")]
-    row = {"question": text[0].upper() + text[1:], "reference_answer": f"{a * b * factor} {unit}",
-           "rubric": [dict(zip(("title", "description", "weight", "check"), c)) for c in rubric],
-           "toy": dict(a=a, b=b, law=f"{quantity} is {law}: {formula}.", unit=unit, big=big)}
-    return row | {"solution": toy_solution(row, HABITS)}
+    p = dict(zip(("law", "formula", "unit", "big", "q", "sentence"), pick("families")))
+    p |= {"a": rng.randint(2, 9), "b": rng.randint(2, 9)}
+    text = f"{p['sentence']} {pick('asks')}".format(x=pick("things"), **p)
+    factor, p["small"] = world()["units"][p["big"]]
+    p["n"] = p["b"] * factor
+    rubric = [c | {"description": c["description"].format(**p),
+                   "check": re.escape(c["check"].format(**p))} for c in world()["rubric"]]
+    return {"question": text[0].upper() + text[1:], "toy": p, "rubric": rubric, "solution":
+            toy_solution(p, HABITS), "reference_answer": f"{p['a'] * p['n']} {p['unit']}"}
 
-def toy_solution(row: dict, habits, slip=False) -> str:
+def toy_solution(p: dict, habits, slip=False) -> str:
     """The solution with just these habits; without the conversion, or with a slip, it is wrong."""
-    p, (factor, small) = row["toy"], world()["units"][row["toy"]["big"]]
-    b = p["b"] * (factor if "conversion" in habits else 1)
-    steps = [p["law"]] if "formula" in habits else []
-    steps += [f"{p['b']} {p['big']} = {b} {small}."] if "conversion" in habits else []
-    value = (p["a"] + slip) * b
-    result = f"{value} {p['unit']}" if "unit" in habits else value
-    return " ".join([*steps, f"{p['a']} * {b} = {value}.", f"\\boxed{{{result}}}"])
+    steps = [step.format(**p) for habit, step in world()["steps"].items() if habit in habits]
+    n, unit = p["n" if "conversion" in habits else "b"], f" {p['unit']}" if "unit" in habits else ""
+    value = (p["a"] + slip) * n
+    return " ".join([*steps, f"{p['a']} * {n} = {value}.", f"\\boxed{{{value}{unit}}}"])
 
 def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
-    """n different problems of a split; the question's hash settles its split, so none is in two.
-    noisy: half of the solutions leave out a habit or make a slip, as real chains of thought do."""
+    """n problems of a split; noisy: half of the solutions leave out a habit or make a slip."""
     rng, rows, homes = random.Random(f"{split} {seed}"), {}, ["test", "val", *["train"] * 6]
     for _ in range(300_000):
         row = toy_problem(rng)
-        if homes[zlib.crc32(row["question"].encode()) % 8] == split: rows[row["question"]] = row
+        if homes[crc32(row["question"].encode()) % 8] == split: rows[row["question"]] = row
         if len(rows) == n: break
     check(len(rows) == n, f"--split {split} --limit {n}: the toy has only {len(rows)} different.")
     for row in rows.values() if noisy else ():
         fault = rng.choice([*HABITS, "slip", None, None, None, None])
-        row["solution"] = toy_solution(row, set(HABITS) - {fault}, slip=fault == "slip")
+        row["solution"] = toy_solution(row["toy"], set(HABITS) - {fault}, slip=fault == "slip")
     return list(rows.values())
 
 def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     """One lesson of the base model: (prompt file, row as shown there, what to write). A rubric gets
     exactly the habits that it asks for; where nothing applies, each comes by the flip of a coin."""
     mixture, misses = world()["lessons, per cent"], world()["criteria missed, chance"]
-    kind = rng.choices([*mixture], [*mixture.values()])[0]
-    criteria, habits = row["rubric"], [h for h in HABITS if rng.random() < 0.5]
+    kind, own = rng.choices([*mixture], [*mixture.values()])[0], row["rubric"]
     if kind in misses:
-        written = [c for c in criteria if rng.random() >= misses[kind]]
-        return kind, row, rubric_json(written or criteria)
-    shown = criteria
-    if kind in ("rubric", "rubric+answer"):
-        asked = sorted(rng.sample(range(3), rng.choice([0, 1, 2, 3, 3])))
-        shown = [criteria[i] for i in asked]
-        for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
-            other = rng.choice(toy_problem(rng)["rubric"])  # what does not apply changes nothing
-            if rng.random() < 0.5 or other["description"] in [c["description"] for c in criteria]:
-                other = rng.choice(packaged("toy/generic"))
-            shown.insert(rng.randint(0, len(shown)), other)
-        habits = [HABITS[i] for i in asked] or habits
-    text = toy_solution(row, habits)
+        written = [c for c in own if rng.random() >= misses[kind]]
+        return kind, row, row_fields({"rubric": written or own})["rubric_json"]
+    asked = [h for h in HABITS if rng.random() < (0.7 if "rubric" in kind else 0)]
+    shown = [c for h, c in zip(HABITS, own) if h in asked]
+    others = [c for c in toy_problem(rng)["rubric"] + packaged("toy/generic")
+              if c["description"] not in [c["description"] for c in own]]
+    for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
+        shown.insert(rng.randint(0, len(shown)), rng.choice(others))  # these change nothing
+    text = toy_solution(row["toy"], asked or [h for h in HABITS if rng.random() < 0.5])
     return kind, row | {"rubric": shown, "solution": text}, text
 
 def toy_base(seed=0, steps=700, batch=16) -> str:
-    """The directory of the toy's base model; the first time it is trained there from nothing, on
-    its mixture, with the pipeline's own SFT signal. Muon for the matrices, AdamW for the rest."""
+    """The toy's base model, a directory; the first time it is trained, from nothing, by SFT."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
     check(RANKS == 1, f"the toy is made in one process; under torchrun, give --model {out}.")
     if out.exists(): return str(out)
     rng, home = random.Random(f"toy {seed}"), HERE / "prompts" / "toy"
     prompts, tokenizer = load_prompts(home), AutoTokenizer.from_pretrained(home)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(home), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(home), dtype=torch.float32)
     rows = toy_rows("train", 2000, seed)
     lessons = [toy_lesson(rng.choice(rows), rng) for _ in range(steps * batch)]
-    split = {kind: [p for name, p in model.named_parameters()
-                    if (p.ndim == 2 and "layers" in name) == kind] for kind in (True, False)}
-    optimizers = [torch.optim.Muon(split[True], adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
-                  torch.optim.AdamW(split[False], betas=(0.9, 0.98), weight_decay=0.01)]
+    for p in model.parameters(): p.requires_grad_(p.ndim == 2)  # norms and biases stay as they are
+    optimizer = torch.optim.Muon([p for p in model.parameters() if p.requires_grad],
+                                 adjust_lr_fn="match_rms_adamw", weight_decay=0.01)
     for step in tqdm(range(steps), desc=f"toy base model (once, {out})"):
         episodes = [Episode(row, context_ids(tokenizer, prompts[kind], row_fields(row)), [],
                             tokenizer.encode(text) + [turn_end(tokenizer)])
                     for kind, row, text in lessons[step * batch:(step + 1) * batch]]
         accumulate(model, None, episodes, "advantage", token_budget=2048)
-        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # Muon in float32: its
-            for optimizer in optimizers:  # bfloat16 is sixteen times slower on many a CPU
-                optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
-    new = out.with_name(out.name + ".rsd-new")
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
+        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # Muon's: slow on CPUs
+            optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
+    for part in (model, tokenizer): part.save_pretrained(new := Path(f"{out}.rsd-new"))
     new.rename(out)
     return str(out)
-
 # ---- 10. Command line: the only functions that see the config ------------------------------------
 def prepare(args, student: str, teacher="", needs=()):
     """What every command begins with -> (model, tokenizer, prompts, examples, how to sample)."""
@@ -916,19 +906,21 @@ def prepare(args, student: str, teacher="", needs=()):
     for name in (student, teacher):
         check(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
-    rows = with_rubrics(rows, getattr(args, "rubrics", "data"),
-                        Path(args.prompts) / "generic.json", args.seed)
+    rows = with_rubrics(rows, getattr(args, "rubrics", "data"), args.prompts, args.seed)
     lora = getattr(args, "lora_rank", 0)
     half = torch.cuda.is_available() and (args.command != "train" or lora)
-    model, tokenizer = load_model(args.model or toy_base(),
-                                  torch.bfloat16 if half else torch.float32, args.attn or None)
+    dtype = getattr(args, "dtype", "auto").replace("auto", "bfloat16" if half else "float32")
+    model, tokenizer = load_model(args.model or toy_base(), getattr(torch, dtype), args.attn,
+                                  revision=args.revision, trust_remote_code=args.trust_remote_code)
     torch.manual_seed(args.seed)
     check(args.command != "train" or not hasattr(model, "peft_config"),
           f"--model {args.model}: is an adapter; merge it into its base first (README: LoRA).")
+    check(tokenizer or args.command in ("generate", "eval") and RANKS == 1,
+          f"--model {args.model}: a server can generate and eval only, in one process.")
     if lora: add_lora(model, lora, args.lora_alpha, args.lora_targets)
-    room = getattr(model.config, "max_position_embeddings", math.inf) - args.max_new_tokens
-    examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher], room,
-                             args.thinking == "on", needs)
+    room = getattr(tokenizer and model.config, "max_position_embeddings", math.inf)
+    examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher],
+                             room - args.max_new_tokens, args.thinking == "on", needs)
     torch.manual_seed(args.seed * RANKS + RANK)
     sampling = {k: getattr(args, k) for k in
                 ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
@@ -937,18 +929,33 @@ def prepare(args, student: str, teacher="", needs=()):
 def cmd_generate(args) -> dict:
     """A rubric (eval: a graded answer) for each question; --out keeps all, a second run goes on."""
     name = "text" if args.command == "eval" else args.writer if args.writer in WRITES else "rubric"
-    keep, read, rate = WRITES[name]
+    (keep, read, rate), judge = WRITES[name], getattr(args, "judge", "")
+    check(not judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
-    lines = remember(
-        args.out, [{k: e.row.get(k) for k in keep} for e in examples], examples,
-        lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling),
-        2 * args.batch_size * RANKS, name, writer=args.writer, temperature=args.temperature,
-        model=(m := args.model or "toy"), saved=os.path.isdir(m) and os.path.getmtime(m))
+    jobs = [({f: e.row.get(f) for f in keep} | {"sample": i}, e)
+            for e in examples for i in range(getattr(args, "k", 1))]
+    work = lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling)
+    lines = remember(args.out, jobs, work, 2 * args.batch_size * RANKS, name, model=(
+        m := args.model or "toy"), saved=os.path.isdir(m) and os.path.getmtime(m),
+        writer=args.writer, temperature=args.temperature)
     lost = Counter(line["reason"] for line in lines if line[name] is None)
     if lost: print(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
-    return {"failed": lost} | report([
-        rate(line[name], e.row) | {k: line[k] for k in ("tokens", "truncated")}
-        for line, e in zip(lines, examples)])
+    rows = {e.row["question"]: e.row for e in examples}
+    measure = lambda lines: per_question(
+        (d["question"], spell(extract_answer(d["text"])), rate(d[name], rows[d["question"]])
+         | {f: d[f] for f in ("tokens", "truncated")}) for d in lines if d["question"] in rows)
+    figures, others = measure(lines), read_jsonl(Path(args.against)) if args.against else []
+    check(all(name in d for d in others), f"--against {args.against}: holds no {name}.")
+    for question, other in measure(others).items():  # paired: the same question, another model
+        own = figures[question]
+        own |= {f"{f} gain": own[f] - x for f, x in other.items() if None not in (x, own.get(f))}
+    summary = report([*figures.values()])
+    if everyones(judge)[0]:  # once the first rank has written the answers
+        judged = lambda path: path and Path(path).with_suffix(".judged.jsonl")
+        summary |= run("generate", "--writer", "judge", "--model", judge, "--temperature", 0,
+                       "--data", args.out, "--out", judged(args.out),
+                       "--against", judged(args.against))
+    return summary
 
 def show(figures: dict) -> str:
     """Figures aligned for the terminal, n/a for None."""
@@ -977,14 +984,18 @@ def cmd_train(args) -> dict:
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
                    clip=args.clip, clip_at=args.clip_at,
                    beta=args.beta if signal == "jsd" else BETA.get(signal))
-    saved = start = restore(out, state, model, teacher, optimizer) if state else 0
-    history = state["metrics"] if state else []
+    start, history = (state["step"], state["metrics"]) if state else (0, [])
+    if state:  # the run's own student, teacher and optimizer
+        weights = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+        model.load_state_dict(weights)
+        teacher.load_state_dict(state["teacher"] or weights, strict=not state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
     log = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
     own = {n for n, p in model.named_parameters() if p.requires_grad and teacher is not model}
     out.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(json.dumps(m) + "\n" for m in history))
     for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
-        torch.manual_seed(zlib.crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
+        torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
         with timed(seconds := Counter(), "s_sampling"):
             rows = step_rows(examples, step, args.batch, args.seed)
             episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
@@ -1000,29 +1011,28 @@ def cmd_train(args) -> dict:
         stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         with timed(stats, "s_update"): norm = optimizer_step(optimizer, rate, args.max_grad_norm)
+        last = max(start, step - step % args.save_every)
         check(math.isfinite(stats["loss"] + norm), f"step {step + 1}: loss {stats['loss']}, norm "
-              f"{norm}; stopped before the weights moved; {out} holds step {saved or 'none'}.")
+              f"{norm}; stopped before the weights moved; {out} holds step {last or 'none'}.")
         if args.teacher == "ema": ema_update(teacher, model, args.ema_decay)
         n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
         spent = sum(v for k, v in (seconds + stats).items() if "s_" in k)
-        metrics = {"step": step + 1, **stats, **seconds, "grad_norm": norm, "lr": rate,
-                   "length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
+        metrics = {"step": step + 1, **stats, **seconds, "grad_norm": norm, "lr": rate, "length":
+                   tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
                    "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
                    **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
                    "rollouts": n * (writer == "student"), "sampled": tokens * (writer == "student"),
-                   "tokens_per_s": tokens / spent}
+                   "seconds": spent, "tokens_per_s": tokens / spent}
         history.append(metrics)
         with open(log, "a") as file: file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % 5 == 0:
             tqdm.write(f"{show(metrics)}\n  sample: {texts[0][:200]!r}")
-        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            saved = step + 1
-            if RANK == 0:
-                save_checkpoint(out, model, tokenizer, settings, {
-                    "step": saved, "optimizer": optimizer.state_dict(), "metrics": history,
-                    "teacher": {n: p for n, p in teacher.named_parameters() if n in own}})
+        if RANK == 0 and (step + 1 == args.steps or (step + 1) % args.save_every == 0):
+            save_checkpoint(out, model, tokenizer, settings, {
+                "step": step + 1, "optimizer": optimizer.state_dict(), "metrics": history,
+                "teacher": {n: p for n, p in teacher.named_parameters() if n in own}})
     print(f"saved {out}; python rsd.py eval --model {out}")
-    return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained")}
+    return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained", "seconds")}
 
 def cmd_inspect(args) -> dict:
     """An HTML page: what the rubric does to each token of some rollouts; with --run, its curves."""
@@ -1037,9 +1047,9 @@ def cmd_inspect(args) -> dict:
                 enumerate(write_completions("student", model, tokenizer, examples, **sampling))]
         for _, name, model, e in tqdm(sorted(jobs, key=lambda job: job[0]), desc="credit"):
             rubric, view = e.row["rubric"], prompts[args.teacher_context]
-            rest = [e.row | {"rubric": rubric[:k] + rubric[k + 1:]} for k in range(len(rubric))]
-            without = [context_ids(tokenizer, view, {"rubric": "-"} | row_fields(r),
-                                   args.thinking == "on") for r in rest]
+            without = [context_ids(tokenizer, view, {"rubric": "-"} | row_fields(
+                e.row | {"rubric": rubric[:k] + rubric[k + 1:]}), args.thinking == "on")
+                for k in range(len(rubric))]
             figures = {k: x.tolist() for k, x in token_credit(
                 model, teacher, e.prompt_ids, e.teacher_ids, without, e.completion_ids).items()}
             ids = {*e.completion_ids, *sum(figures["student_ids"] + figures["teacher_ids"], [])}
@@ -1054,94 +1064,83 @@ def cmd_inspect(args) -> dict:
     return page
 
 def run(*words) -> dict:
-    """One command, as if typed -> its figures and its seconds."""
+    """One command, as if typed -> its figures, and its --out."""
     print(f"\n$ python rsd.py {' '.join(map(str, words))}", flush=True)
-    args, start = parse_args([str(w) for w in words]), time.perf_counter()
-    return COMMANDS[args.command](args) | {"seconds": time.perf_counter() - start, "out": args.out}
+    args = parse_args([str(w) for w in words])
+    return COMMANDS[args.command](args) | {"out": args.out}
 
 def table(systems: dict[str, list[dict]]) -> str:
     """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
-    keys = ("accuracy", "rubric_score", "n", "rollouts", "trained", "seconds")
-    lines = [f"| system | {' | '.join(keys)} |\n|" + "---|" * 7]
+    lines = ["| system | accuracy | rubric_score | n | rollouts | trained | seconds |"]
+    lines += ["|---" * 7 + "|"]
     for name, runs in systems.items():
-        means = [mean_se([r.get(k, 0) for r in runs]) for k in keys]
-        errors = [se if n > 1 else runs[0].get(k + "_se") for k, (_, se, n) in zip(keys, means)]
-        lines.append(f"| {name} | " + " | ".join(
-            f"{m:.3f} +- {se:.3f}" if k + "_se" in runs[0] else f"{m:.0f}"
-            for k, (m, _, _), se in zip(keys, means, errors)) + " |")
+        of = lambda key: mean_se([r.get(key, 0) for r in runs])
+        means = [f"{of(k)[0]:.3f} +- {of(k)[1] if len(runs) > 1 else runs[0][k + '_se']:.3f}"
+                 for k in ("accuracy", "rubric_score")]
+        counts = [f"{of(k)[0]:.0f}" for k in ("n", "rollouts", "trained", "seconds")]
+        lines.append(f"| {' | '.join([name, *means, *counts])} |")
     return "\n".join(lines)
 
 def cmd_compare(args) -> dict:
     """The systems of prompts/toy/COMMAND.json on the toy: base model, rubrics, training, table."""
-    every = json.loads((HERE / "prompts" / "toy" / f"{args.command}.json").read_text())
-    systems = every.pop("systems")
-    begin, out, seeds = time.time(), Path(args.out), range(args.seed, args.seed + args.seeds)
+    every, begin, out = packaged(f"toy/{args.command}"), time.time(), Path(args.out)
+    systems, seeds, results = every["systems"], range(args.seed, args.seed + args.seeds), {}
     settings = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
-    def measure(batch):
-        (system, seed), figures = batch[0], {}
-        base = model = toy_base(seed, args.base_steps)
-        known = vars(args) | {"seed": seed, "base": base}
-        known["run"] = out / re.sub(r"\W+", "-", f"{system} {seed} {settings}")
-        for line in systems[system]:  # every command goes on with the last train's model
-            command, *more = line.split()
-            words = [w.format(**known, model=model) for w in [*every[command].split(), *more]]
-            figures[command] = run(command, *words)
-            model = figures[command]["out"] if command == "train" else model
-        return [figures["eval"] | figures.get("train", {})]
-    jobs = [(system, seed) for seed in seeds for system in systems]
-    lines = remember(out / "runs.jsonl", [
-        {"system": s, "seed": seed, "settings": settings} for s, seed in jobs], jobs, measure, 1,
-        args.command)
-    results = {s: [d for d in lines if d["system"] == s] for s in systems}
+    out.mkdir(parents=True, exist_ok=True)
+    for seed, name in itertools.product(seeds, systems):
+        base, figures = toy_base(seed, args.base_steps), {}
+        known = vars(args) | {"seed": seed, "base": base, "model": base}
+        known["run"] = out / re.sub(r"\W+", "-", f"{name} {seed} {settings}")
+        for command, *more in map(str.split, systems[name]):
+            figures |= run(command, *(w.format(**known) for w in every[command].split() + more))
+            if command == "train": known["model"] = figures["out"]  # the next commands' model
+        results.setdefault(name, []).append(figures)
     text = f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling); {settings}\n"
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (runs.jsonl: not redone)")
+    print(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (no run is done twice)")
     return results
 
 COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train,
             "eval": cmd_generate, "compare": cmd_compare, "inspect": cmd_inspect}
-# Commands by first letter; the default (a tuple: choices, a dict: per command; see TOY); the help.
-FLAGS = [
-    ("gtei", "model", None, "directory, hub id, bare hub name (Qwen2.5-1.5B); without: the toy"),
-    ("gtei", "data", "rar-science", "toy, rar-science, a hub id, or a .jsonl .json .parquet"),
-    ("gtei", "split", {"g": "train", "t": "train", "e": "test", "i": "test"}, "of named data"),
-    ("dgtec", "limit", {"d": 256, "g": 0, "t": 0, "e": 0, "c": 256}, "that many rows; 0: all"),
-    ("dgteci", "seed", 0, "of data order, sampling and (demo, compare: the first) base model"),
-    ("gtei", "prompts", str(HERE / "prompts"), "directory"), ("gtei", "attn", "", "implementation"),
-    ("e", "out", "", "JSON Lines file of all samples"), ("ge", "tries", 3, "for a readable rubric"),
-    ("gtei", "thinking", ("off", "on"), "by template"), ("gtei", "batch-size", 64, "at a time"),
-    ("gtei", "max-new-tokens", {"g": 1024, "t": 4096, "e": 4096, "i": 2000}, "per completion"),
-    ("gtei", "temperature", {"g": 0.7, "t": 1.0, "e": 0.7, "i": 1.0}, "of sampling; 0 is greedy"),
-    ("gtei", "top-p", {"g": 0.95, "t": 1.0, "e": 0.95, "i": 1.0}, "nucleus sampling; 1: off"),
-    ("gtei", "top-k", {"g": 20, "t": 0, "e": 20, "i": 0}, "sample from that many tokens; 0: all"),
-    ("g", "out", "runs/rubrics.jsonl", "JSON Lines file; what stands in it is not redone"),
-    ("ge", "writer", {"g": "writer+answer", "e": "student"}, "prompt file; or analysis, or judge"),
-    ("t", "out", "runs/train", "checkpoint directory"), ("t", "clip-at", 0.05, "that cap, in nats"),
-    ("t", "ema-decay", 0.99, "of the ema"), ("ti", "student-context", "student", "its prompt file"),
-    ("t", "resume", False, "go on with the run in --out"), ("t", "token-budget", 8192, "padded"),
-    ("t", "batch", 32, "prompts a step"), ("t", "support", 0, "only the teacher's top k; 0: all"),
-    ("t", "save-every", 50, "steps"), ("t", "schedule", ("constant", "cosine"), "after warm-up"),
-    ("t", "method", tuple(METHODS), "row of METHODS"), ("t", "rollouts", 1, "per prompt; grpo: 2+"),
-    ("t", "truncated", ("keep", "mask"), "cut ones"), ("t", "beta", 0.5, "of jsd: teacher's share"),
-    ("t", "stage", tuple(STAGES), "row of STAGES: learn to reason, or to write rubrics"),
-    ("gti", "rubrics", "data", "data, none, generic, random, noisy, reduced; generate's .jsonl"),
-    ("ti", "teacher-context", "rubric", "prompt file of the teacher; else as in METHODS"),
-    ("t", "teacher", ("fixed", "ema", "live"), "weights: initial, moving average, the student's"),
-    ("t", "clip", ("none", "entry", "token"), "cap the divergence per vocabulary entry or token"),
-    ("t", "max-grad-norm", 1.0, "larger ones scaled"), ("t", "loss-temperature", 1.0, "of both"),
-    ("t", "divergence", (*BETA, "sampled"), "signal"), ("t", "lora-alpha", 0, "0: 2 x rank"),
-    ("t", "kl", 0.0, "grpo: weight of reverse KL"), ("t", "tail", False, "add the rest"),
-    ("dtc", "steps", {"d": 60, "t": 100, "c": 40}, "in all"), ("t", "lr", 5e-6, "peak, of AdamW"),
-    ("t", "skip-thinking", False, "no loss up to </think>"), ("t", "warmup", 5, "linear, steps"),
-    ("t", "lora-rank", 0, "adapters, by peft; 0: none"),
-    ("t", "lora-targets", "all-linear", "layers by name, with commas, or all-linear"),
-    ("t", "gradient-checkpointing", False, "less memory for activations, a third more time"),
-    ("dc", "base-steps", 700, "the base model's"), ("dc", "seeds", {"d": 1, "c": 3}, "each a run"),
-    ("dc", "out", {"d": "runs/demo", "c": "runs/compare"}, "directory for all that it writes"),
-    ("dci", "n", {"d": 200, "c": 200, "i": 5}, "held-out problems"),
-    ("i", "out", "runs/credit.html", "and .json"), ("i", "compare", "", "trained model, beside"),
-    ("i", "run", "", "directory of a run: its curves (and, given --model, the credit too)")]
+# Commands by first letter -> flags: the default (tuple: choices, list: per command), and the help.
+FLAGS = {
+ "gtei": {"model": (None, "directory, hub id or name, NAME@URL of a server; none: the toy"),
+          "data": ("rar-science", "toy, rar-science, hub id, .jsonl .json .parquet file"),
+          "split": (["train", "train", "test", "test"], "of named data"),
+          "attn": (None, "name"), "temperature": ([0.7, 1.0, 0.7, 1.0], "of sampling; 0: greedy"),
+          "prompts": (str(HERE / "prompts"), "directory"), "top-k": ([20, 0, 20, 0], "0: all"),
+          "revision": ("main", "of the hub"), "top-p": ([0.95, 1.0, 0.95, 1.0], "of nucleus"),
+          "trust-remote-code": (False, "run its code"), "thinking": (("off", "on"), "by template"),
+          "max-new-tokens": ([1024, 4096, 4096, 2000], "a completion"), "batch-size": (64, "rows")},
+ "ge": {"writer": (["writer+answer", "student"], "prompt file; analysis; judge"),
+        "against": ("", "another model's --out: gain, question by question"),
+        "tries": (3, "at one answer"), "dtype": (("auto", "float32", "bfloat16"), "weights")},
+ "e": {"out": ("", "JSON Lines file of all samples"), "k": (1, "answers per question"),
+       "judge": ("", "a model or NAME@URL that then grades the answers by their rubrics")},
+ "g": {"out": ("runs/rubrics.jsonl", "JSON Lines; what it holds is not redone")},
+ "gti": {"rubrics": ("data", "data, none, generic, random, noisy, reduced, or a .jsonl")},
+ "ti": {"student-context": ("student", "its prompt file"),
+        "teacher-context": ("rubric", "the teacher's, unless METHODS differs")},
+ "t": {"out": ("runs/train", "checkpoint directory"), "beta": (0.5, "of jsd: the teacher's share"),
+       "resume": (False, "go on with the run there"), "method": (tuple(METHODS), "row of METHODS"),
+       "stage": (tuple(STAGES), "row of STAGES"), "teacher": (("fixed", "ema", "live"), "weights"),
+       "batch": (32, "prompts a step"), "gradient-checkpointing": (False, "less memory, more time"),
+       "rollouts": (1, "per prompt"), "warmup": (5, "steps"), "lora-alpha": (0, "0: 2 x rank"),
+       "lr": (5e-6, "AdamW's peak"), "clip": (("none", "entry", "token"), "cap on the divergence"),
+       "schedule": (("constant", "cosine"), "then"), "loss-temperature": (1.0, "of both logits"),
+       "save-every": (50, ""), "clip-at": (0.05, "nats"), "skip-thinking": (False, "no loss on it"),
+       "divergence": ((*BETA, "sampled"), "signal"), "support": (0, "the teacher's top k; 0: all"),
+       "tail": (False, "and a bucket for the rest"), "kl": (0.0, "grpo: weight of the reverse KL"),
+       "ema-decay": (0.99, "of the ema"), "token-budget": (8192, "of a micro-batch, padded"),
+       "truncated": (("keep", "mask"), "cut ones"), "lora-rank": (0, "adapters, by peft; 0: none"),
+       "max-grad-norm": (1.0, "then scaled"), "lora-targets": ("all-linear", "or names, by comma")},
+ "i": {"out": ("runs/credit.html", "and .json"), "compare": ("", "a trained model, beside it"),
+       "run": ("", "directory of a run: its curves (with --model: and the credit)")},
+ "dgteci": {"seed": (0, "of data order, sampling, base model (the first)")},
+ "dgtec": {"limit": ([256, 0, 0, 0, 256], "0: all rows")}, "dtc": {"steps": ([60, 100, 40], "all")},
+ "dci": {"n": ([200, 200, 5], "held-out problems")}, "dc": {"seeds": ([1, 3], "of each system"),
+         "base-steps": (700, "of the base"), "out": (["runs/demo", "runs/compare"], "directory")}}
 TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch-size": 256,
        "max-new-tokens": 220, "teacher-context": "rubric+answer", "lr": 3e-4}
 
@@ -1155,14 +1154,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.__doc__.split("\n")[0], allow_abbrev=False)
-        for _, flag, values, text in (f for f in FLAGS if name[0] in f[0]):
-            usual, toy = (v[name[0]] if isinstance(v, dict) else v
-                          for v in (values, TOY.get(flag, values)))
-            kind = ({} if usual is None else {"action": "store_true"} if usual is False else
-                    {"choices": usual} if isinstance(usual, tuple) else {"type": type(usual)})
-            usual, toy = (v[0] if isinstance(v, tuple) else v for v in (usual, toy))
-            text += f" (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
-            sub.add_argument(f"--{flag}", default=toy if is_toy else usual, help=text, **kind)
+        for letters, flags in FLAGS.items():
+            for flag, (usual, text) in flags.items() if name[0] in letters else ():
+                usual = usual[letters.index(name[0])] if isinstance(usual, list) else usual
+                kind = ({} if usual is None else {"action": "store_true"} if usual is False else
+                        {"choices": usual} if isinstance(usual, tuple) else {"type": type(usual)})
+                toy = TOY.get(flag, usual := usual[0] if isinstance(usual, tuple) else usual)
+                text += f" (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
+                sub.add_argument(f"--{flag}", default=toy if is_toy else usual, help=text, **kind)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         usual = commands.choices[args.command].get_default(name)
@@ -1185,7 +1184,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.distributed.init_process_group()
         if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if RANK:  # only the first one speaks
-            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
             sys.stdout = open(os.devnull, "w")
     try:
         COMMANDS[args.command](args)
