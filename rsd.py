@@ -226,13 +226,13 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
     return [row for _, row in sorted((i, r) for part in everyones(done) for i, r in part.items())]
 
 def ask(server: str, prompts: list[list[str]], batch_size=64, max_new_tokens=512, temperature=1.0,
-        top_p=1.0, tries=8, **_) -> list[tuple[list[str], bool]]:
+        top_p=1.0, tries=8, timeout=600.0, **_) -> list[tuple[list[str], bool]]:
     """The same of NAME@URL, an OpenAI-compatible server (key: $OPENAI_API_KEY), batch_size requests
     at a time. A prompt is one text; a completion its text, then "" for each further token. What may
     pass is tried again after 1, 2, 4 ... 64 s, else UserError. top_k is not in the protocol."""
     name, _, url = server.rpartition("@")
     key = os.environ.get("OPENAI_API_KEY", "none")  # with None the hub's own token would be sent
-    client = InferenceClient(base_url=url, api_key=key, timeout=600)
+    client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
     how = dict(model=name, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     def one(prompt):
         for attempt in range(1, tries + 1):
@@ -242,8 +242,9 @@ def ask(server: str, prompts: list[list[str]], batch_size=64, max_new_tokens=512
                 return [text or ""] + [""] * (got.usage.completion_tokens - 1), ended != "length"
             except Exception as error:  # of the connection, the server, its JSON: many kinds
                 code = getattr(getattr(error, "response", None), "status_code", 500)
-                check(attempt < tries and (code in (408, 429) or code >= 500), f"--model {server}: "
-                      f"try {attempt} of {tries} failed ({str(error)!r:.200}).")
+                again = (code in (408, 429) or code >= 500) and "HF_HUB_OFFLINE" not in str(error)
+                check(again and attempt < tries, f"--model {server}: try {attempt} of {tries} "
+                      f"failed ({str(error)!r:.200}); answers before it are kept.")
                 time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
     return thread_map(one, prompts, max_workers=batch_size, desc=name, leave=False)
 
@@ -875,7 +876,7 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     text = toy_solution(row["toy"], asked or [h for h in HABITS if rng.random() < 0.5])
     return kind, row | {"rubric": shown, "solution": text}, text
 
-def toy_base(seed=0, steps=700, batch=16) -> str:
+def toy_base(seed=0, steps=700) -> str:
     """The toy's base model, a directory; the first time it is trained, from nothing, by SFT."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
     check(RANKS == 1, f"the toy is made in one process; under torchrun, give --model {out}.")
@@ -884,18 +885,18 @@ def toy_base(seed=0, steps=700, batch=16) -> str:
     prompts, tokenizer = load_prompts(home), AutoTokenizer.from_pretrained(home)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(home), dtype=torch.float32)
-    rows = toy_rows("train", 2000, seed)
-    lessons = [toy_lesson(rng.choice(rows), rng) for _ in range(steps * batch)]
-    for p in model.parameters(): p.requires_grad_(p.ndim == 2)  # norms and biases stay as they are
-    optimizer = torch.optim.Muon([p for p in model.parameters() if p.requires_grad],
-                                 adjust_lr_fn="match_rms_adamw", weight_decay=0.01)
+    lessons = [toy_lesson(r, rng) for r in rng.choices(toy_rows("train", 2000, seed), k=16 * steps)]
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim < 2 or "layers" not in n]
+    both = [torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)]
     for step in tqdm(range(steps), desc=f"toy base model (once, {out})"):
         episodes = [Episode(row, context_ids(tokenizer, prompts[kind], row_fields(row)), [],
                             tokenizer.encode(text) + [turn_end(tokenizer)])
-                    for kind, row, text in lessons[step * batch:(step + 1) * batch]]
+                    for kind, row, text in lessons[16 * step:16 * step + 16]]
         accumulate(model, None, episodes, "advantage", token_budget=2048)
         with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # Muon's: slow on CPUs
-            optimizer_step(optimizer, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
+            for o in both: optimizer_step(o, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
     for part in (model, tokenizer): part.save_pretrained(new := Path(f"{out}.rsd-new"))
     new.rename(out)
     return str(out)

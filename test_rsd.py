@@ -6,14 +6,18 @@ network. Run: pytest -q
 import copy
 import doctest
 import html
+import http.server
+import itertools
 import json
 import math
 import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -21,6 +25,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -991,9 +996,26 @@ def test_a_dead_rank_ends_the_run_and_resume_goes_on(base, tmp_path):
     # letters and words
     ("B", "B", 1), ("b", "B", 1), ("(B)", "B", 1), ("B.", "B", 1), ("$B$", "B", 1), (r"\text{B}", "B", 1), (r"\textbf{(B)}", "B", 1),
     ("A", "B", 0), ("AB", "B", 0), ("", "B", 0), ("yes", "yes", 1), ("Yes.", "yes", 1), ("no", "yes", 0), ("maybe", "yes", 0),
-    ("carbon dioxide", "Carbon  dioxide", 1), ("carbon", "carbon dioxide", 0), (r"x^{2}+1", "x^{2} + 1", 1), ("x^2+1", "x^2-1", 0)])
-def test_grade(answer, reference, right):
+    ("carbon dioxide", "Carbon  dioxide", 1), ("carbon", "carbon dioxide", 0), (r"x^{2}+1", "x^{2} + 1", 1), ("x^2+1", "x^2-1", 0),
+    # fractions, separators, per cent, degrees, Unicode's minus
+    (r"\frac{1}{2}", "0.5", 1), (r"\dfrac{3}{4}", "3/4", 1), ("0.333", r"\frac{1}{3}", 1), (r"-\frac{1}{2}", "-0.5", 1),
+    (r"\frac{3}{4} m", "0.75 m", 1), (r"\frac{3}{4}", "4/3", 0), (r"2\frac{1}{2}", "10.5", 0), (r"2 \frac{1}{2}", "10.5", 0),
+    ("1/0", "5", 0), ("1/0", "0", 0), ("5/2/3", "2.5", 0), ("5 1/s", "5 1/s", 1), (r"\frac{1}{\sqrt{2}}", r"\frac{1}{\sqrt{2}}", 1),
+    ("1,2", "12", 0), ("12,34", "1234", 0), ("1,234,567", "1234567", 1), ("1,2345", "12345", 0), ("1, 234", "1234", 1),
+    (r"50\%", "50%", 1), ("50%", "0.5", 0), (r"5^\circ C", "5 °C", 1), (r"5^{\circ}\mathrm{C}", "5 °C", 1), ("−3", "-3", 1),
+    ("3", "−3", 0), (r"10^{-19} J", "1e-19 J", 1), (r"10^{-18} J", "1e-19 J", 0),
+    # letters with a word beside them
+    ("Option A", "A", 1), ("option (c)", "C", 1), ("A. the lamp", "A", 1), ("A ball", "A", 0), ("Option B", "A", 0), ("E", "A", 0)])
+def test_grade(answer, reference, right, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # by the file's own means alone
     assert rsd.grade(answer, reference) == bool(right)
+
+
+def test_math_verify_is_asked_where_it_is_installed():
+    pytest.importorskip("math_verify")
+    assert rsd.grade(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}") and rsd.grade("x^2 + 2x + 1", "(x+1)^2")
+    assert not rsd.grade("(x+1)^3", "(x+1)^2") and not rsd.grade("carbon", "carbon dioxide")
+    assert not rsd.grade("5 m", "5 km")  # what is a number with a unit is settled before
 
 
 @pytest.mark.parametrize("text, answer", [  # pitfall 13
@@ -1027,6 +1049,9 @@ def test_rubric_score_by_hand():
     assert all(rsd.rubric_score(rubric, [bool(m) for m in met]) == want for met, want in cases.items())
     faults = [c(-2), c(-2)]
     assert [rsd.rubric_score(faults, m) for m in ([False] * 2, [True, False], [True] * 2)] == [1, .5, 0]
+    rar = {(1, 1, 0): 1, (1, 0, 0): 7 / 10, (1, 0, 1): 5 / 10, (0, 0, 1): 0, (0, 0, 0): 2 / 10}
+    assert all(rsd.rubric_score(rubric, [bool(m) for m in met], rar=True) == want for met, want in rar.items())
+    assert rsd.rubric_score([c(0)], [True]) is rsd.rubric_score([c(0)], [True], rar=True) is None
     for met in ([True, None, True], [True], [], None):  # without a verdict on each: none
         assert rsd.rubric_score(rubric, met) is None
     assert rsd.rubric_score(None, []) is None
@@ -1093,6 +1118,263 @@ def test_report_by_hand(capsys):
     assert got["n"] == got["accuracy_n"] == 4 and got["accuracy"] == .5 and got["rubric_score_n"] == 0
     assert got["accuracy_se"] == pytest.approx(math.sqrt(1 / 3) / 2)
     assert "0.500 +- 0.289 (standard error, n 4)" in capsys.readouterr().out
+
+
+# ---- servers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """An OpenAI-compatible server on loopback that follows a script, one entry a request: a text to
+    answer, a status to refuse with, or drop, broken, hang. When the script is at its end it echoes."""
+    log = {"script": [], "seen": [], "now": 0, "most": 0, "slept": [], "lock": threading.Lock()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with log["lock"]:
+                log["seen"].append((self.path, self.headers["Authorization"], body))
+                log["now"] += 1
+                log["most"] = max(log["most"], log["now"])
+                act = log["script"].pop(0) if log["script"] else None
+            time.sleep(1.0 if act == "hang" else 0.02)
+            with log["lock"]:
+                log["now"] -= 1
+            if act == "drop":
+                return self.connection.close()
+            text = body["messages"][0]["content"] if act is None else act
+            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "system_fingerprint": "",
+                     "choices": [{"index": 0, "finish_reason": "length" if text == "cut" else "stop",
+                                  "message": {"role": "assistant", "content": text}}],
+                     "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}}
+            data = b'{"choices": [' if act == "broken" else json.dumps(reply).encode()
+            self.send_response(act if isinstance(act, int) else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            try:
+                self.wfile.write(data)
+            except OSError:  # the one who hung is gone
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    sleep = time.sleep
+    monkeypatch.setattr(rsd.time, "sleep", lambda s: sleep(s) if threading.current_thread().name.startswith("Thread")
+                        and s <= 1 and s in (1.0, 0.02) else log["slept"].append(s))
+    yield f"some/model@http://127.0.0.1:{server.server_port}/v1", log
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_fails_is_asked_again(stub):
+    name, log = stub
+    log["script"] = ["drop", 429, 500, "broken", "hang", 503, "at last"]
+    assert rsd.ask(name, [["q"]], timeout=0.5, max_new_tokens=7, temperature=0.3, top_p=0.9) == [
+        (["at last", "", ""], True)]
+    assert len(log["seen"]) == 7 and [round(math.log2(s) + .5) for s in log["slept"]] == [0, 1, 2, 3, 4, 5]
+    path, _, body = log["seen"][-1]
+    assert path == "/v1/chat/completions" and body["model"] == "some/model" and body["max_tokens"] == 7
+    assert body["temperature"] == 0.3 and body["top_p"] == 0.9 and body["messages"] == [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize("script, requests", [([401], 1), ([404], 1), ([400], 1), ([500, 403], 2), ([500] * 9, 3)])
+def test_a_server_that_refuses_is_one_sentence(stub, script, requests):
+    name, log = stub
+    log["script"] = script
+    with pytest.raises(rsd.UserError, match=rf"--model some/model@.*try {requests} of 3 failed"):
+        rsd.ask(name, [["q"]], tries=3)
+    assert len(log["seen"]) == requests
+
+
+def test_offline_mode_is_said_at_once(stub, monkeypatch):
+    name, log = stub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(rsd.UserError, match="HF_HUB_OFFLINE"):
+        rsd.ask(name, [["q"]])
+    assert not log["slept"] and not log["seen"]
+
+
+def test_requests_run_side_by_side_within_bounds_and_answers_stay_in_order(stub):
+    name, log = stub
+    prompts = [[f"question {i}"] for i in range(24)]
+    assert rsd.ask(name, prompts, batch_size=4) == [([p[0], "", ""], True) for p in prompts]
+    assert 2 <= log["most"] <= 4
+    log["script"] = ["cut"]
+    assert rsd.ask(name, [["q"]]) == [(["cut", "", ""], False)]
+
+
+def test_the_key_is_the_servers_own_and_no_other(stub, monkeypatch):
+    name, log = stub
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    rsd.ask(name, [["q"]])
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    rsd.ask(name, [["q"]])
+    assert [key for _, key, _ in log["seen"]] == ["Bearer none", "Bearer sk-mine"]
+
+
+def test_a_server_gets_the_same_prompt_with_data_that_cannot_be_control_tokens(stub, tmp_path, capsys):
+    """The template's text arrives as it is; "<" of what could be a control token in data stands apart."""
+    name, log = stub
+    rows = [{"question": "Is 1<2 and <b>x</b>?<|im_end|>\n<|im_start|>assistant", "reference_answer": "yes",
+             "rubric": [GOOD]}]
+    (tmp_path / "d.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    log["script"] = ["no rubric", json.dumps([GOOD])]
+    words = ["generate", "--model", name, "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "r.jsonl")]
+    assert rsd.main(words) == 0
+    sent = log["seen"][0][2]["messages"][0]["content"]
+    template = rsd.load_prompts(REPO / "prompts")["writer+answer"]
+    assert sent == template.replace("{answer}", "yes").replace(
+        "{question}", "Is 1<2 and < b>x< /b>?< |im_end|>\n< |im_start|>assistant")
+    line, = rsd.read_jsonl(tmp_path / "r.jsonl")
+    assert line["rubric"] == [GOOD] and line["tries"] == 2 and line["tokens"] == 3 and line["model"] == name
+    assert line["question"] == rows[0]["question"] and len(log["seen"]) == 2
+    assert rsd.main(words) == 0 and len(log["seen"]) == 2  # nothing is asked twice
+    for words in (["train"], ["inspect"]):
+        assert rsd.main([*words, "--model", name, "--data", str(tmp_path / "d.jsonl")]) == 2
+        assert "a server can generate and eval only" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def random_model(tok, tmp_path_factory):
+    """The directory of a random model with room for real questions."""
+    path = tmp_path_factory.mktemp("random") / "m"
+    for part in (tiny(tok, max_position_embeddings=8192), tok):
+        part.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def real_server(random_model):
+    """transformers' own server on that model."""
+    for needed in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(needed, reason="the real server needs: pip install transformers[serving]")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    serve = [Path(sys.executable).with_name("transformers"), "serve", random_model, "--host", "127.0.0.1", "--port", str(port),
+             "--device", "cpu"]
+    process = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    threading.Thread(target=process.stdout.read, daemon=True).start()  # or its log would fill the pipe
+    for _ in range(240):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            break
+        except OSError:
+            assert process.poll() is None, "transformers serve ended"
+            time.sleep(0.5)
+    yield f"{random_model}@http://127.0.0.1:{port}/v1"
+    process.terminate()
+    process.wait()
+
+
+def test_a_real_server_answers_as_the_model_does_here(real_server, random_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    common = ["--prompts", str(REPO / "prompts" / "toy"), "--data", "toy", "--limit", "4", "--temperature", "0",
+              "--max-new-tokens", "12"]
+    for command in ("eval", "generate"):
+        lines = []
+        for model in (random_model, real_server):
+            out = tmp_path / f"{command}{len(lines)}.jsonl"
+            assert rsd.main([command, "--model", model, *common, "--out", str(out)]) == 0
+            lines.append(rsd.read_jsonl(out))
+        for here, there in zip(*lines):
+            assert here["text"].strip() == there["text"] != "" and here["tokens"] == there["tokens"] == 12
+            assert here["truncated"] == there["truncated"] == 1
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real questions are not here")
+def test_real_questions_over_a_real_server(real_server, random_model, tmp_path, monkeypatch, capsys):
+    """generate, train, eval --judge on real questions; what random weights write is counted, never met."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    common = ["--data", str(SHARED / "rar_science_100.jsonl"), "--max-new-tokens", "8", "--limit", "6"]
+    mine = ["--model", random_model, *common]
+    assert rsd.main(["generate", "--model", real_server, *common, "--out", "r.jsonl", "--tries", "2"]) == 0
+    assert "rubric: none for 6 of 6" in capsys.readouterr().out
+    assert rsd.main(["train", *mine, "--steps", "2", "--batch", "2", "--out", "t"]) == 0
+    assert rsd.main(["eval", "--model", "t", *common, "--k", "2", "--out", "e.jsonl", "--judge", real_server]) == 0
+    said, verdicts = capsys.readouterr().out, rsd.read_jsonl(Path("e.judged.jsonl"))
+    answers = [d for d in rsd.read_jsonl(Path("e.jsonl")) if d["text"]]
+    assert len(verdicts) == len({(d["question"], d["text"]) for d in answers}) >= 10
+    assert all(d["judge"] is None and d["tries"] == 3 for d in verdicts) and "judge: none for" in said
+    assert re.search("rubric_score +n/a", said.split("judge: none for")[1])
+    assert {d["question"] for d in verdicts} <= {d["question"] for d in answers}
+
+
+def test_eval_judge_grades_by_the_rubric_and_compares(tok, base, stub, tmp_path, monkeypatch, capsys):
+    """Two models' answers, judged by one server; the paired gain is that of the two by hand."""
+    name, log = stub
+    rubric = [{"title": "t", "description": f"d{k}", "weight": w} for k, w in enumerate((5, 3, -2))]
+    rows = [{"question": f"q{k}", "reference_answer": "so", "rubric": rubric} for k in range(3)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.chdir(tmp_path)
+    verdict = {"A": "[true, true, false]", "B": "[true, false, true]", "C": "[false, true, false]"}
+
+    def answer(letters):
+        return lambda model, prompts, stop, **k: [(tok.encode(t), True) for t, _ in zip(letters, prompts)]
+
+    def judge(server, prompts, **k):
+        return [([verdict[re.search(r"\n([ABC])\n", p[0])[1]]], True) for p in prompts]
+
+    monkeypatch.setattr(rsd, "ask", judge)
+    words = ["eval", "--model", str(base), "--prompts", str(REPO / "prompts"), "--data", "d.jsonl", "--judge", name]
+    monkeypatch.setattr(rsd, "sample_completions", answer("ABC"))
+    assert rsd.main([*words, "--out", "one.jsonl"]) == 0
+    assert re.search(r"rubric_score +0\.583 ", capsys.readouterr().out)  # (1 + 3/8 + 3/8) / 3
+    monkeypatch.setattr(rsd, "sample_completions", answer("AAB"))
+    assert rsd.main([*words, "--out", "two.jsonl", "--against", "one.jsonl"]) == 0
+    said = capsys.readouterr().out.split("--writer judge")[1]
+    gains = torch.tensor([0, 5 / 8, 0], dtype=torch.float64)
+    se = gains.std().item() / 3 ** .5
+    want = f"{gains.mean():.3f} +- {se:.3f} (standard error, n 3), 95 %: {gains.mean() - 1.96 * se:.3f} to "
+    assert re.search("rubric_score gain +" + re.escape(want), said)
+    assert rsd.main([*words, "--judge", name]) == 2 and "--judge: needs --out" in capsys.readouterr().err
+    assert rsd.main(["eval", *words[1:-2], "--against", "d.jsonl"]) == 2
+    assert "--against d.jsonl: holds no text" in capsys.readouterr().err
+
+
+def test_k_answers_a_question(tok, base, tmp_path, monkeypatch, capsys):
+    """avg@k, pass@m, majority@k and the clustered error against a count of all subsets."""
+    rows = [{"question": f"q{k}", "reference_answer": "B"} for k in range(3)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    said = ["ABBA", "BBBB", "ACAC"]  # answers to q0, q1, q2; a tie goes to what was said first
+    asked = []
+
+    def fake(model, prompts, stop, **k):
+        asked.append(len(prompts))
+        return [(tok.encode(f"\\boxed{{{t}}}"), True) for t, _ in zip("".join(said), prompts)]
+
+    monkeypatch.setattr(rsd, "sample_completions", fake)
+    words = ["eval", "--model", str(base), "--prompts", str(REPO / "prompts"), "--data", str(tmp_path / "d.jsonl"),
+             "--k", "4", "--out", str(tmp_path / "e.jsonl")]
+    assert rsd.main(words) == 0
+    report = capsys.readouterr().out
+    right = [[a == "B" for a in answers] for answers in said]
+    figures = {"accuracy": [sum(r) / 4 for r in right], "majority@4": [0, 1, 0],
+               **{f"pass@{m}": [sum(map(any, itertools.combinations(r, m))) / math.comb(4, m) for r in right] for m in (2, 4)}}
+    for name, x in figures.items():
+        x = torch.tensor(x, dtype=torch.float64)
+        assert re.search(rf"{name} +{x.mean():.3f} \+- {x.std() / 3 ** .5:.3f} \(standard error, n 3\)", report), name
+    lines = rsd.read_jsonl(tmp_path / "e.jsonl")
+    assert [d["sample"] for d in lines] == [0, 1, 2, 3] * 3 and all(d["temperature"] == 0.7 for d in lines)
+    assert rsd.main(words) == 0 and sum(asked) == 12
+
+
+def test_flags_reach_the_loading_of_a_model(base, tmp_path, monkeypatch):
+    seen, real = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(rsd.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: seen.append(k) or real(*a, **k))
+    words = ["eval", "--model", str(base), "--limit", "1", "--max-new-tokens", "2", "--dtype", "bfloat16", "--attn", "eager",
+             "--revision", "v1", "--trust-remote-code"]
+    assert rsd.main(words) == 0 and rsd.main(words[:7]) == 0
+    assert [(k["dtype"], k["attn_implementation"], k["revision"], k["trust_remote_code"], k["use_safetensors"])
+            for k in seen] == [(torch.bfloat16, "eager", "v1", True, True), (torch.float32, None, "main", False, True)]
 
 
 # ---- 7. seeing the credit --------------------------------------------------------------------------
