@@ -867,7 +867,7 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     if kind in misses:
         written = [c for c in own if rng.random() >= misses[kind]]
         return kind, row, row_fields({"rubric": written or own})["rubric_json"]
-    asked = [h for h in HABITS if rng.random() < (0.7 if "rubric" in kind else 0)]
+    asked = rng.sample(HABITS, rng.choice([0, 1, 2, 3, 3])) if "rubric" in kind else []
     shown = [c for h, c in zip(HABITS, own) if h in asked]
     others = [c for c in toy_problem(rng)["rubric"] + packaged("toy/generic")
               if c["description"] not in [c["description"] for c in own]]
@@ -946,9 +946,9 @@ def cmd_generate(args) -> dict:
         (d["question"], spell(extract_answer(d["text"])), rate(d[name], rows[d["question"]])
          | {f: d[f] for f in ("tokens", "truncated")}) for d in lines if d["question"] in rows)
     figures, others = measure(lines), read_jsonl(Path(args.against)) if args.against else []
-    check(all(name in d for d in others), f"--against {args.against}: holds no {name}.")
-    for question, other in measure(others).items():  # paired: the same question, another model
-        own = figures[question]
+    theirs = measure(others) if all(name in d for d in others) else {}
+    check(theirs or not args.against, f"--against {args.against}: no {name} to these questions.")
+    for own, other in ((figures[q], f) for q, f in theirs.items()):  # paired: the same question
         own |= {f"{f} gain": own[f] - x for f, x in other.items() if None not in (x, own.get(f))}
     summary = report([*figures.values()])
     if everyones(judge)[0]:  # once the first rank has written the answers
@@ -1108,38 +1108,38 @@ COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train,
 FLAGS = {
  "gtei": {"model": (None, "directory, hub id or name, NAME@URL of a server; none: the toy"),
           "data": ("rar-science", "toy, rar-science, hub id, .jsonl .json .parquet file"),
-          "split": (["train", "train", "test", "test"], "of named data"),
-          "attn": (None, "name"), "temperature": ([0.7, 1.0, 0.7, 1.0], "of sampling; 0: greedy"),
-          "prompts": (str(HERE / "prompts"), "directory"), "top-k": ([20, 0, 20, 0], "0: all"),
-          "revision": ("main", "of the hub"), "top-p": ([0.95, 1.0, 0.95, 1.0], "of nucleus"),
-          "trust-remote-code": (False, "run its code"), "thinking": (("off", "on"), "by template"),
-          "max-new-tokens": ([1024, 4096, 4096, 2000], "a completion"), "batch-size": (64, "rows")},
- "ge": {"writer": (["writer+answer", "student"], "prompt file; analysis; judge"),
-        "against": ("", "another model's --out: gain, question by question"),
-        "tries": (3, "at one answer"), "dtype": (("auto", "float32", "bfloat16"), "weights")},
+          "split": (["train", "train", "test", "test"], "of the data"), "batch-size": (64, "rows"),
+          "max-new-tokens": ([1024, 4096, 4096, 2000], "a completion"), "attn": (None, "its name"),
+          "temperature": ([0.7, 1.0, 0.7, 1.0], "0: greedy"), "revision": ("main", "of the hub's"),
+          "top-p": ([0.95, 1.0, 0.95, 1.0], "nucleus; 1: all"), "top-k": ([20, 0, 20, 0], "0: all"),
+          "trust-remote-code": (False, "the model's"), "thinking": (("off", "on"), "by template"),
+          "prompts": (str(HERE / "prompts"), "directory of the prompt files")},
+ "ge": {"writer": (["writer+answer", "student"], "prompt file; or analysis, judge"),
+        "against": ("", "another model's --out: the gain over it, question by question"),
+        "tries": (3, "at one answer"), "dtype": (("auto", "float32", "bfloat16"), "of weights")},
  "e": {"out": ("", "JSON Lines file of all samples"), "k": (1, "answers per question"),
        "judge": ("", "a model or NAME@URL that then grades the answers by their rubrics")},
- "g": {"out": ("runs/rubrics.jsonl", "JSON Lines; what it holds is not redone")},
- "gti": {"rubrics": ("data", "data, none, generic, random, noisy, reduced, or a .jsonl")},
- "ti": {"student-context": ("student", "its prompt file"),
-        "teacher-context": ("rubric", "the teacher's, unless METHODS differs")},
- "t": {"out": ("runs/train", "checkpoint directory"), "beta": (0.5, "of jsd: the teacher's share"),
-       "resume": (False, "go on with the run there"), "method": (tuple(METHODS), "row of METHODS"),
-       "stage": (tuple(STAGES), "row of STAGES"), "teacher": (("fixed", "ema", "live"), "weights"),
-       "batch": (32, "prompts a step"), "gradient-checkpointing": (False, "less memory, more time"),
-       "rollouts": (1, "per prompt"), "warmup": (5, "steps"), "lora-alpha": (0, "0: 2 x rank"),
-       "lr": (5e-6, "AdamW's peak"), "clip": (("none", "entry", "token"), "cap on the divergence"),
-       "schedule": (("constant", "cosine"), "then"), "loss-temperature": (1.0, "of both logits"),
-       "save-every": (50, ""), "clip-at": (0.05, "nats"), "skip-thinking": (False, "no loss on it"),
-       "divergence": ((*BETA, "sampled"), "signal"), "support": (0, "the teacher's top k; 0: all"),
-       "tail": (False, "and a bucket for the rest"), "kl": (0.0, "grpo: weight of the reverse KL"),
-       "ema-decay": (0.99, "of the ema"), "token-budget": (8192, "of a micro-batch, padded"),
-       "truncated": (("keep", "mask"), "cut ones"), "lora-rank": (0, "adapters, by peft; 0: none"),
-       "max-grad-norm": (1.0, "then scaled"), "lora-targets": ("all-linear", "or names, by comma")},
+ "g": {"out": ("runs/rubrics.jsonl", "JSON Lines file; what it holds is not redone")},
+ "gti": {"rubrics": ("data", "data, none, generic, random, noisy, reduced, or a .jsonl file")},
+ "ti": {"student-context": ("student", "prompt file"), "teacher-context": ("rubric", "rsd's")},
+ "t": {"out": ("runs/train", "checkpoint directory"), "resume": (False, "go on with the run there"),
+       "method": (tuple(METHODS), "row of METHODS"), "stage": (tuple(STAGES), "row of STAGES"),
+       "batch": (32, "prompts a step"), "rollouts": (1, "per prompt"), "save-every": (50, "steps"),
+       "lr": (5e-6, "at most"), "warmup": (5, "steps"), "schedule": (("constant", "cosine"), ""),
+       "divergence": ((*BETA, "sampled"), "signal"), "beta": (0.5, "of jsd: the teacher's share"),
+       "support": (0, "the teacher's top k; 0: all"), "tail": (False, "and a bucket for the rest"),
+       "clip": (("none", "entry", "token"), "cap on the divergence"), "clip-at": (0.05, "that cap"),
+       "teacher": (("fixed", "ema", "live"), "its weights"), "ema-decay": (0.99, "of the ema"),
+       "kl": (0.0, "grpo: weight of the reverse KL"), "loss-temperature": (1.0, "of both logits"),
+       "truncated": (("keep", "mask"), "those cut"), "skip-thinking": (False, "no loss on it"),
+       "token-budget": (8192, "of a micro-batch, padded"), "max-grad-norm": (1.0, "clipped to it"),
+       "lora-rank": (0, "adapters, by peft; 0: none"), "lora-alpha": (0, "0: 2 x rank"),
+       "lora-targets": ("all-linear", "or names of layers, by comma"),
+       "gradient-checkpointing": (False, "less memory, more time")},
  "i": {"out": ("runs/credit.html", "and .json"), "compare": ("", "a trained model, beside it"),
        "run": ("", "directory of a run: its curves (with --model: and the credit)")},
- "dgteci": {"seed": (0, "of data order, sampling, base model (the first)")},
- "dgtec": {"limit": ([256, 0, 0, 0, 256], "0: all rows")}, "dtc": {"steps": ([60, 100, 40], "all")},
+ "dgteci": {"seed": (0, "of data, sampling, base model")}, "dtc": {"steps": ([60, 100, 40], "all")},
+ "dgtec": {"limit": ([256, 0, 0, 0, 256], "rows at most; 0: all")},
  "dci": {"n": ([200, 200, 5], "held-out problems")}, "dc": {"seeds": ([1, 3], "of each system"),
          "base-steps": (700, "of the base"), "out": (["runs/demo", "runs/compare"], "directory")}}
 TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch-size": 256,

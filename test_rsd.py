@@ -1337,7 +1337,10 @@ def test_eval_judge_grades_by_the_rubric_and_compares(tok, base, stub, tmp_path,
     assert re.search("rubric_score gain +" + re.escape(want), said)
     assert rsd.main([*words, "--judge", name]) == 2 and "--judge: needs --out" in capsys.readouterr().err
     assert rsd.main(["eval", *words[1:-2], "--against", "d.jsonl"]) == 2
-    assert "--against d.jsonl: holds no text" in capsys.readouterr().err
+    assert "--against d.jsonl: no text to these questions" in capsys.readouterr().err
+    Path("other.jsonl").write_text(Path("one.jsonl").read_text().replace('"question": "q', '"question": "other'))
+    assert rsd.main(["eval", *words[1:-2], "--out", "two.jsonl", "--against", "other.jsonl"]) == 2
+    assert "--against other.jsonl: no text to these questions" in capsys.readouterr().err
 
 
 def test_k_answers_a_question(tok, base, tmp_path, monkeypatch, capsys):
