@@ -90,7 +90,7 @@ def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False
     """One prompt file and one row's fields -> ids [P] of a chat prompt, or for a server, which has
     no tokenizer here, one text. Braces, backslashes, $ and "<|im_end|>" in data stay plain text
     (for a server as "< |im_end|>"). KeyError: a placeholder that the row cannot fill."""
-    safe = lambda text: plain(tokenizer, text) if tokenizer else re.sub(r"<(?=\S*>)", "< ", text)
+    safe = lambda text: plain(tokenizer, text) if tokenizer else re.sub(r"<(?=\S{,40}>)", "< ", text)
     message = PLACEHOLDER.sub(lambda m: safe(fields[m[1]]), template)
     return encode(tokenizer, tokenizer.apply_chat_template([{"role": "user", "content": message}],
                   tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
