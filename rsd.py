@@ -1,6 +1,5 @@
 """Rubric-Conditioned Self-Distillation (RSD): rsd.py demo | generate | train | eval | inspect.
-Not one chain of thought to copy, nor one scalar reward to chase: RSD uses a rubric, the weighted
-criteria that a good answer meets. One network plays two parts:
+RSD learns from rubrics, weighted criteria that a good answer meets. One network plays two parts:
   1. the student reads the bare question x and samples a completion y ~ p_S(.|x)
   2. the teacher, the same network with the rubric r in its context, re-scores every token of y
   3. at every position t of y the two next-token distributions are compared:
@@ -90,7 +89,7 @@ def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False
     """One prompt file and one row's fields -> ids [P] of a chat prompt, or for a server, which has
     no tokenizer here, one text. Braces, backslashes, $ and "<|im_end|>" in data stay plain text
     (for a server as "< |im_end|>"). KeyError: a placeholder that the row cannot fill."""
-    safe = lambda text: plain(tokenizer, text) if tokenizer else re.sub(r"<(?=\S{,40}>)", "< ", text)
+    safe = lambda x: plain(tokenizer, x) if tokenizer else re.sub(r"<(?=\S{,40}>)", "< ", x)
     message = PLACEHOLDER.sub(lambda m: safe(fields[m[1]]), template)
     return encode(tokenizer, tokenizer.apply_chat_template([{"role": "user", "content": message}],
                   tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
@@ -113,9 +112,8 @@ NAMES = {"title": ["title"], "description": ["description", "criterion", "criter
          "weight": ["weight", "points", "score"]}
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
 LATEX = (  # commands whose first letter JSON would take for an escape
-    r"([bfr][a-zA-Z]+|n(abla|atural|e(?![).])|eq|eg|earrow|ewline|[gl]eq|mid|o(indent|limits|number"
-    r"|t|tin)|u)|t(ag|anh?|au|binom|frac|ext\w*|h(erefore|eta|inspace)|ilde|imes|op?|riangle\w*|t))"
-    r"(?![a-zA-Z])")
+    r"([bfr][a-zA-Z]+|n(abla|e(?![).])|eq|eg|earrow|[gl]eq|mid|o(limits|number|t|tin)|u)|t(ag|anh?"
+    r"|au|binom|frac|ext\w*|h(erefore|eta|inspace)|ilde|imes|op?|riangle\w*|t))(?![a-zA-Z])")
 ESCAPE = re.compile(rf'["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt]')  # what JSON means by \ as well
 
 def read_criterion(item, need_title=False) -> dict:
@@ -230,24 +228,24 @@ def ask(server: str, prompts: list[list[str]], batch_size=64, max_new_tokens=512
     """The same of NAME@URL, an OpenAI-compatible server (key: $OPENAI_API_KEY), batch_size requests
     at a time. A prompt is one text; a completion its text, then "" for each further token. What may
     pass is tried again after 1, 2, 4 ... 64 s, else UserError. top_k is not in the protocol."""
-    name, _, url = server.rpartition("@")
-    key = os.environ.get("OPENAI_API_KEY", "none")  # with None the hub's own token would be sent
-    client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
+    name, _, url = server.partition("@http")
+    key = os.environ.get("OPENAI_API_KEY") or "none"  # or the hub's own token would be sent
+    client = InferenceClient(base_url="http" + url, api_key=key, timeout=timeout)
     how = dict(model=name, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     def one(prompt):
         for attempt in range(1, tries + 1):
             try:
                 got = client.chat_completion([{"role": "user", "content": prompt[0]}], **how)
                 text, ended = got.choices[0].message.content, got.choices[0].finish_reason
-                return [text or ""] + [""] * (got.usage.completion_tokens - 1), ended != "length"
+                length = got.usage.completion_tokens if got.usage else 1
+                return [text or ""] + [""] * (length - 1), ended != "length"
             except Exception as error:  # of the connection, the server, its JSON: many kinds
                 code = getattr(getattr(error, "response", None), "status_code", 500)
                 again = (code in (408, 429) or code >= 500) and "HF_HUB_OFFLINE" not in str(error)
-                check(again and attempt < tries, f"--model {server}: try {attempt} of {tries} "
-                      f"failed ({str(error)!r:.200}); answers before it are kept.")
+                check(again and attempt < tries, f"--model {name}: try {attempt} of {tries} failed "
+                      f"({str(error)!r:.200}) for the prompt {prompt[0][:80]!r}.")
                 time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
     return thread_map(one, prompts, max_workers=batch_size, desc=name, leave=False)
-
 # ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """The hidden states [N, H] that predict each completion token, sequence after sequence (logits:
@@ -527,10 +525,10 @@ def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
 NUMBER = re.compile(r"([-+]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?)"
                     r"(?:/(\d+(?:\.\d+)?))?(.*)", re.S)
 SPELLINGS = [  # of numbers, units and letters -> a plain one, in this order
-    (r"(?<!\d)(?<!\d )\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r"\1/\2"), ("[−–]", "-"),
-    (r"\^?\s*\{?\s*\\circ\b\s*\}?", "\u00b0"), (r"^[\s$]*10\s*\^\s*\{?([-+]?\d+)\}?", r"1e\1"),
-    (r"(?<=[\d.])[\s$]*(?:\\times|\\cdot|[×x*\s])[\s$]*10\s*\^\s*\{?([-+]?\d+)\}?", r"e\1"),
-    (r"[\s$~]|\\(?:text|mathrm|textbf|mathbf)\b|\\[,;! ]|\\(?=%)", "")]
+    (r"[\s$~]+", " "), ("[−–]", "-"), (r"^ ?10 ?\^ ?\{?([-+]?\d+)\}?", r"1e\1"),
+    (r"(?<!\d)(?<!\d )\\[dt]?frac ?\{(-?[\d.]+)\} ?\{([\d.]+)\}(?! ?\d)", r"\1/\2"),
+    (r"(?<=[\d.]) ?(?:\\times|\\cdot|[×x* ]) ?10 ?\^ ?\{?([-+]?\d+)\}?", r"e\1"),
+    (r"\^? ?\{? ?\\circ\b ?\}?", "°"), (r" |\\(text|mathrm|textbf|mathbf)\b|\\[,;!]|\\(?=%)", "")]
 
 def spell(text: str) -> str:
     """Numbers, units and letters in one plain spelling, without spaces and LaTeX's dress."""
@@ -553,16 +551,17 @@ def grade(answer: str, reference: str, tolerance=0.01, need_unit=True) -> bool:
     """
     a, b = spell(answer), spell(reference)
     if re.fullmatch("[A-Z]", b):
-        return bool(re.match(rf"(?i)\W*(option|choice)?\W*{b}($|[.,:)}}])", a))
-    if (m := NUMBER.fullmatch(a)) and (n := NUMBER.fullmatch(b)):
+        return bool(re.match(rf"(?i)\W*(option|choice)?\W*{b}($|[.,:)}}](?!\W*[A-Z]\b))", a))
+    m, n = NUMBER.fullmatch(a), NUMBER.fullmatch(b)
+    if m and n:
         x, y = (float(k[1].replace(",", "")) / (float(k[2] or 1) or math.nan) for k in (m, n))
         u, v = (re.sub(r"[{}.]", "", k[3]) for k in (m, n))  # units
         bare = not (u if v else re.match(r"[/\\^*:,\d-]|.*[+=]", u))  # 3:4 is no 3 with a unit
         return (u == v or bare and not (need_unit and v)) and abs(x - y) <= tolerance * abs(y)
     if a.strip("(){}.").lower() == b.strip("(){}.").lower(): return True
     with suppress(Exception):  # not installed, or no mathematics
-        import math_verify
-        return math_verify.verify(*(math_verify.parse(f"${t}$") for t in (reference, answer)))
+        from math_verify import parse, verify  # which do not look at units
+        return not (n and n[3]) and verify(*(parse(f"${t}$") for t in (reference, answer)))
     return False
 
 def rubric_score(rubric: list[dict] | None, met: list[bool | None], rar=False) -> float | None:
@@ -631,8 +630,7 @@ def per_question(samples) -> dict[str, dict]:
     return groups
 
 def report(figures: list[dict]) -> dict:
-    """Print and return the mean over questions of every figure, its standard error (_se; clustered,
-    as a question is one figure whatever its samples), 95 % interval and number (_n)."""
+    """Print and return each figure's mean over questions, standard error (_se) and number (_n)."""
     summary = {"n": len(figures)}
     for key in {key: 0 for f in figures for key in f}:
         x, se, n = mean_se([f.get(key) for f in figures])
@@ -644,11 +642,10 @@ def report(figures: list[dict]) -> dict:
 @torch.no_grad()
 def token_credit(model, teacher, prompt, context, without, completion, top=5) -> dict:
     """Ids in: the student's prompt, the teacher's context, the same without each of K criteria, a
-    completion of T tokens. Out, in nats: gap [T] = log p_T - log p_S (above 0: the teacher pulls
-    towards the token); divergence [T] = KL(T||S); credit [K, T] = log p_T less log p_T without
-    criterion k; credit_divergence [K, T], of the KL; the likeliest student_ids, teacher_ids and
-    their student_p, teacher_p [T, top]. K + 2 forward passes, K + 1 batched. Leave-one-out is what
-    one adds to the others: of two that say the same each gets about 0."""
+    completion of T tokens. Out, in nats: gap [T] = log p_T - log p_S; divergence [T] = KL(T||S);
+    credit [K, T] = log p_T less log p_T without criterion k; credit_divergence [K, T], of the KL;
+    the likeliest student_ids, teacher_ids and their student_p, teacher_p [T, top]. K + 2 forward
+    passes. Leave-one-out is what one adds to the others: two that say the same get about 0 each."""
     token, views = torch.tensor(completion, device=model.device)[:, None], [context, *without]
     student = logits_of(model, rescore(model, [prompt], [completion])).float().log_softmax(-1)
     said, apart, likeliest = [], [], [student.exp().topk(top)]
@@ -676,7 +673,7 @@ def load_model(name: str, dtype=torch.float32, attn=None, **hub):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True,
-                                                     attn_implementation=attn, **hub)
+                                                     attn_implementation=attn or None, **hub)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(f"--model {name}: looked for {source} here and on the hub, in vain "
                         f"({str(error)!r:.150}); pass --model DIR, a downloaded copy.") from error
@@ -701,8 +698,7 @@ def read_rubric(value, weight=None) -> list[dict] | None:
     return rubric or None
 
 def read_jsonl(path: Path, mend=False) -> list[dict]:
-    """The objects of a JSON Lines file; UserError names the line of what is none (with mend not of
-    a last one that a crash left half-written)."""
+    """A JSON Lines file's objects; UserError names a line that is none (mend: but a last one)."""
     rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -715,13 +711,14 @@ def read_jsonl(path: Path, mend=False) -> list[dict]:
     return rows
 
 def remember(path, jobs: list[tuple], work, size: int, desc: str, **origin) -> list[dict]:
-    """For each job (item, asked) a line item | answer | origin; work([asked ...]) -> answers. What
-    stands in the JSON Lines file `path` is not asked again; UserError if it has another origin."""
-    key = lambda line: json.dumps([line.get(k) for k in jobs[0][0]])
+    """Of the different jobs (item, asked) the lines item | answer | origin; work([asked]): answers.
+    What the JSON Lines file `path` holds is not asked again; UserError if it has another origin."""
+    key = lambda line: json.dumps([line.get(k, 0) for k in jobs[0][0]])
     old = read_jsonl(path, mend=True) if (path := Path(path or os.devnull)).exists() else []
     check(all(d.get(k) == v for d in old for k, v in origin.items()),
           f"--out {path} holds lines of other settings than {origin}; choose another --out.")
     done = {key(d): d for d in old}
+    torch.manual_seed(torch.initial_seed() + len(done) * RANKS)  # not the old samples once more
     todo = [*{key(job[0]): job for job in jobs if key(job[0]) not in done}.values()]
     print(f"{len(todo)} of {len(jobs)} are still to do (others repeat, or are done)")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -736,7 +733,7 @@ def remember(path, jobs: list[tuple], work, size: int, desc: str, **origin) -> l
                 done[key(item)] = line = item | answer | origin
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-    return [done[key(item)] for item, _ in jobs]
+    return [*{key(item): done[key(item)] for item, _ in jobs}.values()]
 
 @functools.cache
 def packaged(name: str):
@@ -782,7 +779,8 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
     table, columns, rows = read_table(data, split, limit), spec["columns"] | spec, []
     for number, raw in enumerate(table, 1):
         try:
-            cells = dict.fromkeys(("solution", "analysis", "text"), "") | as_text(raw)
+            cells = dict.fromkeys(("solution", "analysis", "text", "sample"), "") | as_text(raw)
+            if raw.get("text") == "": cells["text"] = "(no answer)"  # which a judge grades, too
             row = {k: columns[k].format_map(cells) for k in spec["columns"]}
             row["rubric"] = read_rubric(next((raw[c] for c in spec["rubric"] if raw.get(c)), None),
                                         spec.get("weight"))
@@ -860,8 +858,7 @@ def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
     return list(rows.values())
 
 def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
-    """One lesson of the base model: (prompt file, row as shown there, what to write). A rubric gets
-    exactly the habits that it asks for; where nothing applies, each comes by the flip of a coin."""
+    """(prompt file, row as shown there, what to write): habits as asked for, or by coin flips."""
     mixture, misses = world()["lessons, per cent"], world()["criteria missed, chance"]
     kind, own = rng.choices([*mixture], [*mixture.values()])[0], row["rubric"]
     if kind in misses:
@@ -876,7 +873,7 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     text = toy_solution(row["toy"], asked or [h for h in HABITS if rng.random() < 0.5])
     return kind, row | {"rubric": shown, "solution": text}, text
 
-def toy_base(seed=0, steps=700) -> str:
+def toy_base(seed=0, steps=800) -> str:
     """The toy's base model, a directory; the first time it is trained, from nothing, by SFT."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
     check(RANKS == 1, f"the toy is made in one process; under torchrun, give --model {out}.")
@@ -894,7 +891,7 @@ def toy_base(seed=0, steps=700) -> str:
         episodes = [Episode(row, context_ids(tokenizer, prompts[kind], row_fields(row)), [],
                             tokenizer.encode(text) + [turn_end(tokenizer)])
                     for kind, row, text in lessons[16 * step:16 * step + 16]]
-        accumulate(model, None, episodes, "advantage", token_budget=2048)
+        accumulate(model, None, episodes, "advantage", token_budget=1024)
         with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # Muon's: slow on CPUs
             for o in both: optimizer_step(o, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
     for part in (model, tokenizer): part.save_pretrained(new := Path(f"{out}.rsd-new"))
@@ -916,8 +913,8 @@ def prepare(args, student: str, teacher="", needs=()):
     torch.manual_seed(args.seed)
     check(args.command != "train" or not hasattr(model, "peft_config"),
           f"--model {args.model}: is an adapter; merge it into its base first (README: LoRA).")
-    check(tokenizer or args.command in ("generate", "eval") and RANKS == 1,
-          f"--model {args.model}: a server can generate and eval only, in one process.")
+    check(tokenizer and "@http" not in getattr(args, "compare", "") or RANKS == 1 and args.command
+          in ("generate", "eval"), "NAME@URL: a server can generate and eval only, in one process.")
     if lora: add_lora(model, lora, args.lora_alpha, args.lora_targets)
     room = getattr(tokenizer and model.config, "max_position_embeddings", math.inf)
     examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher],
@@ -932,8 +929,9 @@ def cmd_generate(args) -> dict:
     name = "text" if args.command == "eval" else args.writer if args.writer in WRITES else "rubric"
     (keep, read, rate), judge = WRITES[name], getattr(args, "judge", "")
     check(not judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
+    others = read_jsonl(Path(args.against)) if args.against else []
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
-    jobs = [({f: e.row.get(f) for f in keep} | {"sample": i}, e)
+    jobs = [({f: e.row.get(f) for f in keep} | {"sample": e.row.get("sample") or i}, e)
             for e in examples for i in range(getattr(args, "k", 1))]
     work = lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling)
     lines = remember(args.out, jobs, work, 2 * args.batch_size * RANKS, name, model=(
@@ -943,14 +941,16 @@ def cmd_generate(args) -> dict:
     if lost: print(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
     rows = {e.row["question"]: e.row for e in examples}
     measure = lambda lines: per_question(
-        (d["question"], spell(extract_answer(d["text"])), rate(d[name], rows[d["question"]])
-         | {f: d[f] for f in ("tokens", "truncated")}) for d in lines if d["question"] in rows)
-    figures, others = measure(lines), read_jsonl(Path(args.against)) if args.against else []
-    theirs = measure(others) if all(name in d for d in others) else {}
+        ((d["question"], d.get("reference_answer")), spell(extract_answer(d["text"])),
+         rate(d[name], rows[d["question"]] | d) | {f: d[f] for f in ("tokens", "truncated")})
+        for d in lines if d["question"] in rows)
+    figures, known = measure(lines), {name, "question", "tokens"}
+    theirs = measure(others) if all(known <= d.keys() for d in others) else {}
     check(theirs or not args.against, f"--against {args.against}: no {name} to these questions.")
     for own, other in ((figures[q], f) for q, f in theirs.items()):  # paired: the same question
         own |= {f"{f} gain": own[f] - x for f, x in other.items() if None not in (x, own.get(f))}
     summary = report([*figures.values()])
+    model = work = None  # room for the judge
     if everyones(judge)[0]:  # once the first rank has written the answers
         judged = lambda path: path and Path(path).with_suffix(".judged.jsonl")
         summary |= run("generate", "--writer", "judge", "--model", judge, "--temperature", 0,
@@ -987,9 +987,9 @@ def cmd_train(args) -> dict:
                    beta=args.beta if signal == "jsd" else BETA.get(signal))
     start, history = (state["step"], state["metrics"]) if state else (0, [])
     if state:  # the run's own student, teacher and optimizer
-        weights = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
-        model.load_state_dict(weights)
-        teacher.load_state_dict(state["teacher"] or weights, strict=not state["teacher"])
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.float32, trust_remote_code=args.trust_remote_code).state_dict())
+        teacher.load_state_dict(state["teacher"] or model.state_dict(), strict=not state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
     log = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
     own = {n for n, p in model.named_parameters() if p.requires_grad and teacher is not model}
@@ -1109,7 +1109,7 @@ FLAGS = {
  "gtei": {"model": (None, "directory, hub id or name, NAME@URL of a server; none: the toy"),
           "data": ("rar-science", "toy, rar-science, hub id, .jsonl .json .parquet file"),
           "split": (["train", "train", "test", "test"], "of the data"), "batch-size": (64, "rows"),
-          "max-new-tokens": ([1024, 4096, 4096, 2000], "a completion"), "attn": (None, "its name"),
+          "max-new-tokens": ([1024, 4096, 4096, 2000], "a completion"), "attn": ("", "its name"),
           "temperature": ([0.7, 1.0, 0.7, 1.0], "0: greedy"), "revision": ("main", "of the hub's"),
           "top-p": ([0.95, 1.0, 0.95, 1.0], "nucleus; 1: all"), "top-k": ([20, 0, 20, 0], "0: all"),
           "trust-remote-code": (False, "the model's"), "thinking": (("off", "on"), "by template"),
@@ -1141,7 +1141,7 @@ FLAGS = {
  "dgteci": {"seed": (0, "of data, sampling, base model")}, "dtc": {"steps": ([60, 100, 40], "all")},
  "dgtec": {"limit": ([256, 0, 0, 0, 256], "rows at most; 0: all")},
  "dci": {"n": ([200, 200, 5], "held-out problems")}, "dc": {"seeds": ([1, 3], "of each system"),
-         "base-steps": (700, "of the base"), "out": (["runs/demo", "runs/compare"], "directory")}}
+         "base-steps": (800, "of the base"), "out": (["runs/demo", "runs/compare"], "directory")}}
 TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch-size": 256,
        "max-new-tokens": 220, "teacher-context": "rubric+answer", "lr": 3e-4}
 
