@@ -873,7 +873,7 @@ def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
     text = toy_solution(row["toy"], asked or [h for h in HABITS if rng.random() < 0.5])
     return kind, row | {"rubric": shown, "solution": text}, text
 
-def toy_base(seed=0, steps=800) -> str:
+def toy_base(seed=0, steps=700) -> str:
     """The toy's base model, a directory; the first time it is trained, from nothing, by SFT."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
     check(RANKS == 1, f"the toy is made in one process; under torchrun, give --model {out}.")
@@ -1141,7 +1141,7 @@ FLAGS = {
  "dgteci": {"seed": (0, "of data, sampling, base model")}, "dtc": {"steps": ([60, 100, 40], "all")},
  "dgtec": {"limit": ([256, 0, 0, 0, 256], "rows at most; 0: all")},
  "dci": {"n": ([200, 200, 5], "held-out problems")}, "dc": {"seeds": ([1, 3], "of each system"),
-         "base-steps": (800, "of the base"), "out": (["runs/demo", "runs/compare"], "directory")}}
+         "base-steps": (700, "of the base"), "out": (["runs/demo", "runs/compare"], "directory")}}
 TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch-size": 256,
        "max-new-tokens": 220, "teacher-context": "rubric+answer", "lr": 3e-4}
 
