@@ -1317,6 +1317,8 @@ def test_real_questions_over_a_real_server(real_server, random_model, tmp_path, 
     assert rsd.main(["generate", "--model", real_server, *common, "--out", "r.jsonl", "--tries", "2"]) == 0
     assert "rubric: none for 6 of 6" in capsys.readouterr().out
     assert rsd.main(["train", *mine, "--steps", "2", "--batch", "2", "--out", "t"]) == 0
+    ask = rsd.ask  # random weights never end by themselves
+    monkeypatch.setattr(rsd, "ask", lambda *a, **k: ask(*a, **k | {"max_new_tokens": 8}))
     assert rsd.main(["eval", "--model", "t", *common, "--k", "2", "--out", "e.jsonl", "--judge", real_server]) == 0
     said, verdicts = capsys.readouterr().out, rsd.read_jsonl(Path("e.judged.jsonl"))
     answers = [d for d in rsd.read_jsonl(Path("e.jsonl")) if d["text"]]
