@@ -931,8 +931,8 @@ def cmd_generate(args) -> dict:
     check(not judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
     others = read_jsonl(Path(args.against)) if args.against else []
     model, tokenizer, _, examples, sampling = prepare(args, args.writer)
-    jobs = [({f: e.row.get(f) for f in keep} | {"sample": e.row.get("sample") or i}, e)
-            for e in examples for i in range(getattr(args, "k", 1))]
+    jobs = [({f: e.row.get(f) for f in keep} | {"sample": name == "judge" and e.row.get("sample")
+             or i}, e) for e in examples for i in range(getattr(args, "k", 1))]
     work = lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling)
     lines = remember(args.out, jobs, work, 2 * args.batch_size * RANKS, name, model=(
         m := args.model or "toy"), saved=os.path.isdir(m) and os.path.getmtime(m),

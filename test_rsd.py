@@ -1365,7 +1365,7 @@ def test_eval_judge_grades_by_the_rubric_and_compares(tok, base, stub, tmp_path,
 
 def test_k_answers_a_question(tok, base, tmp_path, monkeypatch, capsys):
     """avg@k, pass@m, majority@k and the clustered error against a count of all subsets."""
-    rows = [{"question": f"q{k}", "reference_answer": "B"} for k in range(3)]
+    rows = [{"question": f"q{k}", "reference_answer": "B", "sample": 7} for k in range(3)]  # a column of that name
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     said = ["ABBA", "BBBB", "ACAC"]  # answers to q0, q1, q2; a tie goes to what was said first
     asked = []
@@ -1441,6 +1441,34 @@ def test_flags_reach_the_loading_of_a_model(base, tmp_path, monkeypatch):
     assert rsd.main(words) == 0 and rsd.main(words[:7]) == 0
     assert [(k["dtype"], k["attn_implementation"], k["revision"], k["trust_remote_code"], k["use_safetensors"])
             for k in seen] == [(torch.bfloat16, "eager", "v1", True, True), (torch.float32, None, "main", False, True)]
+
+
+def test_the_harness_grades_a_checkpoint_as_eval_does(tmp_path):
+    """EleutherAI's harness, where it is installed, on the demo's base model: greedy, 40 held-out problems."""
+    for needed in ("lm_eval", "accelerate"):
+        pytest.importorskip(needed, reason="pip install lm_eval[hf]")
+    model = REPO / "runs" / "toy-seed0-steps700"
+    if not model.exists():
+        pytest.skip("needs the demo's base model: python rsd.py demo, in the repository")
+    rows = rsd.toy_rows("test", 40)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("question", "reference_answer")}) + "\n" for r in rows))
+    (tmp_path / "toy.yaml").write_text(json.dumps({  # JSON is YAML
+        "task": "toy", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "d.jsonl")}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}",
+        "doc_to_target": "{{reference_answer}}",
+        "generation_kwargs": {"until": ["<|im_end|>"], "max_gen_toks": 80, "do_sample": False},
+        "filter_list": [{"name": "boxed", "filter": [{"function": "regex", "regex_pattern": r"boxed\{([^}]*)\}"},
+                                                     {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}))
+    run = subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
+                          "--apply_chat_template", "--tasks", "toy", "--include_path", str(tmp_path), "--batch_size", "40",
+                          "--device", "cpu", "--output_path", str(tmp_path / "o")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(next((tmp_path / "o").rglob("results*.json")).read_text())["results"]["toy"]["exact_match,boxed"]
+    words = ["eval", "--model", str(model), "--limit", "40", "--temperature", "0", "--out", str(tmp_path / "e.jsonl")]
+    assert rsd.main(words) == 0
+    ours = [rsd.score(d["text"], row)["accuracy"] for d, row in zip(rsd.read_jsonl(tmp_path / "e.jsonl"), rows)]
+    assert found == pytest.approx(sum(ours) / 40) and 0 < found < 1
 
 
 # ---- 7. seeing the credit --------------------------------------------------------------------------
