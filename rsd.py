@@ -947,7 +947,7 @@ def cmd_generate(args) -> dict:
     figures, known = measure(lines), {name, "question", "tokens"}
     theirs = measure(others) if all(known <= d.keys() for d in others) else {}
     check(theirs or not args.against, f"--against {args.against}: no {name} to these questions.")
-    for own, other in ((figures[q], f) for q, f in theirs.items()):  # paired: the same question
+    for own, other in ((figures[q], f) for q, f in theirs.items() if q in figures):  # paired
         own |= {f"{f} gain": own[f] - x for f, x in other.items() if None not in (x, own.get(f))}
     summary = report([*figures.values()])
     model = work = None  # room for the judge

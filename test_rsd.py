@@ -1361,6 +1361,9 @@ def test_eval_judge_grades_by_the_rubric_and_compares(tok, base, stub, tmp_path,
     Path("other.jsonl").write_text(Path("one.jsonl").read_text().replace('"question": "q', '"question": "other'))
     assert rsd.main(["eval", *words[1:-2], "--out", "two.jsonl", "--against", "other.jsonl"]) == 2
     assert "--against other.jsonl: no text to these questions" in capsys.readouterr().err
+    Path("third.jsonl").write_text(Path("one.jsonl").read_text().replace('"so"', '"else"', 1))  # of other data, in part
+    assert rsd.main(["eval", *words[1:-2], "--out", "two.jsonl", "--against", "third.jsonl"]) == 0
+    assert re.search(r"accuracy gain .* n 2\)", capsys.readouterr().out)
 
 
 def test_k_answers_a_question(tok, base, tmp_path, monkeypatch, capsys):
