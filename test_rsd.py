@@ -1021,14 +1021,10 @@ def test_math_verify_is_asked_where_it_is_installed():
 
 
 @pytest.mark.parametrize("filler", [" ", "$", "\\circ", "10", "^{", "\\frac{", "-", "1,", "("])
-def test_grading_of_hostile_answers_takes_no_time(filler):
-    """An answer is a model's text and may be long: 20 times as long must not take 400 times."""
-    def seconds(n):
-        start = time.process_time()
-        for text in (f"5{filler * n}", f"5{filler * n}m", f"{filler * n}5"):
-            rsd.grade(text, "5 m")
-        return time.process_time() - start
-    assert seconds(20_000) < 100 * (seconds(1000) + 0.005)
+def test_hostile_answers_do_not_hang_the_grader(filler):
+    """An answer is a model's text and may be long: a pattern of cubic time takes half an hour here."""
+    for text in (f"5{filler * 20_000}", f"5{filler * 20_000}m", f"{filler * 20_000}5"):
+        assert rsd.grade(text, "6 m") is False
 
 
 @pytest.mark.parametrize("text, answer", [  # pitfall 13
@@ -1141,6 +1137,8 @@ def stub(monkeypatch):
     """An OpenAI-compatible server on loopback that follows a script, one entry a request: a text to
     answer, a status to refuse with, or drop, broken, hang. When the script is at its end it echoes."""
     log = {"script": [], "seen": [], "now": 0, "most": 0, "slept": [], "lock": threading.Lock()}
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", log["slept"].append)  # ask's waiting takes no time here
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -1150,7 +1148,7 @@ def stub(monkeypatch):
                 log["now"] += 1
                 log["most"] = max(log["most"], log["now"])
                 act = log["script"].pop(0) if log["script"] else None
-            time.sleep(1.0 if act == "hang" else 0.02)
+            sleep(1.0 if act == "hang" else 0.02)
             with log["lock"]:
                 log["now"] -= 1
             if act == "drop":
@@ -1178,9 +1176,6 @@ def stub(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    sleep = time.sleep
-    monkeypatch.setattr(rsd.time, "sleep", lambda s: sleep(s) if threading.current_thread().name.startswith("Thread")
-                        and s <= 1 and s in (1.0, 0.02) else log["slept"].append(s))
     yield f"some/model@http://127.0.0.1:{server.server_port}/v1", log
     server.shutdown()
     server.server_close()
