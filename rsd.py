@@ -460,6 +460,8 @@ def add_lora(model, rank: int, alpha: int, targets: str) -> None:
     """Freeze the model; float32 adapters on `targets` (names by comma, or all-linear) train."""
     from peft import LoraConfig  # optional; main says how to get it
     targets = targets if targets == "all-linear" else targets.split(",")
+    names = {n.split(".")[-2] for n, p in model.base_model.named_parameters() if p.ndim == 2}
+    check(targets == "all-linear" or names >= {*targets}, f"--lora-targets: choose of {names}.")
     model.requires_grad_(False).add_adapter(LoraConfig(
         r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
     for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data
@@ -493,8 +495,7 @@ def step_rows(items: list, step: int, batch: int, seed: int) -> list:
     return [items[i] for i in order[step * batch - first * n:][:batch]]
 
 def save_checkpoint(out: Path, model, tokenizer, settings: dict, state: dict) -> None:
-    """Replace directory `out` whole (model, tokenizer, trainer state): written under another
-    name, then renamed. A crash leaves the old one, or OUT.rsd-old, which open_run puts back."""
+    """Replace directory `out` whole, by renames; after a crash open_run puts OUT.rsd-old back."""
     new, old = out.with_name(out.name + ".rsd-new"), out.with_name(out.name + ".rsd-old")
     for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(new)  # of a LoRA, the adapters
@@ -689,8 +690,7 @@ def load_model(name: str, dtype=torch.float32, attn=None, **hub):
     return model, tokenizer
 
 def read_rubric(value, weight=None) -> list[dict] | None:
-    """A row's rubric: criteria in any known form, or a JSON string of them; nothing -> None.
-    weight: of all, if they have none. ValueError, or re.error for a check, says what is wrong."""
+    """Criteria in any known form -> a rubric, or None; ValueError or re.error: what is wrong."""
     value = (json.loads(value.strip() or "[]") if isinstance(value, str) else value) or []
     if not isinstance(value, list): raise ValueError("it is no list of criteria")
     rubric = [read_criterion({**item, "weight": weight} if weight else item) for item in value]

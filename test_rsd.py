@@ -874,6 +874,16 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
         torch.testing.assert_close(q, 0.9 * before[n] + 0.1 * p)
 
 
+@pytest.mark.parametrize("targets", ["nope", "q_proj,nope", "lm_head", "self_attn", ""])
+def test_layers_that_cannot_be_adapted_are_one_sentence(tok, targets):
+    pytest.importorskip("peft")
+    with pytest.raises(rsd.UserError, match="--lora-targets: choose of .*q_proj"):
+        rsd.add_lora(tiny(tok), 4, 0, targets)
+    model = tiny(tok)
+    rsd.add_lora(model, 4, 0, "q_proj,down_proj")
+    assert {n.split(".")[-4] for n, p in model.named_parameters() if p.requires_grad} == {"q_proj", "down_proj"}
+
+
 def test_precision_of_teacher_and_adapters(tok, monkeypatch):  # pitfall 7; as on a GPU, without one
     model = tiny(tok)
     monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
