@@ -690,7 +690,7 @@ def load_model(name: str, dtype=torch.float32, attn=None, **hub):
     return model, tokenizer
 
 def read_rubric(value, weight=None) -> list[dict] | None:
-    """Criteria in any known form -> a rubric, or None. weight: of all. ValueError, re.error: bad."""
+    """Criteria in any known form -> a rubric or None. weight: of all. ValueError, re.error: bad."""
     value = (json.loads(value.strip() or "[]") if isinstance(value, str) else value) or []
     if not isinstance(value, list): raise ValueError("it is no list of criteria")
     rubric = [read_criterion({**item, "weight": weight} if weight else item) for item in value]
