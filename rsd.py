@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import InferenceClient
+from torch.distributed import all_reduce, fsdp
+from torch.distributed.checkpoint import state_dict as full
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -57,10 +59,8 @@ class Episode:
     train_from: int = 0  # completion tokens before this one carry no loss
 
 def load_prompts(folder) -> dict[str, str]:
-    """Every FOLDER/NAME.txt as {NAME: text}; UserError where there is none."""
-    found = {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
-    check(found, f"--prompts {folder}: there are no .txt prompt files in that directory.")
-    return found
+    """Every FOLDER/NAME.txt as {NAME: text}."""
+    return {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
 
 def row_fields(row: dict) -> dict[str, str]:
     """What one row can put into a prompt file's placeholders; parts that it lacks are left out."""
@@ -110,6 +110,9 @@ def stop_ids(model, tokenizer) -> set[int]:
 # ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
 NAMES = {"title": ["title"], "description": ["description", "criterion", "criteria", "rubric_item"],
          "weight": ["weight", "points", "score"]}
+AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|"
+                    r"does(n't| not) (\w+ly )?(overlook|neglect|ignor|omit|confus|mis|incorrect|"
+                    r"fail|forget|impl))", re.I)
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
 LATEX = (  # commands whose first letter JSON would take for an escape
     r"([bfr][a-zA-Z]+|n(abla|e(?![).])|eq|eg|earrow|[gl]eq|mid|o(limits|number|t|tin)|u)|t(ag|anh?"
@@ -135,10 +138,6 @@ def read_criterion(item, need_title=False) -> dict:
         raise ValueError("a criterion has no numeric weight")
     got["weight"] = int(w) if (w := float(got["weight"])).is_integer() else w
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
-
-AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|"
-                    r"does(n't| not) (\w+ly )?(overlook|neglect|ignor|omit|confus|mis|incorrect|"
-                    r"fail|forget|impl))", re.I)
 
 def points(criterion: dict) -> float:
     """What meeting it is worth: below 0 for a fault (negative weight, or the title Pitfall), unless
@@ -203,24 +202,23 @@ def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_
         return (torch.isin(out[:, width:], stops).any(1).float().mean() >= 0.75).expand(len(out))
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done, todo = {}, {i: [] for i in order[RANK::RANKS]}  # row -> its completion so far
-    own, model.generation_config = model.eval().generation_config, GenerationConfig()
-    try:
-        while todo:
-            rows = list(todo)[:batch_size]
-            config.max_new_tokens = max_new_tokens - min(len(todo[i]) for i in rows)
-            seqs = [prompts[i] + todo[i] for i in rows]
-            width = max(map(len, seqs))
-            ids = torch.tensor([[0] * (width - len(s)) + s for s in seqs], device=device)
-            mask = (torch.arange(width) >= torch.tensor([[width - len(s)] for s in seqs])).long()
-            with torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
-                out = model.generate(input_ids=ids, attention_mask=mask.to(device),
-                                     generation_config=config, stopping_criteria=[mostly_done])
-            for i, new in zip(rows, out[:, width:].tolist()):
-                tokens = (todo.pop(i) + new)[:max_new_tokens]
-                end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
-                if end or len(tokens) == max_new_tokens: done[i] = (tokens[:end], end is not None)
-                else: todo[i] = tokens
-    finally: model.generation_config = own
+    model = copy.copy(model.eval())  # itself, but for these defaults
+    model.generation_config = GenerationConfig()
+    while todo:
+        rows = list(todo)[:batch_size]
+        config.max_new_tokens = max_new_tokens - min(len(todo[i]) for i in rows)
+        seqs = [prompts[i] + todo[i] for i in rows]
+        width = max(map(len, seqs))
+        ids = torch.tensor([[0] * (width - len(s)) + s for s in seqs], device=device)
+        mask = (torch.arange(width) >= torch.tensor([[width - len(s)] for s in seqs])).long()
+        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
+            out = model.generate(input_ids=ids, attention_mask=mask.to(device),
+                                 generation_config=config, stopping_criteria=[mostly_done])
+        for i, new in zip(rows, out[:, width:].tolist()):
+            tokens = (todo.pop(i) + new)[:max_new_tokens]
+            end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
+            if end or len(tokens) == max_new_tokens: done[i] = (tokens[:end], end is not None)
+            else: todo[i] = tokens
     return [row for _, row in sorted((i, r) for part in everyones(done) for i, r in part.items())]
 
 def ask(server: str, prompts: list[list[str]], batch_size=64, max_new_tokens=512, temperature=1.0,
@@ -305,8 +303,6 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
         stats["clipped"] += 0 if clip == "none" else (terms > clip_at).float().mean(-1).sum().item()
     return terms.clamp(max=math.inf if clip == "none" else clip_at).sum(-1)
 
-BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
-
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
     """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
     forward, reverse, jsd: divergence(**options). sampled: policy gradient, advantage log p_T -
@@ -332,7 +328,7 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
     weight, grad = head.weight, torch.zeros_like(hidden)
     if torch.is_autocast_enabled("cuda"): weight = weight.to(low)  # once, not in every chunk
     if hidden.is_cuda: chunk = part = 4 * chunk
-    for p in model.parameters():  # dense from the start: rows of embeddings may come sparse
+    for p in {*model.get_input_embeddings().parameters(), *head.parameters()}:  # rows come sparse
         if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
     many, few = (max(1, size // len(weight)) for size in (chunk, part))
     for start in range(0, len(hidden), many):
@@ -356,8 +352,7 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
         del logits, target  # before the next ones are made
     hidden.backward(grad)
 # ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
-METHODS = {
-    # name         who writes   teacher sees  signal        reward
+METHODS = {  # who writes   teacher sees  signal        reward
     "rsd":         ("student",   "rubric",   "divergence", None),
     "opsd":        ("student",   "solution", "divergence", None),
     "grpo":        ("student",   "student",  "advantage",  "accuracy"),
@@ -366,6 +361,8 @@ METHODS = {
 STAGES = {"reason": ("student", "rubric"),  # what the student and the teacher of rsd see; stage 1:
           "rubric": ("writer+answer", "writer+answer+rubric"),  # as in the public code
           "rubric-paper": ("writer", "writer+answer")}
+BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the divergence; the other signal: sampled
+WHOLE = full.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; all must ask
 LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b", re.I)
 
 def make_examples(tokenizer, rows, student, teacher, room=math.inf, thinking=False, needs=()):
@@ -403,13 +400,12 @@ def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
     return (centred / (r.std(1, correction=0, keepdim=True) + eps)).flatten().tolist()
 
 def micro_batches(episodes: list[Episode], token_budget: int) -> list[list[Episode]]:
-    """Episodes sorted by length, cut so that padded rows x width stays within token_budget."""
+    """Episodes sorted by length, cut so that padded rows x width of a rank is within the budget."""
     width = lambda e: max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
-    batches: list[list[Episode]] = []
-    for e in sorted(episodes, key=width, reverse=True):  # a batch's first is its widest
-        if not batches or (len(batches[-1]) + 1) * width(batches[-1][0]) > token_budget:
-            batches.append([])
-        batches[-1].append(e)
+    ranked, batches = sorted(episodes, key=width, reverse=True), []
+    while ranked:  # the first one is the widest of its batch
+        rows = max(1, token_budget // width(ranked[0])) * RANKS
+        batches, ranked = [*batches, ranked[:rows]], ranked[rows:]
     return batches
 
 @contextmanager
@@ -427,7 +423,8 @@ def accumulate(model, teacher, episodes, signal, token_budget=8192, kl=0.0, **op
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
     stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
     seconds = Counter(s_rescoring=0.0, s_update=0.0)
-    for batch in micro_batches(episodes[RANK::RANKS], token_budget):
+    for batch in micro_batches(episodes, token_budget):  # a rank without rows keeps in step
+        batch = batch[RANK::RANKS] or [replace(e := batch[0], train_from=len(e.completion_ids))]
         completions = [e.completion_ids for e in batch]
         tokens = [(t, e.advantage, k >= e.train_from)
                   for e in batch for k, t in enumerate(e.completion_ids)]
@@ -443,7 +440,7 @@ def accumulate(model, teacher, episodes, signal, token_budget=8192, kl=0.0, **op
                 hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
                 backward_in_chunks(model, hidden, teacher, seen, loss_of, max(total, 1), stats)
     for p in model.parameters() if RANKS > 1 else ():
-        if p.grad is not None: torch.distributed.all_reduce(p.grad)
+        if p.grad is not None and not hasattr(p, "full_tensor"): all_reduce(p.grad)
     mean = {k: sum(s[k] for s in everyones(stats)) / max(total, 1) for k in stats}
     return Counter(mean | {"trained": total} | seconds)
 
@@ -466,6 +463,16 @@ def add_lora(model, rank: int, alpha: int, targets: str) -> None:
         r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
     for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data
 
+def shard(model, regather: bool) -> None:
+    """FSDP2: cut the decoder layers' weights among the ranks; embeddings, norm, head stay whole. A
+    layer is gathered for its first forward pass, let go in the backward, or (regather) at once."""
+    half = torch.bfloat16 if model.device.type == "cuda" else None
+    policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    for layer in next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)):
+        fsdp.fully_shard(layer, reshard_after_forward=regather, mp_policy=policy)
+        layer.set_gradient_divide_factor(1.0)  # a sum: the denominator is that of all ranks
+        layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
+
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
@@ -480,8 +487,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
     """Clip, step, clear -> the gradient norm before clipping; if it is not finite nothing moves."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norms = [p.grad.norm() for p in parameters]  # a sharded one's is made whole
+    norm = torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=False)
     for group in optimizer.param_groups: group["lr"] = lr
     if norm.isfinite(): optimizer.step()
     optimizer.zero_grad()
@@ -489,16 +498,15 @@ def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
 
 def step_rows(items: list, step: int, batch: int, seed: int) -> list:
     """The items of one step: epoch after epoch, each in an order of its own; no state to save."""
-    n, first = len(items), step * batch // len(items)
-    order = [i for epoch in range(first, (step + 1) * batch // n + 1)
-             for i in random.Random(f"{seed} {epoch}").sample(range(n), n)]
-    return [items[i] for i in order[step * batch - first * n:][:batch]]
+    n = len(items)
+    order = functools.cache(lambda epoch: random.Random(f"{seed} {epoch}").sample(items, n))
+    return [order(k // n)[k % n] for k in range(step * batch, (step + 1) * batch)]
 
-def save_checkpoint(out: Path, model, tokenizer, settings: dict, state: dict) -> None:
+def save_checkpoint(out: Path, model, weights, tokenizer, settings: dict, state: dict) -> None:
     """Replace directory `out` whole, by renames; after a crash open_run puts OUT.rsd-old back."""
     new, old = out.with_name(out.name + ".rsd-new"), out.with_name(out.name + ".rsd-old")
     for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
-    model.save_pretrained(new)  # of a LoRA, the adapters
+    model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
     tokenizer.save_pretrained(new)
     torch.save(state, new / "trainer.pt")
     (new / "rsd.json").write_text(json.dumps(settings, indent=1))
@@ -507,14 +515,14 @@ def save_checkpoint(out: Path, model, tokenizer, settings: dict, state: dict) ->
     new.rename(out)
     shutil.rmtree(old)
 
-def open_run(out: Path, settings: dict, resume: bool) -> dict | None:
-    """The trainer state of the run in `out` that is to go on, or None where a new one may begin.
+def open_run(out: Path, settings: dict, resume: bool) -> dict:
+    """The trainer state of the run in `out` that is to go on, or of step 0 where one may begin.
     UserError where `out` holds anything else: nothing is ever written over."""
     if RANK == 0 and (old := out.with_name(out.name + ".rsd-old")).exists() and not out.exists():
         old.rename(out)
     everyones("the others wait for that")
     if not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {"metrics.jsonl"}:
-        return None
+        return {"step": 0, "metrics": []}
     check((out / "trainer.pt").exists(), f"--out {out} is no run of rsd.py; choose another --out.")
     was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every")
     changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in settings.items()
@@ -611,9 +619,8 @@ WRITES = {  # what a model can write: what of the row stands beside it; its read
     "rubric": (("question", "reference_answer", "solution"), parse_rubric, score_rubric),
     "analysis": (("question", "reference_answer", "solution", "rubric"), None, lambda *_: {}),
     "text": (("question", "reference_answer", "rubric"), None, score),
-    "judge": (("question", "response", "rubric"), read_verdicts,
-              lambda met, row: {"rubric_score": rubric_score(row["rubric"], met),
-                                "rar_score": rubric_score(row["rubric"], met, rar=True)})}
+    "judge": (("question", "response", "rubric"), read_verdicts, lambda met, row: {
+        f"{k}_score": rubric_score(row["rubric"], met, k == "rar") for k in ("rubric", "rar")})}
 
 def per_question(samples) -> dict[str, dict]:
     """(question, answer, scores), k times a question -> {question: mean of each score; with k > 1
@@ -750,18 +757,16 @@ def read_table(data: str, split: str, limit: int) -> list[dict]:
     check(not kind or Path(data).is_file(), f"{data}: there is no such file.")
     from datasets import Dataset, load_dataset, logging
     logging.set_verbosity(logging.CRITICAL)  # what it would say is said below
-    table = read_jsonl(Path(data)) if kind == "jsonl" else None
+    if kind == "jsonl": return read_jsonl(Path(data))[:limit or None]
     try:
-        table = (table if kind == "jsonl" else Dataset.from_parquet(data) if kind == "parquet" else
+        table = (Dataset.from_parquet(data) if kind == "parquet" else
                  json.loads(Path(data).read_text(encoding="utf-8")) if kind else
                  load_dataset(hub, **{"data_files" if "." in part else "name": part or None},
                               split=spec.get(split, split), streaming=limit > 0))
-        table = [*itertools.islice(table, limit or None)]
+        return [*itertools.islice(table, limit or None)]
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a "
                         "file will do; where its page asks for consent: hf auth login.") from error
-    check(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
-    return table
 
 def as_text(cell):
     """A cell as text: of chat messages the last user's, of a list all; of an object, each part."""
@@ -777,6 +782,7 @@ def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
         return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
     spec = packaged("data")["any"] | packaged("data").get(data, {})
     table, columns, rows = read_table(data, split, limit), spec["columns"] | spec, []
+    check(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
     for number, raw in enumerate(table, 1):
         try:
             cells = dict.fromkeys(("solution", "analysis", "text", "sample"), "") | as_text(raw)
@@ -827,11 +833,9 @@ world = lambda: packaged("toy/world")  # sentences, units and words; the model's
 def toy_problem(rng: random.Random) -> dict:
     """A random problem as a row, its parts under "toy"; every criterion has an exact check."""
     pick = lambda kind: rng.choice(world()[kind])
-    p = dict(zip(("law", "formula", "unit", "big", "q", "sentence"), pick("families")))
-    p |= {"a": rng.randint(2, 9), "b": rng.randint(2, 9)}
+    p = pick("families") | {"a": rng.randint(2, 9), "b": rng.randint(2, 9)}
     text = f"{p['sentence']} {pick('asks')}".format(x=pick("things"), **p)
-    factor, p["small"] = world()["units"][p["big"]]
-    p["n"] = p["b"] * factor
+    p["n"] = p["b"] * p["factor"]
     rubric = [c | {"description": c["description"].format(**p),
                    "check": re.escape(c["check"].format(**p))} for c in world()["rubric"]]
     return {"question": text[0].upper() + text[1:], "toy": p, "rubric": rubric, "solution":
@@ -895,12 +899,12 @@ def toy_base(seed=0, steps=700) -> str:
         with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # Muon's: slow on CPUs
             for o in both: optimizer_step(o, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
     for part in (model, tokenizer): part.save_pretrained(new := Path(f"{out}.rsd-new"))
-    new.rename(out)
-    return str(out)
+    return str(new.rename(out))
 # ---- 10. Command line: the only functions that see the config ------------------------------------
-def prepare(args, student: str, teacher="", needs=()):
+def prepare(args, needs=()):
     """What every command begins with -> (model, tokenizer, prompts, examples, how to sample)."""
-    prompts, teacher = load_prompts(args.prompts), teacher or student
+    student = args.writer if "writer" in args else args.student_context
+    prompts, teacher = load_prompts(args.prompts), getattr(args, "teacher_context", student)
     for name in (student, teacher):
         check(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
@@ -920,9 +924,8 @@ def prepare(args, student: str, teacher="", needs=()):
     examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher],
                              room - args.max_new_tokens, args.thinking == "on", needs)
     torch.manual_seed(args.seed * RANKS + RANK)
-    sampling = {k: getattr(args, k) for k in
-                ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
-    return model, tokenizer, prompts, examples, sampling
+    return model, tokenizer, prompts, examples, {k: getattr(args, k) for k in (
+        "max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
 
 def cmd_generate(args) -> dict:
     """A rubric (eval: a graded answer) for each question; --out keeps all, a second run goes on."""
@@ -930,7 +933,7 @@ def cmd_generate(args) -> dict:
     (keep, read, rate), judge = WRITES[name], getattr(args, "judge", "")
     check(not judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
     others = read_jsonl(Path(args.against)) if args.against else []
-    model, tokenizer, _, examples, sampling = prepare(args, args.writer)
+    model, tokenizer, _, examples, sampling = prepare(args)
     jobs = [({f: e.row.get(f) for f in keep} | {"sample": name == "judge" and e.row.get("sample")
              or i}, e) for e in examples for i in range(getattr(args, "k", 1))]
     work = lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling)
@@ -953,15 +956,9 @@ def cmd_generate(args) -> dict:
     model = work = None  # room for the judge
     if everyones(judge)[0]:  # once the first rank has written the answers
         judged = lambda path: path and Path(path).with_suffix(".judged.jsonl")
-        summary |= run("generate", "--writer", "judge", "--model", judge, "--temperature", 0,
-                       "--data", args.out, "--out", judged(args.out),
-                       "--against", judged(args.against))
+        summary |= run(*"generate --writer judge --temperature 0 --model".split(), judge, "--data",
+                       args.out, "--out", judged(args.out), "--against", judged(args.against))
     return summary
-
-def show(figures: dict) -> str:
-    """Figures aligned for the terminal, n/a for None."""
-    return "  ".join(f"{k} {'n/a' if v is None else f'{v:.3g}' if isinstance(v, float) else v!s:>5}"
-                     for k, v in figures.items())
 
 def cmd_train(args) -> dict:
     """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory in --out."""
@@ -970,27 +967,28 @@ def cmd_train(args) -> dict:
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "out")}
     state = open_run(out := Path(args.out).resolve(), settings, args.resume)
     check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
-    check(args.batch >= RANKS, f"--batch {args.batch}: every one of the {RANKS} ranks needs one.")
-    model, tokenizer, prompts, examples, sampling = prepare(
-        args, args.student_context, args.teacher_context,
-        ["solution"] * (writer == "reference") + [reward] * bool(reward))
+    check(args.batch >= RANKS > args.shard, f"--batch {args.batch}: each of {RANKS} ranks needs a "
+          "prompt; --shard: takes torchrun and two ranks or more.")
+    model, tokenizer, _, examples, sampling = prepare(
+        args, ["solution"] * (writer == "reference") + [reward] * bool(reward))
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     for name in ("prompt_ids", "teacher_ids"):
         print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     teacher = make_teacher(model, args.teacher)
-    if args.gradient_checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
-    model.get_input_embeddings().sparse = True  # its gradient is of a few rows
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.0, fused=True)
-    options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
-                   clip=args.clip, clip_at=args.clip_at,
-                   beta=args.beta if signal == "jsd" else BETA.get(signal))
-    start, history = (state["step"], state["metrics"]) if state else (0, [])
-    if state:  # the run's own student, teacher and optimizer
+    start, history = state["step"], state["metrics"]
+    if start:  # the run's own student and teacher
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(
             out, dtype=torch.float32, trust_remote_code=args.trust_remote_code).state_dict())
         teacher.load_state_dict(state["teacher"] or model.state_dict(), strict=not state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
+    if args.gradient_checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
+    model.get_input_embeddings().sparse = True  # its gradient is of a few rows
+    for part in {model: 0, teacher: 0} if args.shard else (): shard(part, part is not model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  weight_decay=0.0, fused=not args.shard)
+    options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
+                   clip=args.clip, clip_at=args.clip_at,
+                   beta=args.beta if signal == "jsd" else BETA.get(signal))
+    if start: full.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
     log = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
     own = {n for n, p in model.named_parameters() if p.requires_grad and teacher is not model}
     out.mkdir(parents=True, exist_ok=True)
@@ -1027,11 +1025,14 @@ def cmd_train(args) -> dict:
         history.append(metrics)
         with open(log, "a") as file: file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % 5 == 0:
-            tqdm.write(f"{show(metrics)}\n  sample: {texts[0][:200]!r}")
-        if RANK == 0 and (step + 1 == args.steps or (step + 1) % args.save_every == 0):
-            save_checkpoint(out, model, tokenizer, settings, {
-                "step": step + 1, "optimizer": optimizer.state_dict(), "metrics": history,
-                "teacher": {n: p for n, p in teacher.named_parameters() if n in own}})
+            shown = "  ".join(f"{k} {v:<5.4g}" for k, v in metrics.items() if v is not None)
+            tqdm.write(f"{shown}\n  sample: {texts[0][:200]!r}")
+        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
+            weights, moments = full.get_state_dict(model, optimizer, options=WHOLE)
+            taught = full.get_model_state_dict(teacher, options=WHOLE)
+            if RANK == 0: save_checkpoint(out, model, weights, tokenizer, settings, {
+                "step": step + 1, "optimizer": moments, "metrics": history,
+                "teacher": {n: taught[n] for n in own}})
     print(f"saved {out}; python rsd.py eval --model {out}")
     return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained", "seconds")}
 
@@ -1040,8 +1041,7 @@ def cmd_inspect(args) -> dict:
     page, out, args.limit = {"curves": [], "rollouts": [], "text": {}}, Path(args.out), args.n
     if args.run: page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
     if args.model or not args.run:
-        teacher, tokenizer, prompts, examples, sampling = prepare(
-            args, args.student_context, args.teacher_context, ["rubric"])
+        teacher, tokenizer, prompts, examples, sampling = prepare(args, ["rubric"])
         students = {"the student": teacher}
         if args.compare: students[args.compare], _ = load_model(args.compare, teacher.dtype)
         jobs = [(number, name, model, e) for name, model in students.items() for number, e in
@@ -1072,8 +1072,7 @@ def run(*words) -> dict:
 
 def table(systems: dict[str, list[dict]]) -> str:
     """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
-    lines = ["| system | accuracy | rubric_score | n | rollouts | trained | seconds |"]
-    lines += ["|---" * 7 + "|"]
+    lines = ["| system | accuracy | rubric_score | n | rollouts | trained | seconds |", "|-" * 7]
     for name, runs in systems.items():
         of = lambda key: mean_se([r.get(key, 0) for r in runs])
         means = [f"{of(k)[0]:.3f} +- {of(k)[1] if len(runs) > 1 else runs[0][k + '_se']:.3f}"
@@ -1116,10 +1115,9 @@ FLAGS = {
           "prompts": (str(HERE / "prompts"), "directory of the prompt files")},
  "ge": {"writer": (["writer+answer", "student"], "prompt file; or analysis, judge"),
         "against": ("", "another model's --out: the gain over it, question by question"),
-        "tries": (3, "at one answer"), "dtype": (("auto", "float32", "bfloat16"), "of weights")},
- "e": {"out": ("", "JSON Lines file of all samples"), "k": (1, "answers per question"),
-       "judge": ("", "a model or NAME@URL that then grades the answers by their rubrics")},
- "g": {"out": ("runs/rubrics.jsonl", "JSON Lines file; what it holds is not redone")},
+        "tries": (3, "at one answer"), "dtype": (("auto", "float32", "bfloat16"), "of weights"),
+        "out": (["runs/rubrics.jsonl", ""], "JSON Lines file; what it holds is not redone")},
+ "e": {"k": (1, "answers per question"), "judge": ("", "a model or NAME@URL to grade by rubrics")},
  "gti": {"rubrics": ("data", "data, none, generic, random, noisy, reduced, or a .jsonl file")},
  "ti": {"student-context": ("student", "prompt file"), "teacher-context": ("rubric", "rsd's")},
  "t": {"out": ("runs/train", "checkpoint directory"), "resume": (False, "go on with the run there"),
@@ -1134,7 +1132,7 @@ FLAGS = {
        "truncated": (("keep", "mask"), "those cut"), "skip-thinking": (False, "no loss on it"),
        "token-budget": (8192, "of a micro-batch, padded"), "max-grad-norm": (1.0, "clipped to it"),
        "lora-rank": (0, "adapters, by peft; 0: none"), "lora-alpha": (0, "0: 2 x rank"),
-       "lora-targets": ("all-linear", "or names of layers, by comma"),
+       "lora-targets": ("all-linear", "or names, by comma"), "shard": (False, "layers, by FSDP2"),
        "gradient-checkpointing": (False, "less memory, more time")},
  "i": {"out": ("runs/credit.html", "and .json"), "compare": ("", "a trained model, beside it"),
        "run": ("", "directory of a run: its curves (with --model: and the credit)")},
@@ -1193,7 +1191,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"rsd.py {args.command}: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
+    finally: sys.stdout.flush()
     return 0
 
 if __name__ == "__main__":
-    sys.exit(main())
+    (os._exit if RANKS > 1 else sys.exit)(main())  # gloo's threads can abort an orderly exit

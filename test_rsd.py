@@ -542,13 +542,19 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tok):  # pitfalls 
     assert results[0][0]["loss"] == pytest.approx(by_hand / total, rel=1e-4)
 
 
-def test_micro_batches_keep_all_and_stay_in_budget(tok):
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("budget", [20, 150])
+def test_micro_batches_keep_all_and_stay_in_budget(tok, monkeypatch, ranks, budget):
+    monkeypatch.setattr(rsd, "RANKS", ranks)
     eps = episodes(tok, 20)
-    batches = rsd.micro_batches(eps, 150)
+    batches = rsd.micro_batches(eps, budget)
     assert sorted(id(e) for b in batches for e in b) == sorted(map(id, eps))
     for batch in batches:
-        width = max(max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids) for e in batch)
-        assert len(batch) == 1 or len(batch) * width <= 150
+        assert len(batch) % ranks == 0 or batch is batches[-1]  # no rank waits for the others' rows
+        for rank in range(ranks):
+            share = batch[rank::ranks]
+            width = max(max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids) for e in share or batch)
+            assert len(share) <= 1 or len(share) * width <= budget
 
 
 def test_identical_contexts_give_loss_zero(tok):
@@ -922,22 +928,25 @@ def test_lora_checkpoint_loads_in_peft_and_resumes(base, tmp_path, capsys):
         assert "merge it into its base" in capsys.readouterr().err
 
 
-def torchrun(*words, cwd):
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def torchrun(*words, cwd, script=REPO / "rsd.py"):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                             str(REPO / "rsd.py"), *map(str, words)], cwd=cwd, env=env, text=True,
+                             str(script), *map(str, words)], cwd=cwd, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]], ids=["full", "lora"])
-def test_two_processes_give_the_weights_of_one(base, tmp_path, more):  # pitfall 8
-    if more:
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"], ["--teacher", "ema", "--gradient-checkpointing"],
+                                  ["--teacher", "live"]], ids=["full", "lora", "ema", "live"])
+def test_two_processes_give_the_weights_of_one(base, tmp_path, more, shard):  # pitfall 8
+    if "--lora-rank" in more:
         pytest.importorskip("peft")
     words = ["train", "--model", base, "--limit", 9, "--batch", 5, "--steps", 3, "--warmup", 0, "--temperature", 0,
              "--max-new-tokens", 12, "--token-budget", 600, "--lr", 1e-3, *more]
     assert rsd.main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
-    run = torchrun(*words, "--out", tmp_path / "two", cwd=tmp_path)
-    assert run.wait() == 0, run.stdout.read()
+    run = torchrun(*words, *shard, "--out", tmp_path / "two", cwd=tmp_path)
+    said = run.communicate()[0]
+    assert run.returncode == 0, said
     one, two = (safetensors.torch.load_file(next((tmp_path / n).glob("*.safetensors"))) for n in ("one", "two"))
     start = safetensors.torch.load_file(base / "model.safetensors")
     assert one.keys() == two.keys()
@@ -947,6 +956,69 @@ def test_two_processes_give_the_weights_of_one(base, tmp_path, more):  # pitfall
     a, b = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     for x, y in zip(a, b, strict=True):  # every figure is that of all ranks
         assert all(x[k] == pytest.approx(y[k], rel=1e-3) for k in x if not k.startswith(("s_", "seconds", "tokens_per")))
+
+
+def test_a_sharded_run_goes_on_to_the_bit(base, tmp_path):
+    words = ["train", "--model", base, "--limit", 9, "--batch", 4, "--warmup", 0, "--max-new-tokens", 8, "--lr", 1e-3,
+             "--teacher", "ema", "--shard"]
+    for out, steps, more in (("a", 4, []), ("b", 2, []), ("b", 4, ["--resume"])):
+        run = torchrun(*words, "--steps", steps, "--out", tmp_path / out, *more, cwd=tmp_path)
+        said = run.communicate()[0]
+        assert run.returncode == 0, said
+    a, b = (safetensors.torch.load_file(tmp_path / n / "model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (torch.load(tmp_path / n / "trainer.pt") for n in "ab")
+    assert a["teacher"].keys() == b["teacher"].keys() and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    for key in a["teacher"]:
+        torch.testing.assert_close(a["teacher"][key], b["teacher"][key], atol=0, rtol=0)
+        for name, moment in a["optimizer"]["state"][key].items():
+            torch.testing.assert_close(moment, b["optimizer"]["state"][key][name], atol=0, rtol=0)
+    [*_, x], [*_, y] = metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b")
+    assert (x["step"], x["loss"], x["grad_norm"]) == (y["step"], y["loss"], y["grad_norm"]) and x["step"] == 4
+
+
+SHARES = """
+import torch, rsd
+from transformers import AutoModelForCausalLM, Qwen2Config
+torch.distributed.init_process_group()
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(Qwen2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, vocab_size=100), dtype=torch.DTYPE)
+if "DTYPE" == "bfloat16": rsd.add_lora(model, 4, 8, "all-linear")  # two types in one layer
+teacher = rsd.make_teacher(model, "fixed")
+held = lambda net: sum((p.to_local() if hasattr(p, "full_tensor") else p).numel() for layer in net.base_model.layers
+                       for p in layer.parameters())
+whole = held(model), held(teacher)
+for net in (model, teacher): rsd.shard(net, net is teacher)
+assert (held(model) * 2, held(teacher) * 2) == whole, "a rank holds half"
+prompts = [[1, 2, 3], [4, 5], [6, 7, 8]]
+done = rsd.sample_completions(model, prompts, {99}, max_new_tokens=5)
+assert held(model) == whole[0], "whole, to sample"
+episodes = [rsd.Episode({}, p, [9, *p], ids, end) for p, (ids, end) in zip(prompts, done)]
+rsd.accumulate(model, teacher, episodes, "forward", token_budget=8)  # two turns; rank 1 has no row in the last
+assert (held(model) * 2, held(teacher) * 2) == whole, "and let go again"
+assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+norm = rsd.optimizer_step(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=False), 1e-3, 1.)
+print(f"[{rsd.RANK}: {norm:.9f}]", flush=True)
+rsd.os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_holds_its_share_but_while_it_samples(tmp_path, dtype):
+    if dtype == "bfloat16":
+        pytest.importorskip("peft")
+    (tmp_path / "shares.py").write_text(SHARES.replace("DTYPE", dtype))
+    run = torchrun(cwd=tmp_path, script=tmp_path / "shares.py")
+    said = run.communicate()[0]
+    norms = dict(re.findall(r"\[(\d): ([\d.]+)\]", said))
+    assert run.returncode == 0 and norms["0"] == norms["1"] and float(norms["0"]) > 0, said
+
+
+def test_shard_takes_two_ranks(base, tmp_path, capsys):
+    assert rsd.main(["train", "--model", str(base), "--shard", "--out", str(tmp_path / "o")]) == 2
+    message = capsys.readouterr().err
+    assert "--shard: takes torchrun" in message and message.count("\n") == 1 and not (tmp_path / "o").exists()
 
 
 def test_two_processes_generate_and_eval_in_order(base, tmp_path):
@@ -961,7 +1033,8 @@ def test_two_processes_generate_and_eval_in_order(base, tmp_path):
             else:
                 run = torchrun(*call, cwd=tmp_path)
                 said = run.communicate()[0]
-                assert run.returncode == 0 and said.count("valid" if words[0] == "generate" else "accuracy  ") == 1
+                assert run.returncode == 0, said
+                assert said.count("valid" if words[0] == "generate" else "accuracy  ") == 1, said
             outs[words[0], n] = out.read_text()
         assert outs[words[0], 1] == outs[words[0], 2]
 
