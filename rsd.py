@@ -722,8 +722,8 @@ def remember(path, jobs: list[tuple], work, size: int, desc: str, **origin) -> l
     What the JSON Lines file `path` holds is not asked again; UserError if it has another origin."""
     key = lambda line: json.dumps([line.get(k, 0) for k in jobs[0][0]])
     old = read_jsonl(path, mend=True) if (path := Path(path or os.devnull)).exists() else []
-    check(all(d.get(k) == v for d in old for k, v in origin.items()),
-          f"--out {path} holds lines of other settings than {origin}; choose another --out.")
+    check(len({*everyones(len(old))}) == 1 and all(origin.items() <= d.items() for d in old),
+          f"--out {path} has other settings than {origin}, or differs by node; choose another.")
     done = {key(d): d for d in old}
     torch.manual_seed(torch.initial_seed() + len(done) * RANKS)  # not the old samples once more
     todo = [*{key(job[0]): job for job in jobs if key(job[0]) not in done}.values()]
@@ -966,6 +966,7 @@ def cmd_train(args) -> dict:
     signal = args.divergence if signal == "divergence" else signal
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "out")}
     state = open_run(out := Path(args.out).resolve(), settings, args.resume)
+    check(len({*everyones(state["step"])}) == 1, f"--out {out}: all nodes have to see it.")
     check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
     check(args.batch >= RANKS > args.shard, f"--batch {args.batch}: each of {RANKS} ranks needs a "
           "prompt; --shard: takes torchrun and two ranks or more.")

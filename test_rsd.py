@@ -1015,6 +1015,18 @@ def test_a_rank_holds_its_share_but_while_it_samples(tmp_path, dtype):
     assert run.returncode == 0 and norms["0"] == norms["1"] and float(norms["0"]) > 0, said
 
 
+@pytest.mark.parametrize("words, expected", [(["train", "--steps", "1", "--batch", "2", "--resume"], "all nodes have to"),
+                                             (["eval"], "differs by node")], ids=["train", "eval"])
+def test_an_out_that_nodes_do_not_share_is_one_sentence(base, tmp_path, words, expected):
+    words = [*words, "--model", str(base), "--limit", "3", "--max-new-tokens", "4"]
+    assert rsd.main([*words, "--out", str(tmp_path / "node0")]) == 0  # the other node has none of it
+    (tmp_path / "nodes.py").write_text("import os, sys, rsd\n"
+                                       "os._exit(rsd.main([*sys.argv[1:], '--out', 'node' + os.environ['RANK']]))\n")
+    run = torchrun(*words, cwd=tmp_path, script=tmp_path / "nodes.py")
+    said = run.communicate()[0]
+    assert run.returncode == 1 and expected in said and "rsd.py\", line" not in said, said
+
+
 def test_shard_takes_two_ranks(base, tmp_path, capsys):
     assert rsd.main(["train", "--model", str(base), "--shard", "--out", str(tmp_path / "o")]) == 2
     message = capsys.readouterr().err
