@@ -139,12 +139,11 @@ def read_criterion(item, need_title=False) -> dict:
     got["weight"] = int(w) if (w := float(got["weight"])).is_integer() else w
     return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
 
-def points(criterion: dict) -> float:
+def points(c: dict) -> float:
     """What meeting it is worth: below 0 for a fault (negative weight, or the title Pitfall), unless
     it is worded as the avoidance of one ("must not ..."). So the sign is the polarity."""
-    fault = criterion["weight"] < 0 or criterion["title"].lower().startswith("pitfall")
-    fault = fault and not AVOIDS.search(criterion["description"])
-    return -abs(criterion["weight"]) if fault else abs(criterion["weight"])
+    fault = c["weight"] < 0 or c["title"].lower().startswith("pitfall")
+    return abs(c["weight"]) * (-1 if fault and not AVOIDS.search(c["description"]) else 1)
 
 def parse_rubric(text: str, *_) -> tuple[list[dict] | None, str]:
     r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped; the array
@@ -298,9 +297,8 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, 
         m = torch.where(s > t, s + torch.log1p(beta * gap), t + torch.log1p((1 - beta) * gap))
         terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
     if clip != "entry": terms = terms.sum(-1, keepdim=True)
-    if stats is not None:
-        stats["divergence"] += terms.sum().item()
-        stats["clipped"] += 0 if clip == "none" else (terms > clip_at).float().mean(-1).sum().item()
+    if stats is not None: stats.update(divergence=terms.sum().item(), clipped=0 if clip == "none"
+                                       else (terms > clip_at).float().mean(-1).sum().item())
     return terms.clamp(max=math.inf if clip == "none" else clip_at).sum(-1)
 
 def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
@@ -362,7 +360,6 @@ STAGES = {"reason": ("student", "rubric"),  # what the student and the teacher o
           "rubric": ("writer+answer", "writer+answer+rubric"),  # as in the public code
           "rubric-paper": ("writer", "writer+answer")}
 BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the divergence; the other signal: sampled
-WHOLE = full.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; all must ask
 LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b", re.I)
 
 def make_examples(tokenizer, rows, student, teacher, room=math.inf, thinking=False, needs=()):
@@ -421,8 +418,7 @@ def accumulate(model, teacher, episodes, signal, token_budget=8192, kl=0.0, **op
     trained token, their number, seconds. One denominator, the trained tokens of all episodes: any
     split, over ranks too, gives the same gradient. (Autocast's cache would cut it; it is off.)"""
     total = sum(len(e.completion_ids) - e.train_from for e in episodes)
-    stats = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0)
-    seconds = Counter(s_rescoring=0.0, s_update=0.0)
+    stats, seconds = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0), Counter()
     for batch in micro_batches(episodes, token_budget):  # a rank without rows keeps in step
         batch = batch[RANK::RANKS] or [replace(e := batch[0], train_from=len(e.completion_ids))]
         completions = [e.completion_ids for e in batch]
@@ -465,13 +461,17 @@ def add_lora(model, rank: int, alpha: int, targets: str) -> None:
 
 def shard(model, regather: bool) -> None:
     """FSDP2: cut the decoder layers' weights among the ranks; embeddings, norm, head stay whole. A
-    layer is gathered for its first forward pass, let go in the backward, or (regather) at once."""
+    layer is gathered for a forward pass and let go in the backward one, or (regather) at once."""
+    layers = max((m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)),
+                 key=lambda m: sum(p.numel() for p in m.parameters()))
     half = torch.bfloat16 if model.device.type == "cuda" else None
     policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
-    for layer in next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)):
+    for layer in layers:
         fsdp.fully_shard(layer, reshard_after_forward=regather, mp_policy=policy)
         layer.set_gradient_divide_factor(1.0)  # a sum: the denominator is that of all ranks
         layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
+    rest = {*model.base_model.parameters()} - {*layers.parameters()}
+    fsdp.fully_shard(model.base_model, ignored_params=rest)  # whose passes keep the layers in step
 
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:
@@ -989,7 +989,8 @@ def cmd_train(args) -> dict:
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
                    clip=args.clip, clip_at=args.clip_at,
                    beta=args.beta if signal == "jsd" else BETA.get(signal))
-    if start: full.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+    whole = full.StateDictOptions(full_state_dict=True, cpu_offload=args.shard, strict=False)
+    if start: full.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
     log = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
     own = {n for n, p in model.named_parameters() if p.requires_grad and teacher is not model}
     out.mkdir(parents=True, exist_ok=True)
@@ -1026,11 +1027,12 @@ def cmd_train(args) -> dict:
         history.append(metrics)
         with open(log, "a") as file: file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % 5 == 0:
-            shown = "  ".join(f"{k} {v:<5.4g}" for k, v in metrics.items() if v is not None)
+            shown = "  ".join(f"{k} {v:{'.4g' * isinstance(v, float)}}" for k, v in metrics.items())
             tqdm.write(f"{shown}\n  sample: {texts[0][:200]!r}")
         if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            weights, moments = full.get_state_dict(model, optimizer, options=WHOLE)
-            taught = full.get_model_state_dict(teacher, options=WHOLE)
+            weights, moments = full.get_state_dict(
+                model, optimizer, options=replace(whole, ignore_frozen_params=True))
+            taught = full.get_model_state_dict(teacher, options=whole) if own else {}
             if RANK == 0: save_checkpoint(out, model, weights, tokenizer, settings, {
                 "step": step + 1, "optimizer": moments, "metrics": history,
                 "teacher": {n: taught[n] for n in own}})
@@ -1104,8 +1106,7 @@ def cmd_compare(args) -> dict:
 
 COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train,
             "eval": cmd_generate, "compare": cmd_compare, "inspect": cmd_inspect}
-# Commands by first letter -> flags: the default (tuple: choices, list: per command), and the help.
-FLAGS = {
+FLAGS = {  # commands by first letter -> flags: default (tuple: choices; list: by command), help
  "gtei": {"model": (None, "directory, hub id or name, NAME@URL of a server; none: the toy"),
           "data": ("rar-science", "toy, rar-science, hub id, .jsonl .json .parquet file"),
           "split": (["train", "train", "test", "test"], "of the data"), "batch-size": (64, "rows"),
@@ -1183,17 +1184,16 @@ def main(argv: list[str] | None = None) -> int:
     if RANKS > 1:  # torchrun --nproc-per-node N rsd.py ...
         torch.distributed.init_process_group()
         if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if RANK:  # only the first one speaks
-            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-            sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=RANK > 0)
+        sys.stdout = open(os.devnull if RANK else 1, "w", buffering=1)  # only the first one speaks
     try:
         COMMANDS[args.command](args)
+        if len(everyones("done")) > 1: torch.distributed.destroy_process_group()
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"rsd.py {args.command}: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    finally: sys.stdout.flush()
     return 0
 
 if __name__ == "__main__":
-    (os._exit if RANKS > 1 else sys.exit)(main())  # gloo's threads can abort an orderly exit
+    (os._exit if RANKS > 1 else sys.exit)(main())  # gloo's threads can abort another exit

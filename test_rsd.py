@@ -998,6 +998,12 @@ episodes = [rsd.Episode({}, p, [9, *p], ids, end) for p, (ids, end) in zip(promp
 rsd.accumulate(model, teacher, episodes, "forward", token_budget=8)  # two turns; rank 1 has no row in the last
 assert (held(model) * 2, held(teacher) * 2) == whole, "and let go again"
 assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+if "DTYPE" == "float32":
+    from test_rsd import seeing
+    gemma = seeing(100)
+    rsd.shard(gemma, False)
+    cut = {name for name, p in gemma.named_parameters() if hasattr(p, "full_tensor")}
+    assert cut == {name for name, _ in gemma.named_parameters() if "language_model.layers" in name}, "not the eyes"
 norm = rsd.optimizer_step(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=False), 1e-3, 1.)
 print(f"[{rsd.RANK}: {norm:.9f}]", flush=True)
 rsd.os._exit(0)
@@ -1730,18 +1736,32 @@ def test_soft_capped_head_is_followed_and_a_scaled_one_refused(tok, tmp_path):
         rsd.load_model(str(tmp_path / "granite"))
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2"])
+def seeing(vocabulary):
+    """A tiny Gemma 3, whose vision tower no text ever moves."""
+    config = transformers.Gemma3Config(
+        text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
+                         num_key_value_heads=2, vocab_size=vocabulary, bos_token_id=None, eos_token_id=0, pad_token_id=0),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+                           patch_size=14), mm_tokens_per_image=1, image_token_index=3, boi_token_index=4, eoi_token_index=5)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2", "Gemma3"])
 def test_families_of_models_go_through(family, tok, tmp_path):
-    """generate, two steps of train and eval; the checkpoint's own greedy tokens are the evaluated ones."""
+    """generate, steps of train, a resume, and eval; the checkpoint's own greedy tokens are the evaluated ones."""
     sizes = dict(head_dim=16) if family in ("Qwen3", "Gemma", "Gemma2") else {}
     sizes |= dict(final_logit_softcapping=5.0, sliding_window=16) if family == "Gemma2" else {}
-    model = tiny(tok, cls=getattr(transformers, family + "Config"), tie_word_embeddings=family != "Llama", **sizes)
+    model = seeing(len(tok)) if family == "Gemma3" else tiny(
+        tok, cls=getattr(transformers, family + "Config"), tie_word_embeddings=family != "Llama", **sizes)
     for part in (model, tok):
         part.save_pretrained(tmp_path / "m")
     common = ["--data", "toy", "--prompts", str(REPO / "prompts" / "toy"), "--max-new-tokens", "12", "--limit", "6"]
     at = ["--model", str(tmp_path / "m")]
     assert rsd.main(["generate", *at, *common, "--out", str(tmp_path / "r.jsonl"), "--tries", "1"]) == 0
-    assert rsd.main(["train", *at, *common, "--steps", "2", "--batch", "3", "--lr", "1e-2", "--out", str(tmp_path / "t")]) == 0
+    words = ["train", *at, *common, "--batch", "3", "--lr", "1e-2", "--out", str(tmp_path / "t")]
+    assert rsd.main([*words, "--steps", "1"]) == 0 and rsd.main([*words, "--steps", "2", "--resume"]) == 0
     losses = [m["loss"] for m in rsd.read_jsonl(tmp_path / "t" / "metrics.jsonl")]
     assert len(losses) == 2 and min(losses) > 0
     words = ["eval", "--model", str(tmp_path / "t"), *common, "--temperature", "0", "--out", str(tmp_path / "e.jsonl")]
