@@ -471,7 +471,7 @@ def shard(model, regather: bool) -> None:
         layer.set_gradient_divide_factor(1.0)  # a sum: the denominator is that of all ranks
         layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
     rest = {*model.base_model.parameters()} - {*layers.parameters()}
-    fsdp.fully_shard(model.base_model, ignored_params=rest)  # whose passes keep the layers in step
+    fsdp.fully_shard(model.base_model, ignored_params=rest)  # frees summed gradients at once
 
 @torch.no_grad()
 def ema_update(teacher, model, decay: float) -> None:
