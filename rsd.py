@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import InferenceClient
 from torch.distributed import all_reduce, fsdp
-from torch.distributed.checkpoint import state_dict as full
+from torch.distributed.checkpoint import state_dict as states
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -326,8 +326,8 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
     weight, grad = head.weight, torch.zeros_like(hidden)
     if torch.is_autocast_enabled("cuda"): weight = weight.to(low)  # once, not in every chunk
     if hidden.is_cuda: chunk = part = 4 * chunk
-    for p in {*model.get_input_embeddings().parameters(), *head.parameters()}:  # rows come sparse
-        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
+    for p in {*model.get_input_embeddings().parameters(), *head.parameters()}:
+        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)  # else rows, sparse
     many, few = (max(1, size // len(weight)) for size in (chunk, part))
     for start in range(0, len(hidden), many):
         h = hidden[start:start + many].to(weight.dtype)
@@ -437,7 +437,7 @@ def accumulate(model, teacher, episodes, signal, token_budget=8192, kl=0.0, **op
                 backward_in_chunks(model, hidden, teacher, seen, loss_of, max(total, 1), stats)
     for p in model.parameters() if RANKS > 1 else ():
         if p.grad is not None and not hasattr(p, "full_tensor"): all_reduce(p.grad)
-    mean = {k: sum(s[k] for s in everyones(stats)) / max(total, 1) for k in stats}
+    mean = {k: sum(s[k] for s in got) / max(total, 1) for got in [everyones(stats)] for k in stats}
     return Counter(mean | {"trained": total} | seconds)
 
 def make_teacher(model, kind: str):
@@ -502,13 +502,19 @@ def step_rows(items: list, step: int, batch: int, seed: int) -> list:
     order = functools.cache(lambda epoch: random.Random(f"{seed} {epoch}").sample(items, n))
     return [order(k // n)[k % n] for k in range(step * batch, (step + 1) * batch)]
 
-def save_checkpoint(out: Path, model, weights, tokenizer, settings: dict, state: dict) -> None:
-    """Replace directory `out` whole, by renames; after a crash open_run puts OUT.rsd-old back."""
+def save_checkpoint(out: Path, model, teacher, optimizer, tokenizer, settings, metrics) -> None:
+    """Replace directory `out` by renames (open_run mends a crash); every rank has to call it."""
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=settings["shard"])
+    trained = replace(whole, ignore_frozen_params=True)
+    weights, moments = states.get_state_dict(model, optimizer, options=trained)
+    taught = {} if teacher is model else states.get_model_state_dict(teacher, options=whole)
+    if RANK: return
     new, old = out.with_name(out.name + ".rsd-new"), out.with_name(out.name + ".rsd-old")
     for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
     tokenizer.save_pretrained(new)
-    torch.save(state, new / "trainer.pt")
+    torch.save({"step": len(metrics), "metrics": metrics, "optimizer": moments,
+                "teacher": {n: x for n, x in taught.items() if n in weights}}, new / "trainer.pt")
     (new / "rsd.json").write_text(json.dumps(settings, indent=1))
     shutil.copy(out / "metrics.jsonl", new)
     out.rename(old)
@@ -983,16 +989,15 @@ def cmd_train(args) -> dict:
         teacher.load_state_dict(state["teacher"] or model.state_dict(), strict=not state["teacher"])
     if args.gradient_checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
     model.get_input_embeddings().sparse = True  # its gradient is of a few rows
-    for part in {model: 0, teacher: 0} if args.shard else (): shard(part, part is not model)
+    for part in {model, teacher} if args.shard else (): shard(part, part is not model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   weight_decay=0.0, fused=not args.shard)
     options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
                    clip=args.clip, clip_at=args.clip_at,
                    beta=args.beta if signal == "jsd" else BETA.get(signal))
-    whole = full.StateDictOptions(full_state_dict=True, cpu_offload=args.shard, strict=False)
-    if start: full.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
+    whole = states.StateDictOptions(full_state_dict=True, strict=False)  # some may never have moved
+    if start: states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
     log = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
-    own = {n for n, p in model.named_parameters() if p.requires_grad and teacher is not model}
     out.mkdir(parents=True, exist_ok=True)
     log.write_text("".join(json.dumps(m) + "\n" for m in history))
     for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
@@ -1027,15 +1032,10 @@ def cmd_train(args) -> dict:
         history.append(metrics)
         with open(log, "a") as file: file.write(json.dumps(metrics) + "\n")
         if step in (start, args.steps - 1) or (step + 1) % 5 == 0:
-            shown = "  ".join(f"{k} {v:{'.4g' * isinstance(v, float)}}" for k, v in metrics.items())
-            tqdm.write(f"{shown}\n  sample: {texts[0][:200]!r}")
+            shown = [f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in metrics.items()]
+            tqdm.write("  ".join(shown) + f"\n  sample: {texts[0][:200]!r}")
         if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            weights, moments = full.get_state_dict(
-                model, optimizer, options=replace(whole, ignore_frozen_params=True))
-            taught = full.get_model_state_dict(teacher, options=whole) if own else {}
-            if RANK == 0: save_checkpoint(out, model, weights, tokenizer, settings, {
-                "step": step + 1, "optimizer": moments, "metrics": history,
-                "teacher": {n: taught[n] for n in own}})
+            save_checkpoint(out, model, teacher, optimizer, tokenizer, settings, history)
     print(f"saved {out}; python rsd.py eval --model {out}")
     return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained", "seconds")}
 
@@ -1188,7 +1188,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull if RANK else 1, "w", buffering=1)  # only the first one speaks
     try:
         COMMANDS[args.command](args)
-        if len(everyones("done")) > 1: torch.distributed.destroy_process_group()
+        if RANKS > 1 and everyones("done"): torch.distributed.destroy_process_group()
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"rsd.py {args.command}: {str(error) or 'interrupted'}{hint}", file=sys.stderr)

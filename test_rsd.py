@@ -968,6 +968,7 @@ def test_a_sharded_run_goes_on_to_the_bit(base, tmp_path):
     a, b = (safetensors.torch.load_file(tmp_path / n / "model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     a, b = (torch.load(tmp_path / n / "trainer.pt") for n in "ab")
+    assert {*a["teacher"]} >= {*dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())}
     assert a["teacher"].keys() == b["teacher"].keys() and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
     for key in a["teacher"]:
         torch.testing.assert_close(a["teacher"][key], b["teacher"][key], atol=0, rtol=0)
