@@ -327,7 +327,7 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
     if torch.is_autocast_enabled("cuda"): weight = weight.to(low)  # once, not in every chunk
     if hidden.is_cuda: chunk = part = 4 * chunk
     for p in {*model.get_input_embeddings().parameters(), *head.parameters()}:
-        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)  # else rows, sparse
+        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)  # some rows are added
     many, few = (max(1, size // len(weight)) for size in (chunk, part))
     for start in range(0, len(hidden), many):
         h = hidden[start:start + many].to(weight.dtype)
@@ -513,8 +513,8 @@ def save_checkpoint(out: Path, model, teacher, optimizer, tokenizer, settings, m
     for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
     tokenizer.save_pretrained(new)
-    torch.save({"step": len(metrics), "metrics": metrics, "optimizer": moments,
-                "teacher": {n: x for n, x in taught.items() if n in weights}}, new / "trainer.pt")
+    torch.save({"step": len(metrics), "metrics": metrics, "optimizer": moments, "teacher": {
+        n: x for n, x in taught.items() if n in moments["state"]}}, new / "trainer.pt")
     (new / "rsd.json").write_text(json.dumps(settings, indent=1))
     shutil.copy(out / "metrics.jsonl", new)
     out.rename(old)

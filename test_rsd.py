@@ -916,6 +916,8 @@ def test_lora_checkpoint_loads_in_peft_and_resumes(base, tmp_path, capsys):
     read = lambda name: safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors")
     assert read("whole").keys() == read("half").keys() and not (tmp_path / "whole" / "model.safetensors").exists()
     assert all(torch.equal(read("half")[k], v) for k, v in read("whole").items())
+    taught = torch.load(tmp_path / "whole" / "trainer.pt")["teacher"]
+    assert len(taught) == len(read("whole")) and all("lora" in name for name in taught)
     ours, tokenizer = rsd.load_model(str(tmp_path / "whole"))
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "whole")
     merged = theirs.merge_and_unload()
@@ -968,7 +970,7 @@ def test_a_sharded_run_goes_on_to_the_bit(base, tmp_path):
     a, b = (safetensors.torch.load_file(tmp_path / n / "model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     a, b = (torch.load(tmp_path / n / "trainer.pt") for n in "ab")
-    assert {*a["teacher"]} >= {*dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())}
+    assert {*a["teacher"]} == {*dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())}
     assert a["teacher"].keys() == b["teacher"].keys() and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
     for key in a["teacher"]:
         torch.testing.assert_close(a["teacher"][key], b["teacher"][key], atol=0, rtol=0)
