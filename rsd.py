@@ -350,7 +350,7 @@ def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float
         del logits, target  # before the next ones are made
     hidden.backward(grad)
 # ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
-METHODS = {  # who writes   teacher sees  signal        reward
+METHODS = {       # who writes   teacher sees  signal      reward
     "rsd":         ("student",   "rubric",   "divergence", None),
     "opsd":        ("student",   "solution", "divergence", None),
     "grpo":        ("student",   "student",  "advantage",  "accuracy"),
