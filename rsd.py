@@ -1,1199 +1,2916 @@
-"""Rubric-Conditioned Self-Distillation (RSD): rsd.py demo | generate | train | eval | inspect.
-RSD learns from rubrics, weighted criteria that a good answer meets. One network plays two parts:
-  1. the student reads the bare question x and samples a completion y ~ p_S(.|x)
-  2. the teacher, the same network with the rubric r in its context, re-scores every token of y
-  3. at every position t of y the two next-token distributions are compared:
-         loss = 1/N * sum over t of D( p_T(.|x, r, y_<t) || p_S(.|x, y_<t) )
-  4. the gradient flows through the student only; N counts the completion tokens of the whole step
-  5. after training the student needs no rubric
-Sections 1 to 4 are the method; with 5 you can train. Glossary, code -> paper (arXiv 2606.19327):
-question x, reference_answer y*, solution z, rubric r = {c_1..c_K}, completion y^, student p_S,
-teacher p_T. B sequences, T tokens of one, N completion tokens in all, V vocabulary, H width."""
+"""Rubric-Conditioned Self-Distillation (RSD): the whole method in one file.
+
+RSD teaches a model from rubrics, lists of weighted criteria that a good answer meets. One network
+plays two parts, and one step of training is this:
+
+  1. The student reads the bare question x and samples a completion y ~ p_S(. | x).
+  2. The teacher, the same network with the rubric r in its context, re-scores every token of y.
+  3. The student re-scores y as well, from the question alone.
+  4. At every position t of y the two next-token distributions are compared:
+         loss = 1/N * sum over t of D( p_T(. | x, r, y_<t) || p_S(. | x, y_<t) )
+     The gradient flows through the student only; N counts the completion tokens of the whole step.
+  5. The optimizer takes one step. After training the student needs no rubric.
+
+`train_step`, at the end of section 4, is these five steps as code. Stop there and you know the
+method; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, the others a trainer.
+
+  python rsd.py demo                                   the whole method on a toy, in minutes on a CPU
+  python rsd.py generate --model Qwen2.5-7B-Instruct   write a rubric for every question
+  python rsd.py train    --model Qwen2.5-1.5B          train against the rubric-guided teacher
+  python rsd.py eval     --model runs/train            answer held-out questions and grade them
+  python rsd.py inspect  --model Qwen2.5-1.5B          see which tokens the rubric moves
+
+  paper (arXiv 2606.19327)      code                  shapes
+  x, y*, z                      question,             B sequences, T tokens of one of them,
+                                reference_answer,     N completion tokens of all of them,
+                                solution              V vocabulary, H width of the hidden states,
+  r = {c_1 .. c_K}              rubric                K criteria
+  y                             completion            ids: lists of token ids
+  p_S, p_T                      student, teacher
+"""
 from __future__ import annotations
-import argparse, copy, functools, hashlib, itertools, json, math, os, random, re, shutil, sys, time
+
+import argparse
+import copy
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import unicodedata
 from collections import Counter
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
+from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from unittest.mock import patch
+from typing import Callable, Literal, NamedTuple, get_args, get_type_hints
 from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import InferenceClient
-from torch.distributed import all_reduce, fsdp
+from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as states
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HERE = Path(__file__).resolve().parent
-RANK, RANKS = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 
-def everyones(x) -> list:
-    """x of every process that torchrun started, in order of rank; each has to call it."""
-    parts = [x] * RANKS
-    if RANKS > 1: torch.distributed.all_gather_object(parts, x)
-    return parts
 
 class UserError(Exception):
-    """A mistake that the user can mend: the command line prints it as one sentence and exits 2."""
+    """A mistake that the user can mend: the command line prints one sentence and exits with 2."""
 
-def check(ok, message: str) -> None:
-    """UserError(message) unless ok."""
-    if not ok: raise UserError(message)
-# ---- 1. Two contexts: what the student sees, what the teacher sees -------------------------------
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
-MARK = "\ufdd0"  # a code point that Unicode keeps for a program's own use
+
+def require(condition, message: str):
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+# ---- 1. Two contexts: what the student sees, what the teacher sees ------------------------------
+
 
 @dataclass
 class Episode:
-    """One row on its way from sampling to the update. Token ids only: text is never re-encoded."""
+    """One row on its way from sampling to the update.
+
+    It holds token ids, never text: a completion that is decoded and encoded again may come back as
+    other tokens, and the loss would then be of something that nobody sampled.
+    """
+
     row: dict
-    prompt_ids: list[int]  # what the student sees
-    teacher_ids: list[int]  # what the teacher sees in its place
-    completion_ids: list[int] = ()  # the first stop token included
-    stopped: bool = False  # False: cut off at the token limit
-    advantage: float = 1.0  # for the signal "advantage": 1 in SFT, (r - mean) / std in GRPO
-    train_from: int = 0  # completion tokens before this one carry no loss
+    prompt_ids: list[int]  # what the student sees: the question
+    teacher_ids: list[int]  # what the teacher sees in its place: the question and the rubric
+    completion_ids: list[int] = ()  # its first stop token included
+    stopped: bool = False  # False: cut off at the limit of tokens
+    advantage: float = 1.0  # weight of the policy gradient: 1 in SFT, (r - mean) / std in GRPO
+    train_from: int = 0  # the completion tokens before this one carry no loss
+    scores: dict = field(default_factory=dict)  # how the completion was graded
+
+    @property
+    def trained_tokens(self):
+        return len(self.completion_ids) - self.train_from
+
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
 
 def load_prompts(folder) -> dict[str, str]:
-    """Every FOLDER/NAME.txt as {NAME: text}."""
-    return {p.stem: p.read_text(encoding="utf-8").strip() for p in Path(folder).glob("*.txt")}
+    """Every prompt file FOLDER/NAME.txt as {NAME: text}."""
+    files = Path(folder).glob("*.txt")
+    return {path.stem: path.read_text(encoding="utf-8").strip() for path in files}
 
-def row_fields(row: dict) -> dict[str, str]:
-    """What one row can put into a prompt file's placeholders; parts that it lacks are left out."""
-    rubric = row.get("rubric") or []
-    lines = [f"- {c['title']}{': ' if c['title'] else ''}{c['description']} ({points(c):g})"
-             for c in rubric]
-    fields = {**row, "answer": row.get("reference_answer"), "rubric": "\n".join(lines),
-              "rubric_json": rubric and json.dumps([
-                  {k: c[k] for k in NAMES} for c in rubric], ensure_ascii=False),
-              "statements": "\n".join(f"- {c['description']}" for c in rubric),
-              "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16]}
-    return {name: text for name, text in fields.items() if text and isinstance(text, str)}
 
-def plain(tokenizer, text: str) -> str:
-    """Data as plain text: MARK cuts the names of control tokens in two, so that none is one."""
-    names = sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
-    pattern, text = "|".join(map(re.escape, names)) or "$^", text.replace(MARK, "\ufffd")
-    return re.sub(pattern, lambda m: m[0][0] + MARK + m[0][1:], text)
+def fill(template: str, fields: dict[str, str], protect: Callable[[str], str]) -> str:
+    """A prompt file with a row's fields in the places of its {placeholders}, each made harmless by
+    `protect`. Braces, backslashes and $ in the data stay as they are. KeyError: a field is missing.
+    """
+    return PLACEHOLDER.sub(lambda match: protect(fields[match[1]]), template)
+
+
+def valid_unicode(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer takes."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def as_text(cell):
+    """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of a
+    list all parts; of an object each value by itself; nothing, and NaN, are empty."""
+    if cell is None or cell != cell:
+        return ""
+    if isinstance(cell, dict) and isinstance(cell.get("text"), str) and "type" in cell:
+        return as_text(cell["text"])  # a content part
+    if isinstance(cell, dict):
+        return {name: as_text(value) for name, value in cell.items()}
+    if not isinstance(cell, list):
+        return valid_unicode(str(cell)).strip()
+    parts = [as_text(part) for part in cell]
+    if len(parts) == 1 and isinstance(parts[0], dict):
+        return parts[0].get("content", parts[0])
+    for i, part in enumerate(parts):
+        if isinstance(part, dict) and "role" in part:
+            part = f"{part['role'].capitalize()}: {part['content']}"
+        parts[i] = str(part)
+    return "\n\n".join(parts)
+
+
+# A question may contain "<|im_end|>", by chance or by malice. Encoded as it stands, it would end
+# the user's turn, and the rest of the data would speak as the assistant. So each name of a control
+# token in the data is cut in two by a code point that Unicode reserves for private use, and the
+# text is encoded piece by piece: no piece contains a whole name.
+CUT = "\ufdd0"
+
+
+@functools.cache
+def control_token_names(tokenizer):
+    """A pattern of all names of added tokens, the longest first."""
+    names = filter(str.strip, tokenizer.get_added_vocab())
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "$^")
+
+
+def hide_control_tokens(tokenizer, text: str) -> str:
+    """The text with a CUT inside every name of a control token."""
+    text = text.replace(CUT, "\ufffd")
+    names = control_token_names(tokenizer)
+    return names.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
+
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, piece by piece between the MARKs of plain()."""
-    return [t for piece in text.split(MARK) if piece
-            for t in tokenizer.encode(piece, add_special_tokens=False)]
+    """Token ids of a text, piece by piece between its CUTs."""
+    ids = []
+    for piece in filter(None, text.split(CUT)):
+        ids += tokenizer.encode(piece, add_special_tokens=False)
+    return ids
+
+
+def render_chat(tokenizer, chat, **options):
+    """A chat as the model's template writes it. Where it writes the date, that is always the same, so
+    that prompts do not change with the day. UserError: the template raises."""
+
+    def fixed_day(pattern):
+        return date(2026, 1, 1).strftime(pattern)
+
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, strftime_now=fixed_day, **options
+        )
+    except Exception as error:  # of jinja, or the template's own
+        raise UserError(f"the model's chat template fails ({error!r:.150}).") from error
+
 
 def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
-    """One prompt file and one row's fields -> ids [P] of a chat prompt, or for a server, which has
-    no tokenizer here, one text. Braces, backslashes, $ and "<|im_end|>" in data stay plain text
-    (for a server as "< |im_end|>"). KeyError: a placeholder that the row cannot fill."""
-    safe = lambda x: plain(tokenizer, x) if tokenizer else re.sub(r"<(?=\S{,40}>)", "< ", x)
-    message = PLACEHOLDER.sub(lambda m: safe(fields[m[1]]), template)
-    return encode(tokenizer, tokenizer.apply_chat_template([{"role": "user", "content": message}],
-                  tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-                  ) if tokenizer else [message]
+    """One prompt file and one row's fields -> the ids [P] of a chat prompt.
 
-def turn_end(tokenizer) -> int:
+    This is the only builder of prompts, for training and for evaluation, for student and teacher.
+    """
+    message = fill(template, fields, functools.partial(hide_control_tokens, tokenizer))
+    chat = [{"role": "user", "content": message}]
+    text = render_chat(tokenizer, chat, add_generation_prompt=True, enable_thinking=thinking)
+    return encode(tokenizer, text)
+
+
+def turn_end(tokenizer):
     """The token with which the chat template ends an assistant's turn, else the tokenizer's eos."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@@"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
-    first = tokenizer.encode(after, add_special_tokens=False)[:1]
-    return first[0] if set(first) & set(tokenizer.all_special_ids) else tokenizer.eos_token_id
+    behind = render_chat(tokenizer, chat).rpartition("@@")[2]
+    first = tokenizer.encode(behind, add_special_tokens=False)[:1]
+    is_control_token = set(first) & set(tokenizer.all_special_ids)
+    return first[0] if is_control_token else tokenizer.eos_token_id
 
-def stop_ids(model, tokenizer) -> set[int]:
-    """All tokens that end a completion (Qwen has two): generation config, tokenizer, chat."""
-    own = model.generation_config.eos_token_id
+
+def stop_ids(model, tokenizer):
+    """All tokens that end a completion: the generation config's, the tokenizer's, the chat's."""
+    own = model.generation_config.eos_token_id  # one id, a list of them (Qwen has two), or None
     own = own if isinstance(own, list) else [own]
     return {*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
-# ---- 2. Rubrics: read what a model wrote, write new ones -----------------------------------------
-NAMES = {"title": ["title"], "description": ["description", "criterion", "criteria", "rubric_item"],
-         "weight": ["weight", "points", "score"]}
-AVOIDS = re.compile(r"\b(avoid|refrain|(warn|caution)s? against|(should|must)(n't| not)|"
-                    r"does(n't| not) (\w+ly )?(overlook|neglect|ignor|omit|confus|mis|incorrect|"
-                    r"fail|forget|impl))", re.I)
-WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}
-LATEX = (  # commands whose first letter JSON would take for an escape
-    r"([bfr][a-zA-Z]+|n(abla|e(?![).])|eq|eg|earrow|[gl]eq|mid|o(limits|number|t|tin)|u)|t(ag|anh?"
-    r"|au|binom|frac|ext\w*|h(erefore|eta|inspace)|ilde|imes|op?|riangle\w*|t))(?![a-zA-Z])")
-ESCAPE = re.compile(rf'["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt]')  # what JSON means by \ as well
 
-def read_criterion(item, need_title=False) -> dict:
-    """One criterion from an object (any known field names) or a string ("Pitfall Criteria: ...": of
-    weight 1 without a known first word). ValueError says what is missing."""
-    if isinstance(item, str):
-        m = re.match(rf"(?i)\s*({'|'.join(WORD_WEIGHT)})\b[^:]*:", item)
-        item = {"title": m[1], "description": item[m.end():], "weight": WORD_WEIGHT[m[1].lower()]
-                } if m else {"description": item, "weight": 1}
-    if not isinstance(item, dict):
-        raise ValueError(f"a criterion is an object or a string, not {json.dumps(item)[:40]}")
-    got = {field: next((item[n] for n in names if item.get(n) is not None), None)
-           for field, names in NAMES.items()}
-    for field in ("title", "description"):
-        got[field] = got[field].strip() if isinstance(got[field], str) else ""
-        if not got[field] and (field == "description" or need_title):
-            raise ValueError(f"a criterion has no {field}")
-    if not re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", str(got["weight"])):
-        raise ValueError("a criterion has no numeric weight")
-    got["weight"] = int(w) if (w := float(got["weight"])).is_integer() else w
-    return got | ({"check": item["check"]} if isinstance(item.get("check"), str) else {})
 
-def points(c: dict) -> float:
-    """What meeting it is worth: below 0 for a fault (negative weight, or the title Pitfall), unless
-    it is worded as the avoidance of one ("must not ..."). So the sign is the polarity."""
-    fault = c["weight"] < 0 or c["title"].lower().startswith("pitfall")
-    return abs(c["weight"]) * (-1 if fault and not AVOIDS.search(c["description"]) else 1)
+# ---- 2. Sampling: prompt ids in, completion ids out ---------------------------------------------
 
-def parse_rubric(text: str, *_) -> tuple[list[dict] | None, str]:
-    r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped; the array
-    with most complete criteria (title, description, numeric weight) is read object by object, so
-    what is cut off or broken costs only itself; LaTeX backslashes are mended. Nothing is guessed.
-    >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
-    ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
-    """
-    if "<think>" in (text := text.rpartition("</think>")[2]): return None, "unfinished thinking"
-    mended = lambda m: m[0] if ESCAPE.match(text, m.start(1)) else "\\\\" + m[1]
-    text, decoder = re.sub(r"\\(.)", mended, text, flags=re.S), json.JSONDecoder(strict=False)
-    best, why = [], "no JSON array"
-    for start in [m.start() for m in re.finditer(r"\[\s*\{", text)][::-1] or [0]:
-        found, at, closed = [], start, None
-        while not closed and (opening := re.compile(r'\{\s*"').search(text, at)):
-            try:
-                item, at = decoder.raw_decode(text, opening.start())
-                found.append(read_criterion(item, need_title=True))
-            except ValueError as error:  # cut off, broken, or a field is missing: go on behind it
-                at = max(at, opening.end())
-                why = "broken JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-            closed = re.match(r"\s*,?\s*\]", text[at:])
-        if found and not closed and len(text[:start].split()) > 60:
-            return None, "unfinished thinking"  # long prose, then a draft that breaks off
-        best = max(best, found, key=len)  # of several arrays the fullest, then the last
-    return (best, "") if best else (None, why)
 
-def generate(model, tokenizer, episodes, name="rubric", read=parse_rubric, tries=3, **sampling):
-    """One rubric, or what else `read` finds in the text, per episode -> [{"text", "tokens",
-    "truncated", name: what was read, or None, "reason", "tries"}], after at most `tries` draws."""
-    results, todo = [{}] * len(episodes), range(len(episodes))
-    for attempt in range(1, tries + 1):
-        for i, e in zip(todo, write_completions(
-                "student", model, tokenizer, [episodes[i] for i in todo], **sampling)):
-            text = tokenizer.decode(e.completion_ids, skip_special_tokens=True) if tokenizer else \
-                "".join(e.completion_ids)
-            value, reason = read(text, e.row) if read else (text, "")
-            results[i] = {"text": text, "tokens": len(e.completion_ids), "reason": reason,
-                          "truncated": float(not e.stopped), name: value, "tries": attempt}
-        todo = [i for i in todo if results[i][name] is None]
-    return results
-# ---- 3. Sampling: prompt ids in, completion ids out ----------------------------------------------
 @torch.no_grad()
-def sample_completions(model, prompts: list[list[int]], stop: set[int], max_new_tokens=512,
-                       temperature=1.0, top_p=1.0, top_k=0, batch_size=64):
-    """B prompts of ids -> B pairs (completion ids [T_b], stopped), in order. A completion ends with
-    its first stop token, which is part of it; without one it has max_new_tokens ids. temperature 0:
-    greedy. A batch ends when three quarters of its rows have; the others go on in a later one. The
-    model's own defaults (repetition penalty ...) are set aside. Each rank samples its share."""
-    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-    config = GenerationConfig(eos_token_id=sorted(stop), pad_token_id=min(stop),
-                              **how if temperature > 0 else {})
-    stops, device = torch.tensor(sorted(stop), device=model.device), model.device
-    def mostly_done(out, _):
-        return (torch.isin(out[:, width:], stops).any(1).float().mean() >= 0.75).expand(len(out))
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    done, todo = {}, {i: [] for i in order[RANK::RANKS]}  # row -> its completion so far
-    model = copy.copy(model.eval())  # itself, but for these defaults
-    model.generation_config = GenerationConfig()
-    while todo:
-        rows = list(todo)[:batch_size]
-        config.max_new_tokens = max_new_tokens - min(len(todo[i]) for i in rows)
-        seqs = [prompts[i] + todo[i] for i in rows]
-        width = max(map(len, seqs))
-        ids = torch.tensor([[0] * (width - len(s)) + s for s in seqs], device=device)
-        mask = (torch.arange(width) >= torch.tensor([[width - len(s)] for s in seqs])).long()
-        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
-            out = model.generate(input_ids=ids, attention_mask=mask.to(device),
-                                 generation_config=config, stopping_criteria=[mostly_done])
-        for i, new in zip(rows, out[:, width:].tolist()):
-            tokens = (todo.pop(i) + new)[:max_new_tokens]
-            end = next((k + 1 for k, t in enumerate(tokens) if t in stop), None)
-            if end or len(tokens) == max_new_tokens: done[i] = (tokens[:end], end is not None)
-            else: todo[i] = tokens
-    return [row for _, row in sorted((i, r) for part in everyones(done) for i, r in part.items())]
+def sample_batch(
+    model, prompts, stop, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0
+):
+    """B prompts of ids, left-padded into one call of `generate` -> the new ids of each, unequal in
+    what follows their first stop token. It returns when three quarters of the rows have stopped."""
+    device = model.device
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts)], device=device)
+    mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device)
+    stops = torch.tensor(sorted(stop), device=device)
 
-def ask(server: str, prompts: list[list[str]], batch_size=64, max_new_tokens=512, temperature=1.0,
-        top_p=1.0, tries=8, timeout=600.0, **_) -> list[tuple[list[str], bool]]:
-    """The same of NAME@URL, an OpenAI-compatible server (key: $OPENAI_API_KEY), batch_size requests
-    at a time. A prompt is one text; a completion its text, then "" for each further token. What may
-    pass is tried again after 1, 2, 4 ... 64 s, else UserError. top_k is not in the protocol."""
-    name, _, url = server.partition("@http")
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # or the hub's own token would be sent
-    client = InferenceClient(base_url="http" + url, api_key=key, timeout=timeout)
-    how = dict(model=name, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    def one(prompt):
-        for attempt in range(1, tries + 1):
-            try:
-                got = client.chat_completion([{"role": "user", "content": prompt[0]}], **how)
-                text, ended = got.choices[0].message.content, got.choices[0].finish_reason
-                length = got.usage.completion_tokens if got.usage else 1
-                return [text or ""] + [""] * (length - 1), ended != "length"
-            except Exception as error:  # of the connection, the server, its JSON: many kinds
-                code = getattr(getattr(error, "response", None), "status_code", 500)
-                again = (code in (408, 429) or code >= 500) and "HF_HUB_OFFLINE" not in str(error)
-                check(again and attempt < tries, f"--model {name}: try {attempt} of {tries} failed "
-                      f"({str(error)!r:.200}) for the prompt {prompt[0][:80]!r}.")
-                time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
-    return thread_map(one, prompts, max_workers=batch_size, desc=name, leave=False)
-# ---- 4. Re-scoring and the per-token loss --------------------------------------------------------
+    def most_have_stopped(sequences, scores):
+        stopped = torch.isin(sequences[:, width:], stops).any(1)
+        return (stopped.float().mean() >= 0.75).expand(len(sequences))
+
+    config = GenerationConfig(
+        eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens
+    )
+    if temperature > 0:
+        config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    sampler = copy.copy(model.eval())  # the same weights, without the model's own defaults
+    sampler.generation_config = GenerationConfig()
+    with torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
+        out = sampler.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=[most_have_stopped],
+        )
+    return out[:, width:].tolist()
+
+
+def sample_completions(
+    model, prompts: list[list[int]], stop: set[int], max_new_tokens=512, batch_size=64, **sampling
+) -> list[tuple[list[int], bool]]:
+    """B prompts of ids -> B pairs (completion ids [T_b], stopped), in the order of the prompts.
+
+    A completion ends with its first stop token, which is part of it; without one it has
+    max_new_tokens ids and stopped is False. sampling: temperature (0: greedy), top_p, top_k. The
+    model's own defaults, such as a repetition penalty, are set aside. No straggler holds a batch:
+    rows that are not done when the batch returns go on together in a later one.
+    """
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    unfinished = {i: [] for i in longest_first}  # row -> its completion so far
+    finished = {}  # row -> (completion, stopped)
+    while unfinished:
+        rows = list(unfinished)[:batch_size]
+        room = max_new_tokens - min(len(unfinished[i]) for i in rows)
+        sequences = [prompts[i] + unfinished[i] for i in rows]
+        for i, new in zip(rows, sample_batch(model, sequences, stop, room, **sampling)):
+            ids = (unfinished.pop(i) + new)[:max_new_tokens]
+            end = next((k for k, token in enumerate(ids) if token in stop), None)
+            if end is not None:
+                finished[i] = ids[: end + 1], True
+            elif len(ids) == max_new_tokens:
+                finished[i] = ids, False
+            else:
+                unfinished[i] = ids
+    return [finished[i] for i in range(len(prompts))]
+
+
+# ---- 3. Re-scoring and the per-token loss --------------------------------------------------------
+
+
 def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """The hidden states [N, H] that predict each completion token, sequence after sequence (logits:
-    logits_of). Padding is on the right, where a causal model never looks: it needs no mask."""
-    seqs = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token is never read
-    width = max(map(len, seqs))
-    ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=model.device)
-    for layer in (m for m in model.modules() if getattr(m, "gradient_checkpointing", False)):
-        layer.training = torch.is_grad_enabled()  # what checkpointing asks for; dropout stays off
+    """The hidden states [N, H] that predict each completion token, one sequence after the other.
+    `logits_of` turns them into logits. Padding is on the right, where a causal model never looks.
+    """
+    sequences = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token predicts none
+    width = max(map(len, sequences))
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=model.device)
+    for layer in model.modules():  # checkpointing works in training mode only; dropout stays off
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = torch.is_grad_enabled()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
     row = [b for b, c in enumerate(completions) for _ in c]
-    col = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
-    return hidden[row, col]
+    column = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
+    return hidden[row, column]
+
 
 def soft_cap(model, logits: torch.Tensor) -> torch.Tensor:
-    """Gemma's bound on its logits, cap * tanh(logits / cap); others' as they are."""
+    """Gemma's bound on its logits, cap * tanh(logits / cap); other models' as they are."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
+
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
-    """The model's head on hidden states: [N, H] -> [N, V], soft cap included."""
+    """The model's output head on hidden states: [N, H] -> [N, V], soft cap included."""
     head = model.get_output_embeddings()
     return soft_cap(model, F.linear(hidden.to(head.weight.dtype), head.weight, head.bias))
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor, beta=0.0, top_k=0, tail=False,
-               temperature=1.0, clip="none", clip_at=0.05, stats: Counter | None = None):
-    """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32. beta 0:
-    forward KL(T||S). 1: reverse KL(S||T). Between: beta*KL(T||m) + (1-beta)*KL(S||m) with m =
-    beta*T + (1-beta)*S; mind the jump, that goes to 0 towards both ends. top_k > 0: the teacher's
-    top_k tokens alone, renormalised; with tail, one bucket more holds the rest of the mass. clip
-    "entry" caps every vocabulary entry at clip_at before the sum, as the public code does: it can
-    turn negative and invert the training; "token" caps the sum. stats grows by sums: "divergence"
-    before clipping, "clipped" fraction.
+
+def kl_terms(p: torch.Tensor, q: torch.Tensor, centred=True) -> torch.Tensor:
+    """The V entries of KL(p || q), from log-probs [N, V] twice.
+
+    The plain entries are p log(p / q). Centred ones have - p + q added, which sums to 0 over the
+    vocabulary: no entry is then negative, and where p = q both the value and the gradient are
+    exactly 0 in float32.
+    """
+    mass = p.exp()
+    plain = mass * (p - q)
+    return plain - (mass - q.exp()) if centred else plain
+
+
+def log_mixture(s: torch.Tensor, t: torch.Tensor, beta: float) -> torch.Tensor:
+    """log(beta T + (1 - beta) S) of log-probs: the larger of the two, corrected by their gap. It is
+    exact where s = t, and finite however far they are apart."""
+    share_of_smaller = torch.where(s > t, beta, 1 - beta)
+    gap = torch.expm1(-(s - t).abs())
+    return torch.maximum(s, t) + torch.log1p(share_of_smaller * gap)
+
+
+def on_top_k(s, t, k: int, tail: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both log-probs [N, V] on the teacher's k likeliest tokens: renormalised [N, k], or with one
+    bucket more for the rest of the mass [N, k + 1]."""
+    index = t.topk(k, dim=-1).indices
+
+    def restrict(x):
+        kept = x.gather(-1, index)
+        if not tail:
+            return kept.log_softmax(-1)
+        rest = x.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([kept, rest], dim=-1)
+
+    return restrict(s), restrict(t)
+
+
+def divergence_terms(
+    student, teacher, beta=0.0, top_k=0, tail=False, temperature=1.0, centred=True
+):
+    """The entries of `divergence`, before they are summed over the vocabulary: [N, V], or [N, k]."""
+    s = (student.float() / temperature).log_softmax(-1)
+    t = (teacher.float() / temperature).log_softmax(-1)
+    if 0 < top_k < s.shape[-1]:
+        s, t = on_top_k(s, t, top_k, tail)
+    if beta == 0:
+        return kl_terms(t, s, centred)
+    if beta == 1:
+        return kl_terms(s, t, centred)
+    m = log_mixture(s, t, beta)
+    return beta * kl_terms(t, m, centred) + (1 - beta) * kl_terms(s, m, centred)
+
+
+def clipped_sum(terms, clip, at):
+    """Terms [N, V] -> their sum [N], capped, and the fraction [N] that stood at the cap.
+
+    clip "none" caps nothing and "token" the sum. "entry" caps every vocabulary entry before the
+    sum, as the paper's code does; that can turn the sum negative and invert the training.
+    """
+    if clip != "entry":
+        terms = terms.sum(-1, keepdim=True)
+    if clip == "none":
+        return terms.sum(-1), torch.zeros_like(terms[:, 0])
+    over = (terms > at).float().mean(-1)
+    return terms.clamp(max=at).sum(-1), over
+
+
+def divergence(student, teacher, clip="none", clip_at=0.05, **options) -> torch.Tensor:
+    """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
+
+    beta 0 is the forward KL(T || S), the paper's choice; beta 1 the reverse KL(S || T); between
+    them beta KL(T || m) + (1 - beta) KL(S || m) with m = beta T + (1 - beta) S. Mind the jump: that
+    goes to 0 towards both ends. top_k > 0 compares the teacher's top_k tokens alone, renormalised;
+    with tail, one more bucket holds the rest. temperature divides both logits. clip: clipped_sum.
+
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
     """
-    s, t = (x.float() if temperature == 1 else x.float() / temperature for x in (student, teacher))
-    s, t = s.log_softmax(-1), t.log_softmax(-1)
-    if 0 < top_k < s.shape[-1]:
-        index = t.topk(top_k, dim=-1).indices
-        kept = lambda x: x.gather(-1, index)  # [N, V] -> [N, top_k]; with the tail one more
-        rest = lambda x: x.scatter(-1, index, -math.inf).logsumexp(-1, True)
-        s, t = (torch.cat([kept(x), rest(x)], -1) if tail else kept(x).log_softmax(-1)
-                for x in (s, t))
-    def kl(p, q):  # entries of KL(p||q), with - p + q, which sums to 0: so none is negative, and
-        mass = p.exp()  # where p = q both value and gradient are exactly 0 in float32
-        return mass * (p - q) - (mass - q.exp()) if clip != "entry" else mass * (p - q)
-    if beta in (0, 1): terms = kl(s, t) if beta else kl(t, s)
-    else:  # log m, exact where s = t and finite however far they are apart
-        gap = torch.expm1(-(s - t).abs())
-        m = torch.where(s > t, s + torch.log1p(beta * gap), t + torch.log1p((1 - beta) * gap))
-        terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
-    if clip != "entry": terms = terms.sum(-1, keepdim=True)
-    if stats is not None: stats.update(divergence=terms.sum().item(), clipped=0 if clip == "none"
-                                       else (terms > clip_at).float().mean(-1).sum().item())
-    return terms.clamp(max=math.inf if clip == "none" else clip_at).sum(-1)
+    terms = divergence_terms(student, teacher, centred=clip != "entry", **options)
+    return clipped_sum(terms, clip, clip_at)[0]
 
-def token_loss(signal: str, student, teacher, ids, advantage, kl=0.0, **options) -> torch.Tensor:
-    """The per-token signal: logits [N, V] of student and teacher, ids [N], advantage [N] -> [N].
-    forward, reverse, jsd: divergence(**options). sampled: policy gradient, advantage log p_T -
-    log p_S. advantage: policy gradient with that one (1: SFT's cross-entropy), plus kl times the
-    reverse KL to the teacher. Strictly on policy: no importance ratio, so nothing to clip."""
-    if signal in BETA: return divergence(student, teacher, **{"beta": BETA[signal]} | options)
-    logp = student.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-    if signal == "sampled":
-        target = teacher.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-        advantage = (target - logp).detach()
-    return -advantage * logp + (kl * divergence(student, teacher, beta=1.0) if kl else 0.0)
+
+def log_prob(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The log-probability [N] of the tokens ids [N] under logits [N, V]."""
+    return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
 
 @torch.no_grad()
-def backward_in_chunks(model, hidden, teacher, seen, loss_of, denominator: float, stats: Counter,
-                       chunk=24_000_000, part=1_000_000) -> None:
-    """Backward of sum(loss_of(...)) / denominator without ever holding [N, V] logits. hidden [N, H]
-    with its graph, the teacher's `seen` [N, H] or None; loss_of(student's logits [n, V], teacher's
-    or None, rows: slice) -> [n]. Both heads run on `chunk` logits at a time, the loss on `part` of
-    them, which a CPU's cache holds. Its gradient takes the logits' place and goes by hand into the
-    head's: autograd would build a second matrix of that size per chunk. Last comes one backward
-    through the body. stats grows by sums of "loss" and "entropy" (nats)."""
-    head, low = model.get_output_embeddings(), torch.get_autocast_dtype("cuda")
-    weight, grad = head.weight, torch.zeros_like(hidden)
-    if torch.is_autocast_enabled("cuda"): weight = weight.to(low)  # once, not in every chunk
-    if hidden.is_cuda: chunk = part = 4 * chunk
-    for p in {*model.get_input_embeddings().parameters(), *head.parameters()}:
-        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)  # some rows are added
-    many, few = (max(1, size // len(weight)) for size in (chunk, part))
-    for start in range(0, len(hidden), many):
-        h = hidden[start:start + many].to(weight.dtype)
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """The entropy [N] in nats of logits [N, V]."""
+    logp = logits.float().log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def replace_by_gradient_(model, logits, teacher_logits, loss_of, first_row, denominator, part):
+    """The student's logits [n, V], before the soft cap, become d loss / d logits in place -> the
+    sums of the figures of `loss_of`. It works on `part` logits at a time, which a cache holds."""
+    sums = Counter()
+    rows = max(1, part // logits.shape[-1])
+    for start in range(0, len(logits), rows):
+        leaf = logits[start : start + rows].detach().requires_grad_()
+        target = None
+        if teacher_logits is not None:
+            target = teacher_logits[start : start + rows]
+        where = slice(first_row + start, first_row + start + len(leaf))
+        with torch.enable_grad():
+            figures = loss_of(soft_cap(model, leaf), target, where)
+            (figures["loss"].sum() / denominator).backward()
+        for name, values in figures.items():
+            sums[name] += values.sum().item()
+        logits[start : start + rows] = leaf.grad
+    return sums
+
+
+def add_head_gradient(head, weight, gradient, hidden):
+    """Add to the gradients of the output head what logits with this gradient [n, V] and their hidden
+    states [n, H] contribute. weight: the head's, or its copy in half precision."""
+    if weight is head.weight and weight.requires_grad:
+        weight.grad.addmm_(gradient.T, hidden)
+    elif head.weight.requires_grad:
+        head.weight.grad += gradient.T @ hidden
+    if head.bias is not None and head.bias.requires_grad:
+        head.bias.grad += gradient.sum(0)
+
+
+@torch.no_grad()
+def backward_in_chunks(
+    student, hidden, teacher, teacher_hidden, loss_of, denominator: float,
+    chunk=24_000_000, part=1_000_000,
+) -> Counter:
+    """Backward of sum(loss) / denominator without ever holding the [N, V] logits of all tokens.
+
+    hidden [N, H] with its graph, teacher_hidden [N, H] or None. loss_of(student logits [n, V],
+    teacher logits [n, V] or None, rows: slice of the N) -> {"loss": [n], any other figure: [n]}.
+    Returns the sum of every figure over the N tokens. If memory were no matter, this would do:
+
+        figures = loss_of(logits_of(student, hidden), logits_of(teacher, teacher_hidden), slice(N))
+        (figures["loss"].sum() / denominator).backward()
+        return {name: values.sum() for name, values in figures.items()}
+
+    Here the heads run on `chunk` logits at a time. The gradient takes the logits' place and goes by
+    hand into the head's weight, since autograd would build a second matrix of its size per chunk.
+    """
+    head = student.get_output_embeddings()
+    weight = head.weight
+    if torch.is_autocast_enabled("cuda"):
+        weight = weight.to(torch.get_autocast_dtype("cuda"))  # once, not in every chunk
+    if hidden.is_cuda:
+        chunk = part = 4 * chunk
+    for p in {*student.get_input_embeddings().parameters(), *head.parameters()}:
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    sums = Counter()
+    hidden_grad = torch.zeros_like(hidden)
+    rows = max(1, chunk // len(weight))
+    for start in range(0, len(hidden), rows):
+        some = slice(start, start + rows)
+        h = hidden[some].to(weight.dtype)
         logits = F.linear(h, weight, head.bias)
-        target = None if seen is None else logits_of(teacher, seen[start:start + many])
-        for i in range(0, len(logits), few):
-            leaf = logits[i:i + few].detach().requires_grad_()
-            with torch.enable_grad():
-                z = soft_cap(model, leaf)
-                losses = loss_of(z, None if seen is None else target[i:i + few],
-                                 slice(start + i, start + i + len(leaf)))
-                (losses.sum() / denominator).backward()
-            logp = z.float().log_softmax(-1).flatten()
-            stats.update(loss=losses.sum().item(), entropy=-torch.vdot(logp.exp(), logp).item())
-            logits[i:i + few] = leaf.grad
-        grad[start:start + many] = logits @ weight
-        if weight is head.weight and weight.requires_grad: weight.grad.addmm_(logits.T, h)
-        elif head.weight.requires_grad: head.weight.grad += logits.T @ h
-        if head.bias is not None and head.bias.requires_grad: head.bias.grad += logits.sum(0)
-        del logits, target  # before the next ones are made
-    hidden.backward(grad)
-# ---- 5. Training: one pipeline, methods as choices -----------------------------------------------
-METHODS = {       # who writes   teacher sees  signal      reward
-    "rsd":         ("student",   "rubric",   "divergence", None),
-    "opsd":        ("student",   "solution", "divergence", None),
-    "grpo":        ("student",   "student",  "advantage",  "accuracy"),
-    "grpo-rubric": ("student",   "student",  "advantage",  "rubric_score"),
-    "sft":         ("reference", "student",  "advantage",  None)}
-STAGES = {"reason": ("student", "rubric"),  # what the student and the teacher of rsd see; stage 1:
-          "rubric": ("writer+answer", "writer+answer+rubric"),  # as in the public code
-          "rubric-paper": ("writer", "writer+answer")}
-BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the divergence; the other signal: sampled
-LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b", re.I)
+        target = None
+        if teacher_hidden is not None:
+            target = logits_of(teacher, teacher_hidden[some])
+        sums.update(replace_by_gradient_(student, logits, target, loss_of, start, denominator, part))
+        gradient = logits
+        hidden_grad[some] = gradient @ weight
+        add_head_gradient(head, weight, gradient, h)
+        del logits, gradient, target  # before the next ones are made
+    hidden.backward(hidden_grad)
+    return sums
 
-def make_examples(tokenizer, rows, student, teacher, room=math.inf, thinking=False, needs=()):
-    """Rows and two prompt files -> episodes without completions. A row that lacks a field or score
-    (`needs` names more) or has a context over `room` tokens is left out, never cut, and counted."""
-    examples, dropped = [], Counter()
-    for row in tqdm(rows, desc="contexts", leave=False):
-        fields = row_fields(row) | {k: "" for k, v in score("", row).items() if v is not None}
-        if missing := sorted({*needs, *PLACEHOLDER.findall(student + teacher)} - fields.keys()):
-            dropped[f"no {missing[0]}"] += 1
-            continue
-        pair = [context_ids(tokenizer, t, fields, thinking) for t in (student, teacher)]
-        if max(map(len, pair)) > room: dropped["context too long for the model"] += 1
-        else: examples.append(Episode(row, *pair))
-    if dropped: print(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
-    check(examples, f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
-    return examples
 
-def write_completions(writer: str, model, tokenizer, examples, rollouts=1, **sampling):
-    """Choice 1, who writes: "student" samples `rollouts` each, "reference" takes the solution."""
-    if writer == "student":
-        examples = [e for e in examples for _ in range(rollouts)]
-        prompts = [e.prompt_ids for e in examples]
-        outputs = (sample_completions(model, prompts, stop_ids(model, tokenizer), **sampling)
-                   if tokenizer else ask(model, prompts, **sampling))
-    else:
-        texts = [plain(tokenizer, e.row["solution"]) for e in examples]
-        outputs = [(encode(tokenizer, text) + [turn_end(tokenizer)], True) for text in texts]
-    return [replace(e, completion_ids=ids, stopped=end) for e, (ids, end) in zip(examples, outputs)]
+# ---- 4. One step: methods as choices in one pipeline ---------------------------------------------
+
+METHODS = {
+    # name: (who writes, what the teacher sees, signal, reward)
+    "rsd": ("student", "rubric", "divergence", None),
+    "opsd": ("student", "solution", "divergence", None),
+    "grpo": ("student", "student", "advantage", "accuracy"),
+    "grpo-rubric": ("student", "student", "advantage", "rubric_score"),
+    "sft": ("reference", "student", "advantage", None),
+}
+BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences; a fourth signal is "sampled"
+
+
+def student_writes(sample, examples: list[Episode], rollouts=1) -> list[Episode]:
+    """Choice 1, who writes: `sample` (prompts of ids -> pairs of ids and stopped), so many times
+    per example."""
+    examples = [e for e in examples for _ in range(rollouts)]
+    outputs = sample([e.prompt_ids for e in examples])
+    return [replace(e, completion_ids=ids, stopped=s) for e, (ids, s) in zip(examples, outputs)]
+
+
+def reference_writes(tokenizer, examples):
+    """Choice 1, who writes: the row's reference solution stands in the completion's place."""
+    end = [turn_end(tokenizer)]
+    episodes = []
+    for e in examples:
+        text = hide_control_tokens(tokenizer, e.row["solution"])
+        ids = encode(tokenizer, text) + end
+        episodes.append(replace(e, completion_ids=ids, stopped=True))
+    return episodes
+
 
 def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
-    centred = (r != r[:, :1]).any(1, keepdim=True) * (r - r.mean(1, True))
-    return (centred / (r.std(1, correction=0, keepdim=True) + eps)).flatten().tolist()
+    differs = (r != r[:, :1]).any(1, keepdim=True)  # a mean of floats need not be one of them
+    centred = differs * (r - r.mean(1, keepdim=True))
+    std = r.std(1, correction=0, keepdim=True)
+    return (centred / (std + eps)).flatten().tolist()
 
-def micro_batches(episodes: list[Episode], token_budget: int) -> list[list[Episode]]:
-    """Episodes sorted by length, cut so that padded rows x width of a rank is within the budget."""
-    width = lambda e: max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
-    ranked, batches = sorted(episodes, key=width, reverse=True), []
-    while ranked:  # the first one is the widest of its batch
-        rows = max(1, token_budget // width(ranked[0])) * RANKS
-        batches, ranked = [*batches, ranked[:rows]], ranked[rows:]
+
+def token_loss(
+    student, teacher, ids, advantage, signal="forward", kl=0.0, clip="none", clip_at=0.05, **options
+) -> dict[str, torch.Tensor]:
+    """Choice 3, the per-token signal, and what is logged of it.
+
+    Logits [N, V] of student and teacher, ids [N], advantage [N] -> loss, divergence (before it is
+    clipped), clipped (the fraction at the cap) and entropy, each [N]. forward, reverse and jsd are
+    `divergence` with these options. sampled: policy gradient with the advantage log p_T - log p_S.
+    advantage: policy gradient with the given one (1 makes it SFT's cross-entropy), plus kl times
+    the reverse KL to the teacher. It is strictly on policy: there is no importance ratio to clip.
+    """
+    whole = clipped = torch.zeros_like(ids, dtype=torch.float32)
+    if signal in BETA:
+        options = {"beta": BETA[signal]} | options
+        terms = divergence_terms(student, teacher, centred=clip != "entry", **options)
+        loss, clipped = clipped_sum(terms, clip, clip_at)
+        whole = loss if clip == "none" else terms.sum(-1)
+    else:
+        logp = log_prob(student, ids)
+        if signal == "sampled":
+            advantage = (log_prob(teacher, ids) - logp).detach()
+        loss = -advantage * logp
+        if kl:
+            loss = loss + kl * divergence(student, teacher, beta=1.0)
+    return {"loss": loss, "divergence": whole, "clipped": clipped, "entropy": entropy(student)}
+
+
+def micro_batches(episodes: list[Episode], token_budget: int, devices=1) -> list[list[Episode]]:
+    """Episodes from the widest to the narrowest, cut so that the padded rows x width of a micro-
+    batch stay within the budget (of each device)."""
+
+    def width(e):
+        return max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
+
+    remaining = sorted(episodes, key=width, reverse=True)
+    batches = []
+    while remaining:
+        rows = max(1, token_budget // width(remaining[0])) * devices
+        batches.append(remaining[:rows])
+        remaining = remaining[rows:]
     return batches
 
-@contextmanager
-def timed(seconds: Counter, name: str):
-    """Add the wall seconds of the block to seconds[name]; waits for a GPU's work."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    seconds[name] += time.perf_counter() - start
 
-def accumulate(model, teacher, episodes, signal, token_budget=8192, kl=0.0, **options) -> Counter:
-    """Re-score and backward, micro-batch by micro-batch -> loss, divergence, entropy, clipped per
-    trained token, their number, seconds. One denominator, the trained tokens of all episodes: any
-    split, over ranks too, gives the same gradient. (Autocast's cache would cut it; it is off.)"""
-    total = sum(len(e.completion_ids) - e.train_from for e in episodes)
-    stats, seconds = Counter(loss=0.0, divergence=0.0, entropy=0.0, clipped=0.0), Counter()
-    for batch in micro_batches(episodes, token_budget):  # a rank without rows keeps in step
-        batch = batch[RANK::RANKS] or [replace(e := batch[0], train_from=len(e.completion_ids))]
+def flatten(episodes: list[Episode], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The completions one after the other -> keep [all tokens], a mask of those that carry a loss;
+    and of the N that do, ids [N] and advantage [N]."""
+    ids, advantage, keep = [], [], []
+    for e in episodes:
+        length = len(e.completion_ids)
+        ids += e.completion_ids
+        advantage += [e.advantage] * length
+        keep += [t >= e.train_from for t in range(length)]
+    keep = torch.tensor(keep, device=device)
+    ids = torch.tensor(ids, device=device)
+    return keep, ids[keep], torch.tensor(advantage, device=device)[keep]
+
+
+def optimizer_step(optimizer, lr: float, max_grad_norm=1.0) -> float:
+    """Clip, step, clear -> the gradient's norm before clipping. If it is not finite nothing moves."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for p in parameters if p.grad is not None]
+    norms = [p.grad.norm() for p in parameters]
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of cut weights
+    norm = torch.stack(norms).norm()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=False)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+class Stopwatch:
+    """Wall seconds by name; `lap` waits for a GPU's work first."""
+
+    def __init__(self):
+        self.seconds = Counter()
+        self.last = time.perf_counter()
+
+    def lap(self, name):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+
+def train_step(
+    student, teacher, examples, write, loss, optimizers, lr, token_budget=8192, max_grad_norm=1.0,
+    split=micro_batches, combine=None,
+) -> tuple[list[Episode], dict]:
+    """One step of RSD and, by other choices, of every method -> (episodes, figures).
+
+    write(examples) -> episodes with completions. loss(student logits, teacher logits, ids,
+    advantage) -> {"loss": [n], ...}, as `token_loss`. teacher None: no teacher is asked. Figures
+    are means per trained token, their number, the gradient's norm and seconds by part. One
+    denominator serves the whole step, so any split into micro-batches gives the same gradient.
+    combine(student, sums) -> sums may add what other processes have.
+    """
+    watch = Stopwatch()
+    episodes = write(examples)  # 1. y ~ p_S(. | x)
+    watch.lap("s_sampling")
+    trained = sum(e.trained_tokens for e in episodes)  # N
+    sums = Counter(loss=0.0, divergence=0.0, clipped=0.0, entropy=0.0)
+    on_gpu = student.device.type == "cuda"
+    for batch in split(episodes, token_budget):
         completions = [e.completion_ids for e in batch]
-        tokens = [(t, e.advantage, k >= e.train_from)
-                  for e in batch for k, t in enumerate(e.completion_ids)]
-        ids, advantage, keep = (torch.tensor(x, device=model.device) for x in zip(*tokens))
-        ids, advantage = ids[keep], advantage[keep]
-        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda", False):
-            with timed(seconds, "s_rescoring"), torch.no_grad():
-                seen = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep] \
-                    if kl or signal != "advantage" else None
-            loss_of = lambda student, target, rows: token_loss(
-                signal, student, target, ids[rows], advantage[rows], kl, stats=stats, **options)
-            with timed(seconds, "s_update"):
-                hidden = rescore(model, [e.prompt_ids for e in batch], completions)[keep]
-                backward_in_chunks(model, hidden, teacher, seen, loss_of, max(total, 1), stats)
-    for p in model.parameters() if RANKS > 1 else ():
-        if p.grad is not None and not hasattr(p, "full_tensor"): all_reduce(p.grad)
-    mean = {k: sum(s[k] for s in got) / max(total, 1) for got in [everyones(stats)] for k in stats}
-    return Counter(mean | {"trained": total} | seconds)
+        keep, ids, advantage = flatten(batch, student.device)
+        # Autocast's cache would hold on to the first micro-batch's copies of the weights: it is off.
+        with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
+            target = None
+            if teacher is not None:
+                with torch.no_grad():  # 2. the teacher, rubric in view
+                    target = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep]
+            watch.lap("s_rescoring")
+            hidden = rescore(student, [e.prompt_ids for e in batch], completions)[keep]  # 3.
 
-def make_teacher(model, kind: str):
-    """fixed, ema: a frozen copy of the weights, in memory, fixed ones in bfloat16 on a GPU; live:
-    the student itself. Of a LoRA only the adapters are copied: they begin at 0, the base model."""
-    if kind == "live": return model
-    teacher = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
-    for p in teacher.parameters() if kind == "fixed" and model.device.type == "cuda" else ():
-        if p.requires_grad: p.data = p.data.bfloat16()  # no buffers: rotary angles need float32
-    return teacher.requires_grad_(False)
+            def loss_of(student_logits, teacher_logits, rows):
+                return loss(student_logits, teacher_logits, ids[rows], advantage[rows])
 
-def add_lora(model, rank: int, alpha: int, targets: str) -> None:
-    """Freeze the model; float32 adapters on `targets` (names by comma, or all-linear) train."""
-    from peft import LoraConfig  # optional; main says how to get it
-    targets = targets if targets == "all-linear" else targets.split(",")
-    names = {n.split(".")[-2] for n, p in model.base_model.named_parameters() if p.ndim == 2}
-    check(targets == "all-linear" or names >= {*targets}, f"--lora-targets: choose of {names}.")
-    model.requires_grad_(False).add_adapter(LoraConfig(
-        r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
-    for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data
+            sums.update(  # 4. the gradient of sum_t D / N
+                backward_in_chunks(student, hidden, teacher, target, loss_of, max(trained, 1))
+            )
+            watch.lap("s_update")
+    sums = combine(student, sums) if combine else sums
+    norms = [optimizer_step(o, lr, max_grad_norm) for o in optimizers]  # 5. one step
+    watch.lap("s_update")
+    figures = {name: total / max(trained, 1) for name, total in sums.items()}
+    return episodes, figures | {
+        "trained": trained, "grad_norm": math.hypot(*norms), "lr": lr, **watch.seconds
+    }
 
-def shard(model, regather: bool) -> None:
-    """FSDP2: cut the decoder layers' weights among the ranks; embeddings, norm, head stay whole. A
-    layer is gathered for a forward pass and let go in the backward one, or (regather) at once."""
-    layers = max((m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)),
-                 key=lambda m: sum(p.numel() for p in m.parameters()))
+
+# ---- 5. Rubrics: read what a model wrote, write new ones -----------------------------------------
+
+THOUGHT = r"(?:\w+[:_])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|scratchpad)"
+THINKING_OPENS = (  # <think>, <seed:think>, <|begin_of_thought|>, [THINK], a channel for thoughts
+    rf"(?i)<\|?(?!end){THOUGHT}(?:_start|\s[^<>]*)?\|?>|\[THINK\]|◁think▷"
+    r"|<\|?channel\|?>\s*(?:analysis|thought|commentary)|\A\s*analysis(?-i:[A-Z])")
+THINKING_CLOSES = (  # </think>, <|end_of_thought|>, [/THINK], the channel for the answer
+    rf"(?i)<\|?(?:/|end_){THOUGHT}\|?>|<\|{THOUGHT}_end\|>|\[/THINK\]|◁/think▷"
+    r"|<\|channel\|>\s*final(?:<\|message\|>)?|<channel\|>|assistantfinal")
+
+
+def after_thinking(text):
+    """What stands behind the last tag that closes a thinking; None if one is left open. Where the
+    prompt opened it, the text has the closing tag alone."""
+    answer = re.split(THINKING_CLOSES, text)[-1]
+    return None if re.search(THINKING_OPENS, answer) else answer
+
+
+FIELD_NAMES = {  # ours -> those in the files of RaR, HealthBench, RubricHub, PaperBench ...
+    "title": "title name heading label criterion criteria",
+    "description": "description criterion criteria requirements requirement rubric_item item text",
+    "weight": "weight points score",
+}
+PREFIX = r"^(rubric|criteri\w+?|\w*important|\w*detrimental)_(?!item)"  # of ProfBench, PRBench
+WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
+WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
+STATED_WORD = rf"(?i:\s*({'|'.join(WORD_WEIGHT)})(?: criteri\w+)?[\s\d]*:)"
+WEIGHT = r"(?P<weight>[-+−–]?(?:\d{1,9}(?:\.\d*)?|\.\d+)) ?(?:(?:poin|p)ts?\b)?"
+
+
+def read_criterion(item, need_title=False) -> dict:
+    """An object with any known names, or "Essential Criteria: ...", as a criterion: title (may be
+    ""), description, weight, perhaps check. ValueError: what is missing."""
+    word = re.match(STATED_WORD, item) if isinstance(item, str) else None
+    if word:
+        item = {"title": word[1], "item": item[word.end() :], "weight": word[1]}
+    if not isinstance(item, dict):
+        raise ValueError(f"{item!r:.40} is no object and states no weight")
+    known, criterion = {}, {}
+    for key, value in item.items():
+        if isinstance(value, (str, int, float)):
+            name = re.sub(PREFIX, "", key.lower())
+            known[name] = valid_unicode(str(value)).strip()
+    for name, names in FIELD_NAMES.items():
+        criterion[name] = next((known[n] for n in names.split() if n in known), "")
+    if criterion["title"] == criterion["description"]:  # "criterion" can be either
+        criterion["title"] = ""
+    for name, value in criterion.items():  # a word, not the dots of the prompt's form
+        if not re.search(r"[^\W_]", value) and (need_title or name != "title"):
+            raise ValueError(f"a criterion has no {name}")
+    stated = criterion["weight"].lower()
+    number = re.fullmatch(WEIGHT + r"%?(\s*\(.*\))?", str(WORD_WEIGHT.get(stated, stated)))
+    if not number:
+        raise ValueError("a criterion has no numeric weight")
+    weight = float(re.sub("[−–]", "-", number["weight"]))
+    criterion["weight"] = int(weight) if weight.is_integer() else weight
+    if isinstance(item.get("check"), str):
+        criterion["check"] = item["check"]
+    return criterion
+
+
+AVOIDS = r"""(?ix) \s* (?:(?:pitfall|negative)[^:]{0,20}:\s*)?             # a label
+    (?:ensures?\s+(?:that\s+)?)? (?:(?:the|an?|this|any)\s+)?
+    (?: (?:(?!\w*ly\b|fail|omit|neglect)\w+\s+)?                           # a subject
+        (?: avoids\b | refrains\b | (?:warn|caution)s?\ against\b
+          | (?:should|must|may|shall)(?:\ not|n['’]t)\b | can(?:not|['’]t)\b
+          | (?:should|must|has\ to|needs\ to)\s+ (?:try\ to\s+)? (?:\w+ly\s+)?
+            (?:avoid|refrain|steer\ clear)\b
+          | does(?:\ not|n['’]t)\ (?:\w+ly\ )?(?:overlook|neglect|ignor|omit|confus
+            |conflat|exagger|mis|incorrect|fail|forget|impl) )
+      | (?:avoid|refrain|do\ not|don['’]t)\b )"""
+
+
+def signed_weight(criterion: dict) -> float:
+    """What meeting a criterion is worth, below 0 for a fault: a negative weight or the title Pitfall
+    makes it one, unless its main verb is one of avoiding. A good answer meets "must not ...", a bad
+    one "Fails to warn against ..."."""
+    weight = criterion["weight"]
+    if criterion["title"].lower().startswith("pitfall"):
+        weight = -abs(weight)
+    if weight < 0 and re.match(AVOIDS, criterion["description"]):
+        weight = -weight
+    return weight
+
+
+LATEX = (  # commands whose first letter JSON would take for an escape
+    r"([bfr][a-zA-Z]+|n(abla|e(?![).])|e[qg]|earrow|[gl]eq|mid|o(limits|number|tin|t)|u)|t(ag|anh?"
+    r"|au|binom|frac|ext\w*|h(erefore|eta|inspace)|ilde|imes|op?|riangle\w*|t))(?![a-zA-Z])")
+BACKSLASH = rf'\\(?:["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt])|\\'  # JSON's escapes, or a bare one
+QUOTE = "[\"“”'‘’]"
+KEY = rf"(?:{QUOTE}\w+{QUOTE}|\b(?:title|name|description|criteri\w+|weight|points)) *:"
+OPENING = rf'(?i)\{{(?=\s*{KEY})|(?<!:)(?<!: )"(?={STATED_WORD})'  # of an object or of a string
+FIELD = (  # key: "text", where the text may hold quotes, or key: number
+    rf"(?is)(?={KEY}){QUOTE}?(\w+){QUOTE}?\s*:\s*(?:{QUOTE}(.{{0,4000}}?){QUOTE}"
+    rf"(?=[\s,]*(?:(?://|\#)[^\n]*\s*)?(?:{KEY}|[}}\]]))|([^\s\"\[{{}}\],/#]+))")
+NEXT_ARRAY = (  # behind a criterion: its array ends, or another one begins
+    r"[\s,}]*\][\s\]}]*(?![\s\]},])|(?s:.*(?:[^:\s]|[^\"'\s]:)\s*\[\s*)\Z")
+
+
+def read_object(text, start, stop):
+    """The object that begins at text[start], and where it ends. If it is no JSON, its fields are
+    read one by one up to `stop`: with inner, single or curly quotes, bare keys, comments."""
+    try:
+        return json.JSONDecoder(strict=False).raw_decode(text, start)
+    except (ValueError, RecursionError):
+        item = {}
+    for key, words, number in re.compile(FIELD).findall(text, start, stop):
+        escaped = re.sub(r'(?<!\\)"', r'\\"', words)
+        item[key] = number or json.loads(f'"{escaped}"', strict=False)
+    return item, text.rfind("}", start, stop)
+
+
+def parse_rubric(text: str, row=None) -> tuple[list[dict] | None, str]:
+    r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped. The array
+    with the most criteria (title, description, weight) is taken, the last of equal ones. It is read
+    object by object: what is cut off costs only itself. Nothing that is missing is guessed.
+
+    >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
+    ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
+    """
+    text = after_thinking(text)
+    if text is None:
+        return None, "unfinished thinking"
+    if not re.search(OPENING, text):  # the whole array is quoted: "[{\"title\": or "[{""title"":
+        text = re.sub(r'\\(?:n\b|(["\\]))', r"\1", text).replace('""', '"')
+    text = re.sub(BACKSLASH, lambda m: r"\\" if m[0] == "\\" else m[0], text)
+    best, array, end, reason = [], [], 0, "no JSON array"
+    starts = [match.start() for match in re.finditer(OPENING, text)]
+    for start, stop in zip(starts, starts[1:] + [len(text)]):
+        if start < end:  # it stands inside the last criterion
+            continue
+        try:
+            item, item_end = read_object(text, start, stop)
+            criterion = read_criterion(item, need_title=True)
+        except ValueError as error:
+            reason = str(error)
+            continue
+        if not array or re.match(NEXT_ARRAY, text[end:start]):
+            array, first = [], start
+        array.append(criterion)
+        end = item_end
+        if len(array) >= len(best):
+            best = array
+    before = text[:first].rstrip() if best else ""
+    is_open = before.endswith("[") and not re.search(r'[}"][\s,]*(\]|```)', text[end - 1 :])
+    if is_open and len(before.split()) > 60:  # long prose, and a draft that breaks off
+        return None, "unfinished thinking"
+    return (best, "") if best else (None, reason)
+
+
+POINTS = r"(?:points?|weight|score)\s*[:=]\s*"
+STATED = (  # "[5] ...", "Points: 5, Item: ...", "5 points: ...", "... (weight: 5)"
+    r"(?is)(?:(?P<item>.*\S)\s*(?=[\[(][^\])]{0,20}[a-z]))?"
+    rf"(?=\s*\[|\W*{POINTS}|\W*[\d.]+ ?p(?:oin)?ts?\b)[\s\[(]*(?:{POINTS})?{WEIGHT}"
+    r"[\s\]).,:;|-]*(?(item)|(?:(?:item|criteri\w+)\s*:)?(?P<description>.+))")
+
+
+def read_rubric(value, weight=None):
+    """Criteria in any form that files have -> a rubric; None if there are none.
+
+    A list of objects, or of strings that state their weight; such a list under a name; either as
+    JSON, or one string a line. weight: of all, for data without any. ValueError, or re.error for a
+    bad `check`, says what cannot be read.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value.strip() or "[]")
+        except (ValueError, RecursionError):
+            value = re.split(rf"(?i)\n+(?=\s*\[|\W*{POINTS})", value)
+    if isinstance(value, dict):
+        value = value.get("rubrics") or value.get("rubric") or value
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise ValueError("it is no list of criteria")
+    rubric = []
+    for item in value:
+        stated = re.fullmatch(STATED, item) if isinstance(item, str) else None
+        if stated:
+            item = stated.groupdict()
+        elif weight and isinstance(item, str):
+            item = {"item": item}
+        if isinstance(item, dict):
+            item = item | item.get("annotations", {})
+            item |= {"weight": weight} if weight else {}
+        rubric.append(read_criterion(item))
+        re.compile(rubric[-1].get("check", ""))
+    return rubric
+
+
+def row_fields(row):
+    """What a row can put into the placeholders of a prompt file; what it lacks is left out."""
+    rubric = row.get("rubric") or []
+    lines = []
+    for c in rubric:
+        title = f"{c['title']}: " if c["title"] else ""
+        lines.append(f"- {title}{c['description']} ({signed_weight(c):g})")
+    plain = [{name: c[name] for name in FIELD_NAMES} for c in rubric]
+    response = row.get("response", "")
+    fields = row | {
+        "answer": row.get("reference_answer"),
+        "rubric": "\n".join(lines),
+        "rubric_json": json.dumps(plain, ensure_ascii=False) if plain else "",
+        "statements": "\n".join(f"- {c['description']}" for c in rubric),
+        "fence": hashlib.sha256(response.encode()).hexdigest()[:16],
+    }
+    return {name: text for name, text in fields.items() if text and isinstance(text, str)}
+
+
+class Written(NamedTuple):
+    """What comes back from a writer for one prompt."""
+
+    text: str
+    tokens: int | None  # None: a server that does not say
+    stopped: bool  # False: cut off at the limit
+    refused: str = ""  # why there is no text
+
+
+def write_until_read(write, asked: list[tuple], read, name: str, tries=3) -> list[dict]:
+    """Ask `write` (prompts -> Written) for each (row, prompt), again for those that `read` (text,
+    row -> value or None, reason) cannot use, `tries` times at most. Returns the last try of each:
+    {"text", "tokens", "truncated", name: the value or None, "reason", "tries"}."""
+    results = [{}] * len(asked)
+    waiting = list(range(len(asked)))
+    for attempt in range(1, tries + 1):
+        written = write([asked[i][1] for i in waiting])
+        for i, (text, tokens, stopped, refused) in zip(waiting, written):
+            value, reason = (None, refused) if refused else read(text, asked[i][0])
+            results[i] = {
+                "text": text, "tokens": tokens, "truncated": float(not stopped),
+                name: value, "reason": reason, "tries": attempt,
+            }
+        waiting = [i for i, w in zip(waiting, written) if results[i][name] is None and not w.refused]
+    return results
+
+
+def generate_rubrics(write, asked: list[tuple], parse, tries=3) -> list[dict]:
+    """r ~ the generator: one rubric for each (row, prompt). `write` is one of the writers of section
+    7, `parse` is `parse_rubric`; {"rubric": None, "reason": why} where no try could be read."""
+    return write_until_read(write, asked, parse, "rubric", tries)
+
+
+def ablate(rubrics: list[list[dict]], source: str, generic=None, seed=0) -> list[list[dict]]:
+    """The rubrics of an ablation in place of each question's own: generic (the same for all), random
+    (another question's), noisy (every second criterion is another's) or reduced (half of them)."""
+    rng = random.Random(f"rubrics {seed}")
+    n = len(rubrics)
+    others = [rubrics[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
+    if source == "generic":
+        return [generic] * n
+    if source == "random":
+        return others
+    if source == "reduced":
+        return [rng.sample(own, (len(own) + 1) // 2) for own in rubrics]
+    noisy = []
+    for i, (own, other) in enumerate(zip(rubrics, others)):
+        noisy.append([rng.choice(other) if other and k % 2 else c for k, c in enumerate(own, i)])
+    return noisy
+
+
+# ---- 6. Grading: one grader for rewards and for results ------------------------------------------
+#
+# One order of decisions, for training's rewards and for results:
+#   1. Only what stands behind the thinking counts; thinking that never ends holds none.
+#   2. The answer is the last \boxed{}, \boxed 5, \fbox or \framebox; without one, the
+#      last line that names an answer ("The answer is (C)."); else the last line.
+#   3. Dress off: LaTeX's spacing, fonts and signs, Unicode's signs, markdown, a
+#      lead-in, and a name or an about sign before the value ("x = 5").
+#   4. An option's letter is met by that letter alone ("(b)", "B. the lamp").
+#   5. Equal texts are equal. Case counts in symbols (Co is not CO), not in words.
+#   6. Numbers: exact, but for measured ones; in the reference's unit. A bare number
+#      meets degrees, per cent, money, counted things; physics if need_unit is False.
+#   7. Whatever is not settled then is asked of math_verify, if that is installed.
+#   8. All else is wrong.
+
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
+NAMED_ANSWER = re.compile(
+    r"""(?imx) ^.* (?:
+        (?<!/) \b (?:answers? | choice | option)  # the word, and what leads on
+        [*_ ]{0,4}
+        (?: [ ]to[ ][^.:\n]{1,60}? | [ ](?:choice|option) )?
+        (?: [ ]?\b(?:(?:must|should|would|will)[ ])?(?:is|are|be|was)\b
+            (?:[ ](?:therefore|thus|simply|just)\b)?
+          | [ ]{0,2}[:=>] | [ ][–—-][ ] | [*_]{0,4}\n )
+      | (?= \(?\b[A-J]\)? [ ] is [ ] (?:the[ ])? (?:correct|right|best) )
+    )
+    [\s:*_]{0,9}
+    (\S.*?)  # the answer, up to where the sentence goes on
+    (?= </ | \.?\s*$ | \.\s+[A-Z] | ,?[ ](?:because|since|which)\b
+      | [ ]is[ ](?:the[ ])?(?:correct|right|best) )"""
+)
+SIGNS = dict(re.findall(r"(\w+) (\S)", r"""
+    alpha α beta β gamma γ delta δ epsilon ε varepsilon ε zeta ζ eta η theta θ kappa κ
+    lambda λ mu μ nu ν xi ξ pi π rho ρ sigma σ tau τ phi φ varphi φ chi χ psi ψ omega ω
+    Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Psi Ψ ohm Ω Omega Ω hbar ℏ degree °
+    circ ° le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ simeq ≈ cong ≈ approx ≈ in ∈ times × cdot ·
+    pm ± lor ∨ vee ∨ land ∧ wedge ∧ lnot ~ sim ~ neg ~ equiv ≡ to → rightarrow → infty ∞
+    cup ∪ cap ∩"""))  # a command -> one sign
+TEX = str.maketrans({sign: f"\\{name} " for name, sign in SIGNS.items()})
+DRESS = re.findall(r'^ *(\S.*?) +=> "(.*)"$', r"""
+    # spacing, sizes, markdown and tags
+    \\\\(?=[a-z])                                             => "\\"
+    \{,\}                                                     => ","
+    \\(?:[,;:!> ()\[\]]|(?:q?quad|(?:thin|med|thick)space)\b) => " "
+    \\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?             => ""
+    \*\*|__|`|</?answer>|^[#>\s]+                             => " "
+    # money, before the other dollar signs go
+    (?:\\\$|^\W*\$(?=[^$]*$)|[€£]) ?([\d.,]+(?: [mb]illion)?) => "\1 dollars "
+    \\?\$                                                     => " "
+    # signs; a tilde is TeX's space beside a number, else a negation
+    \\(?=[%#&_{}])                                            => ""
+    [−–]                                                      => "-"
+    [¬∼]                                                      => "~"
+    (?<=[\d{}.])~|~(?=[\\\d])                                 => " "
+    !=                                                        => "≠"
+    <=                                                        => "≤"
+    >=                                                        => "≥"
+    [≃≅]                                                      => "≈"
+    [⋅∙•]                                                     => "·"
+    # fonts, and braces that change nothing
+    \\(?:text|math)(?:rm|bf|it|sf|tt|normal)?(?![A-Za-z])     => "\\rm"
+    \\(?:bf|it|[mh]box|bm|boldsymbol|ce)(?![A-Za-z])          => "\\rm"
+    \\(?:operatorname|displaystyle)(?![A-Za-z])\*?            => "\\rm"
+    (?<=\d)\^?\{?(?:\\rm ?)?\{?(?:st|nd|rd|th)\b\}{0,2}       => ""
+    ([\^_]) ?\{ ?([-+]?\w+|°) ?\}                             => "\1\2"
+    \^ ?°                                                     => "°"
+    \\rm ?\{([^{}]*)\}                                        => " \1"
+    \\rm ?\{([^{}]*)\}                                        => " \1"
+    \\rm\b                                                    => " "
+    (?<![\w^}])\{([^{}]*)\}                                   => " \1"
+    (?<=[A-Za-z)])_(?=\w)                                     => ""
+    # fractions and roots
+    \\[cdt]?frac(?![a-z]) ?                                   => "\\frac"
+    \\frac([^\W_])                                            => "\\frac{\1}"
+    (\\frac\{[^{}]*\}) ?(\w)                                  => "\1{\2}"
+    (?:\\sqrt|√) ?\(?(\w+)\)?                                 => "\\sqrt{\1}"
+    \\frac\{ ?(-?[\d.]+) ?\} ?\{ ?([\d.]+) ?\}(?![\w\\(]| \d) => " \1/\2"
+    ⁄                                                         => "/"
+    # powers of ten, large numbers, per cent, degrees, money
+    (?<=[\d.]) ?[×·x*] ?10 ?\^ ?\(?([-+]?\d+)\)?              => "e\1"
+    ^\s*10 ?\^ ?([-+]?\d+)                                    => "1e\1"
+    (?<=[\d.]) ?thousand\b                                    => "e3"
+    (?<=[\d.]) ?million\b                                     => "e6"
+    (?<=[\d.]) ?billion\b                                     => "e9"
+    (?i) ?\bper ?cent(?:age)?\b                               => "%"
+    (?i) ?\bdegrees?\b                                        => "°"
+    ° ?[Cc]elsius                                             => "°C"
+    \b(?:USD|dollar)\b                                        => "dollars"
+    # a lead-in, an about sign, white space
+    (?i)^\W*(?:the )?(?:\w+ )?answer(?: is\b|[:.])[ :]*       => ""
+    (?i)\b(?:approximately|approx\.|about|roughly|around) ?(?=[-+.\d]) => "≈"
+    \s+                                                       => " "
+    ^([^\d≈,;]*)≈                                             => "\1="
+    = ?[~≈=]                                                  => "="
+    ^ ?= ?                                                    => ""
+""", re.M)
+# Words become lower case; genotypes (Ddgg), formulas (NaCl) and units (Hz) do not.
+WORD = re.compile(
+    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}"
+    r"|(?i:an|as|at|by|if|in|is|it|no|of|on|or|to|we))\b"
+)
+NAME = re.compile(  # up to the last sign; none before 25y = 0 and x + y^2 = 9
+    r"(?:(?![^=]*\d[A-Za-z]|[^=+-]*[+-][^=^]*\^)"
+    r"(?:(?:[^,;=<>≤≥≠∈≈()]|\([^()]*\))*[=∈] ?)*)?"
+)
+EXACT_AND_ROUNDED = re.compile(r"(?=[^\d≈]*\d)([^≈,;]*)≈([^≈,;]*)")
+OPTION = re.compile(  # a reference that is one: (b), B, option B, [B], B) the lamp
+    r"\W*(?:(?:option|choice)\W{1,3})?"
+    r"(?:[(\[]([A-Ja-j])[)\]](?![^ .:,;])|([A-J])(?:\)|\W*$))(?!.*[(\[][A-Ja-j][)\]])"
+)
+ALONE = (  # behind an answer's letter: nothing, or a text, and no second letter
+    r"\W*$| (?=[-\d])| - |[.,:;)\]]"
+    r"(?!\W*(?:[A-J]|[(\[][a-j])(?:$|[^\w ]|\W*(?:and|or)\b))"
+)
+UNIT = (  # not one: 5 x, 2 sin, 5 or 6
+    r"(?=[A-Za-zμΩÅ°%'])"
+    r"(?!(?:[a-cefi-kn-rt-z]|[xyz]+|sin|cos|tan|log|ln|exp)(?![A-Za-z]))"
+    r"(?!.*\b(?:and|or)\b)(?:[A-Za-zμΩÅ°%'/·*.() ]|\^\(?[-+]?\d+\)?)+"
+)
+MEASURE = re.compile(
+    rf"""(?P<sign>[-+]?) [ ]?
+    (?:(?P<whole>\d+)[ ](?=\d+/\d))?  # the 2 of 2 1/2
+    (?P<number>(?=\.?\d) (?:\d{{1,3}}(?:(?:,[ ]?|[ ])\d{{3}})+(?!\d) | \d*) (?:\.\d+)?)
+    (?:(?:[eE]|(?P<apart>[ ]10[ ]?\^)[ ]?) (?P<power>[-+]?\d{{1,4}}(?!\d)))?
+    (?:/\(?(?P<below>-?\d+(?:\.\d+)?)\)?)?
+    [ ]*(?P<unit>_\d+|(?:{UNIT})?)[ .]*""", re.X
+)
+MEASURED = re.compile(  # reference|answer: a decimal, a power of ten, a rounded 2/3
+    r"(?!.*(?:%|dollar|cent).*\|)[^|]*(?:\.\d|\d[eE]|10\^|\d/\d.*\|.*\.\d)"
+)
+COUNTED = re.compile(  # degrees, per cent, a base, words but for those of physics
+    r"°|%|_\d+|(?!.*(?:met(?:er|re)|gram|second|joule|newton|watt|volt|kelvin|pascal"
+    r"|hertz|tesla|coulomb|lit(?:er|re)|\bamp|\bk?cal\b|\bm?mol|\brad|ohm|\bmin\b|\batm"
+    r"|\bbar\b|\btorr))[a-z]{3,}(?: [a-z]{2,})*"
+)
+FORMULA = re.compile(rf"(.*?)(?: +({UNIT}))?")
+NO_FORMULA = re.compile(  # words, H2O, f_{1→2}, no sign of mathematics, too long
+    r"(?m)(?<!\\)\b[A-Za-z]{4,}|[A-Z][a-z]?\d|_\{|→|^[^\d\\+^π√]*$|.{300}"
+)
+
+
+def box_content(rest):
+    """What the box holds that opened just before `rest`, nested braces included."""
+    if not rest.startswith("{"):
+        return re.match(r"[^\s$]*", rest)[0]
+
+    depth = 0
+    for brace in re.finditer("[{}]", rest):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            rest = rest[:brace.start()]
+            break
+    return rest[1:].strip()
+
+
+def extract_answer(text: str) -> str:
+    r"""The last \boxed{}; without one, the last named answer; or the last line."""
+    text = after_thinking(text) or ""
+    before, *boxes = BOX.split(text)
+    if boxes:
+        return box_content(boxes[-1])
+
+    lines = re.findall(r"(?m)^[^\w\n]*\w.*", text) or [""]
+    answers = NAMED_ANSWER.findall(text) or lines
+    return answers[-1].strip(" *_`\t\r")
+
+
+def normalise(text: str) -> str:
+    r"""One plain spelling: "$5\ \mathrm{m/s²}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
+    text = re.sub("(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^\g<0>", text)
+    text = unicodedata.normalize("NFKC", text)
+    text = re.sub(r"\\([A-Za-z]+)", lambda name: SIGNS.get(name[1], name[0]), text)
+    for pattern, plain in DRESS:
+        text = re.sub(pattern, plain, text)
+    return WORD.sub(lambda word: word[0].lower(), text).strip()
+
+
+def same_text(given, wanted):
+    """Are they equal but for spaces and outer brackets?"""
+    given, wanted = (re.sub(r" |[·*](?! ?\d)", "", text) for text in (given, wanted))
+    return given.strip("().") == wanted.strip("().")
+
+
+def same_unit(given, wanted, need_unit):
+    """Is the unit the wanted one, or left out where it may be?"""
+    if given and wanted:
+        return same_text(given, wanted)
+    return not (need_unit and wanted) or bool(COUNTED.fullmatch(wanted))
+
+
+def value(measure):
+    """The number of a match of MEASURE; may raise ValueError, ZeroDivisionError."""
+    digits = re.sub("[, ]", "", measure["number"])
+    number = Fraction(f"{digits}e{measure['power'] or 0}")
+    number = Fraction(measure["whole"] or 0) + number / Fraction(measure["below"] or 1)
+    return -number if measure["sign"] == "-" else number
+
+
+def same_number(x, given, wanted, tolerance, need_unit):
+    """Is x, which `given` says, the wanted number, exactly or within the tolerance?"""
+    if tolerance is None:
+        tolerance = 0.01 if MEASURED.match(f"{wanted[0]}|{given}") else 0
+
+    targets = [value(wanted)]
+    if wanted["apart"] and not need_unit and not re.search("[A-Za-z^]", given):
+        targets.append(targets[0] / Fraction(10) ** int(wanted["power"]))
+    return any(abs(x - y) <= Fraction(tolerance) * abs(y) for y in targets)
+
+
+def same_formula(given, wanted, tolerance, need_unit):
+    """Are they equal for math_verify, which looks neither at units nor at case?"""
+    if NO_FORMULA.search(f"{given}\n{wanted}") or given.lower() == wanted.lower():
+        return False
+
+    formula, unit = FORMULA.fullmatch(given).groups("")
+    wanted_formula, wanted_unit = FORMULA.fullmatch(wanted).groups("")
+    if not same_unit(unit, wanted_unit, need_unit):
+        return False
+
+    try:
+        from math_verify import parse, verify
+        from math_verify.errors import TimeoutException
+        from math_verify.utils import timeout
+    except ImportError:
+        return False
+
+    try:
+        x = parse(f"${formula.translate(TEX)}$", parsing_timeout=1)
+        y = parse(f"${wanted_formula.translate(TEX)}$", parsing_timeout=1)
+        if verify(y, x, timeout_seconds=1):
+            return True
+        number = MEASURE.fullmatch(wanted)
+        number_given = Fraction(timeout(1)(float)(x[0]))
+        return same_number(number_given, given, number, tolerance, need_unit)
+    except (Exception, TimeoutException):  # no number, or too long in the making
+        return False
+
+
+def same(given, wanted, tolerance, need_unit):
+    """Are two plain texts the same answer: by text, as numbers, as formulas?"""
+    if same_text(given, wanted):
+        return True
+    x, y = MEASURE.fullmatch(given), MEASURE.fullmatch(wanted)
+    if not x or not y:
+        return same_formula(given, wanted, tolerance, need_unit)
+    if not same_unit(x["unit"], y["unit"], need_unit):
+        return False
+    try:
+        return same_number(value(x), given, y, tolerance, need_unit)
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+def readings(text):
+    """The exact and the rounded value, where a text gives both; else the text."""
+    both = EXACT_AND_ROUNDED.fullmatch(text)
+    return both.groups() if both else (text,)
+
+
+def grade(answer: str, reference: str, tolerance=None, need_unit=True) -> bool:
+    """Is the extracted answer the reference? In the order of decisions above.
+
+    tolerance: relative, for every number; None: 0.01 for measured ones, else exact.
+    need_unit: a physical unit has to be there.
+
+    >>> grade("719 C", "720 C"), grade("720", "720 C"), grade("(b)", "B")
+    (False, False, True)
+    """
+    given, wanted = normalise(answer), normalise(reference)
+    option = OPTION.match(wanted)
+    if option:
+        letter = option[1] or option[2]
+        named = rf"\W*(?:(?:option|choice|answer)\W{{1,3}})?(?i:{letter})(?:{ALONE})"
+        return bool(re.match(named, given))
+
+    name, wanted_name = NAME.match(given)[0], NAME.match(wanted)[0]
+    if not name or not wanted_name or same_text(name, wanted_name):
+        given = given[len(name):]
+        wanted = wanted[len(wanted_name):]
+
+    pairs = itertools.product(readings(given), readings(wanted))
+    return any(same(x, y, tolerance, need_unit) for x, y in pairs)
+
+
+def rubric_score(rubric: list[dict] | None, met: list[bool | None], rar=False) -> float | None:
+    """Points of the criteria met over the positive points, in [0, 1] (HealthBench). rar (Rubrics as
+    Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
+    fault's by its absence. None without a rubric, or without a verdict on each criterion."""
+    if not rubric or not met or None in met or len(met) != len(rubric):
+        return None
+    weights = [signed_weight(c) for c in rubric]
+    earned = sum(w for w, is_met in zip(weights, met) if is_met)
+    best = sum(w for w in weights if w > 0)
+    worst = sum(w for w in weights if w < 0)
+    if rar or not best:
+        return (earned - worst) / (best - worst) if best > worst else None
+    return min(1.0, max(0.0, earned / best))
+
+
+def gradable(reference):
+    """Is no judge needed: is it boxed, short for a reader, a number with a unit?"""
+    seen = normalise(reference)
+    short = 0 < min(len(seen), len(reference)) <= 40
+    return short or bool(BOX.search(reference) or MEASURE.fullmatch(seen))
+
+
+def accuracy(text, row):
+    """1.0 or 0.0: is the text's answer the row's? None where that takes a judge."""
+    reference = row["reference_answer"] or ""
+    if not gradable(reference):
+        return None
+    if BOX.search(reference):
+        reference = extract_answer(reference)
+    return float(grade(extract_answer(text), reference, **row.get("grading", {})))
+
+
+def check_criterion(criterion, text, seconds=2.0):
+    """Does the text meet the criterion's `check`, a regular expression? None without one. UserError:
+    the search takes longer than that."""
+    check = criterion.get("check")
+    if check is None:
+        return None
+
+    def give_up(*_):
+        raise UserError(f"the check {check!r} of a criterion takes over {seconds:g} s; mend it.")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    met = bool(re.search(check, text))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return met
+
+
+def score(text: str, row: dict) -> dict:
+    """{"accuracy": 0 or 1, "rubric_score": 0 to 1}, each None where it takes a judge: a reference
+    that is not `gradable`, and criteria without a `check` to search for."""
+    rubric = row.get("own_rubric", row.get("rubric"))
+    met = [check_criterion(c, text) for c in rubric or ()]
+    return {"accuracy": accuracy(text, row), "rubric_score": rubric_score(rubric, met)}
+
+
+def score_rubric(rubric, row):
+    """A generated rubric: is it valid, how many criteria; recall and precision against exact ones."""
+    wanted = {c["description"] for c in row["own_rubric"] or () if "check" in c}
+    hits = len({c["description"] for c in rubric or ()} & wanted)
+    return {
+        "valid": float(bool(rubric)),
+        "criteria": len(rubric) if rubric else None,
+        "recall": hits / len(wanted) if wanted else None,
+        "precision": hits / len(rubric) if rubric and wanted else None,
+    }
+
+
+NOTE = (  # comments, and strings that are no verdict
+    r'(?<=[\s,])(?://|#\s)[^\n]*|/\*[^*]*\*/|"\s*(true|false|yes|no)\s*"|"[^"\n]*"')
+VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
+    (?:^[^a-z\n]*|[\[{(,:;=|>→–—-]|\d[.)]?)[\s"'“”‘’*`_]{0,20}
+    (?:(true|yes)|(false|no)|maybe|null|none|unclear|\.{3}|…)(?!\w)
+    (?=[\s"'“”‘’*`_]{0,20}(?:[\]}),;.|<(–—/-]|(?:because|since|as)\b|$))"""
+
+
+def read_verdicts(text: str, row: dict) -> tuple[list[bool] | None, str]:
+    r"""A judge's verdicts -> ([bool] * len(row["rubric"]), "") or (None, why not). They are the last
+    run of exactly as many booleans, in a list, in objects or one a line; quoted, numbered, commented.
+
+    >>> read_verdicts("1. true\n2. false (no unit)", {"rubric": [{}, {}]})
+    ([True, False], '')
+    """
+    text = after_thinking(text)
+    if text is None:
+        return None, "unfinished thinking"
+    text = re.sub(NOTE, r"\1", text.lower())
+    text = re.sub(r"\[[\s,\d]*\]|\]\s*,\s*\[", ", ", text)  # none; a list of lists
+
+    runs = re.split(r"[\[\]]", text) + re.split(r"[\[\]]|\n\s*\n", text)
+    for run in reversed(runs):
+        words = re.findall(VERDICT, run)
+        if len(words) == len(row["rubric"]) and all(map(any, words)):
+            return [bool(met) for met, _ in words], ""
+    return None, "not a verdict for each one"
+
+
+def judge(write, asked: list[tuple], tries=3) -> list[dict]:
+    """For each (row, prompt of a judge) the verdicts on the row's response, criterion by criterion:
+    {"judge": list of bools or None, "reason", ...}. The prompt shows statements, never weights."""
+    return write_until_read(write, asked, read_verdicts, "judge", tries)
+
+
+def judge_scores(met, row):
+    """What verdicts are worth, as in HealthBench and as in Rubrics as Rewards."""
+    rubric = row["rubric"]
+    return {"rubric_score": rubric_score(rubric, met), "rar_score": rubric_score(rubric, met, rar=True)}
+
+
+def mean_se(values):
+    """Mean, standard error and number of the values that are not None."""
+    x = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
+    if not len(x):
+        return None, 0.0, 0
+    se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
+    return x.mean().item(), se, len(x)
+
+
+def question_figures(answers, scores):
+    """The k answers to one question -> the mean of each score; with k > 1 also the unbiased
+    pass@m = 1 - C(wrong, m) / C(k, m) (arXiv 2107.03374), and majority@k."""
+    k = len(answers)
+    figures = {name: mean_se([s[name] for s in scores])[0] for name in scores[0]}
+    if k == 1 or figures.get("accuracy") is None:
+        return figures
+    wrong = k - round(k * figures["accuracy"])
+    m = 2
+    while m <= k:
+        figures[f"pass@{m}"] = 1 - math.comb(wrong, m) / math.comb(k, m)
+        m *= 2
+    favourite = Counter(answers).most_common(1)[0][0]
+    figures[f"majority@{k}"] = scores[answers.index(favourite)]["accuracy"]
+    return figures
+
+
+def evaluate(samples: list[tuple], against: dict | None = None) -> dict[tuple, dict]:
+    """(question, answer, scores), k times a question -> {question: its figures}. against: another
+    model's {question: figures}; then the paired gain over it is among them."""
+    answers, scores = {}, {}
+    for question, answer, score_of_answer in samples:
+        answers.setdefault(question, []).append(answer)
+        scores.setdefault(question, []).append(score_of_answer)
+    figures = {q: question_figures(answers[q], scores[q]) for q in answers}
+    for question, theirs in (against or {}).items():
+        own = figures.get(question, {})
+        for name, other in theirs.items():
+            if own.get(name) is not None and other is not None:
+                own[f"{name} gain"] = own[name] - other
+    return figures
+
+
+# ---- 7. Who writes: this process's model or a server's, behind one call ---------------------------
+
+
+@dataclass
+class ModelWriter:
+    """A model of this process. Its prompts are token ids; `sample` (prompts of ids -> pairs of ids
+    and stopped) does the writing, so that another engine can take its place."""
+
+    sample: Callable
+    tokenizer: object
+    room: float  # the longest prompt, in tokens
+    thinking: bool = False
+
+    def prompt(self, template, fields):
+        """The ids of one prompt."""
+        return context_ids(self.tokenizer, template, fields, self.thinking)
+
+    def __call__(self, prompts):
+        written = []
+        for ids, stopped in self.sample(prompts):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            written.append(Written(text, len(ids), stopped))
+        return written
+
+
+@dataclass
+class ServerWriter:
+    """NAME@URL: a model behind an OpenAI-compatible server, batch_size requests at a time. Its
+    prompts are texts. The key is $OPENAI_API_KEY. The protocol has no top_k and no thinking."""
+
+    server: str
+    sampling: dict
+    tries: int = 8
+    timeout: float = 600.0  # seconds, of one try
+    room: float = math.inf
+    answered: bool = False
+
+    def prompt(self, template, fields):
+        """The text of one prompt; a space inside breaks what may be a control token in the data."""
+        control_token = r"<(?=\S{,40}>)|\[(?=/?[A-Z]+\])"
+        return fill(template, fields, lambda data: re.sub(control_token, r"\g<0> ", data))
+
+    def __call__(self, prompts):
+        with ThreadPool(self.sampling["batch_size"]) as pool:  # its threads die with the process
+            written = list(tqdm(pool.imap(self.request, prompts), "requests", len(prompts)))
+        self.answered |= any(not w.refused for w in written)
+        require(self.answered, f"{written[0].refused}; the server has refused every prompt.")
+        return written
+
+    def ask(self, prompt):
+        """One request. Errors are of many kinds: of the connection, of the server, of its JSON."""
+        name, _, address = self.server.partition("@http")
+        key = "".join(os.environ.get("OPENAI_API_KEY", "").split())  # a line break would be printed
+        key = key or "none"  # without one the hub's would be sent
+        client = InferenceClient(base_url="http" + address, api_key=key, timeout=self.timeout)
+        reply = client.chat_completion(
+            [{"role": "user", "content": prompt}],
+            model=name,
+            max_tokens=self.sampling["max_new_tokens"],
+            temperature=self.sampling["temperature"],
+            top_p=self.sampling["top_p"],
+        )
+        choice = {} if reply.get("error") else reply.choices[0]
+        error = reply.get("error") or choice.get("error")
+        if error or choice.finish_reason == "error":
+            raise RuntimeError(f"the server says: {error}")
+        tokens = (reply.get("usage") or {}).get("completion_tokens")
+        return Written(as_text(choice.message.content), tokens, choice.finish_reason != "length")
+
+    def request(self, prompt):
+        """`ask`. What may pass is tried again after 1, 2, 4 ... 64 s; a prompt that is refused has
+        that as its reason; all else is a UserError."""
+        for attempt in range(1, self.tries + 1):
+            try:
+                return self.ask(prompt)
+            except Exception as error:
+                status = getattr(getattr(error, "response", None), "status_code", 500)
+                what = f"try {attempt} of {self.tries} failed ({str(error)!r:.200})"
+                what = f"--model {self.server}: {what} for the prompt {prompt[:80]!r}"
+                if status in (400, 413, 422):
+                    return Written("", None, False, what)
+                may_pass = status in (408, 429) or status >= 500
+                offline = "HF_HUB_OFFLINE" in str(error)
+                require(may_pass and not offline and attempt < self.tries, what)
+            time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
+
+
+# ---- 8. Many processes: all that knows of torchrun's ranks ---------------------------------------
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes():
+    """Join the process group, where torchrun has started several processes."""
+    if WORLD_SIZE > 1:
+        torch.distributed.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def leave(code):
+    """Exit, after the other processes; at once, since gloo's threads can abort another exit."""
+    if WORLD_SIZE == 1:
+        sys.exit(code)
+    if code == 0:
+        all_gather("done")
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def all_gather(x):
+    """x of every process, in order of rank. Each process has to call it."""
+    parts = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(parts, x)
+    return parts
+
+
+def say(*words):
+    """Print, on the first process alone."""
+    if RANK == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+
+def progress(items, description, **options):
+    """A progress bar, on the first process alone."""
+    return tqdm(items, desc=description, disable=RANK > 0, **options)
+
+
+def seed_process(seed):
+    """Seed torch, each process differently."""
+    torch.manual_seed(seed * WORLD_SIZE + RANK)
+
+
+def sample_together(sample, prompts):
+    """Every process samples its share of the prompts -> all completions, on each, in order."""
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    mine = longest_first[RANK::WORLD_SIZE]
+    outputs = sample([prompts[i] for i in mine])
+    everyones = {}
+    for share in all_gather(dict(zip(mine, outputs))):
+        everyones |= share
+    return [everyones[i] for i in range(len(prompts))]
+
+
+def my_micro_batches(episodes, token_budget):
+    """This process's part of each micro-batch. All have the same number of them, since the layers
+    of a sharded model are gathered in step: one without rows takes a row that carries no loss."""
+    mine = []
+    for batch in micro_batches(episodes, token_budget, devices=WORLD_SIZE):
+        first = batch[0]
+        idle = replace(first, train_from=len(first.completion_ids))
+        mine.append(batch[RANK::WORLD_SIZE] or [idle])
+    return mine
+
+
+def sum_over_processes(model, sums):
+    """Add up the gradients (FSDP2 has done so with those of its layers) and the figures."""
+    if WORLD_SIZE > 1:
+        for p in model.parameters():
+            if p.grad is not None and not hasattr(p, "full_tensor"):
+                torch.distributed.all_reduce(p.grad)
+    everyones = all_gather(sums)
+    return Counter({name: sum(part[name] for part in everyones) for name in sums})
+
+
+def shard(model, regather):
+    """FSDP2: cut the decoder layers' weights among the processes; embeddings, norm, head stay whole.
+    A layer is gathered for a forward pass, and let go in the backward one, or at once (regather)."""
+    lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
+    layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     half = torch.bfloat16 if model.device.type == "cuda" else None
     policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fsdp.fully_shard(layer, reshard_after_forward=regather, mp_policy=policy)
-        layer.set_gradient_divide_factor(1.0)  # a sum: the denominator is that of all ranks
+        layer.set_gradient_divide_factor(1.0)  # a sum: the denominator is that of all processes
         layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
     rest = {*model.base_model.parameters()} - {*layers.parameters()}
     fsdp.fully_shard(model.base_model, ignored_params=rest)  # frees summed gradients at once
 
+
+# ---- 9. Runs: teachers, adapters, schedule, files that survive a crash ----------------------------
+
+
+def make_teacher(model, kind):
+    """fixed, ema: a frozen copy of the weights in memory, fixed ones in bfloat16 on a GPU. live: the
+    student itself. Of a LoRA only the adapters are copied: they begin at 0, as the base model."""
+    if kind == "live":
+        return model
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    teacher = copy.deepcopy(model, shared)
+    if kind == "fixed" and model.device.type == "cuda":
+        for p in teacher.parameters():  # not the buffers: rotary angles need float32
+            if p.requires_grad:
+                p.data = p.data.bfloat16()
+    return teacher.requires_grad_(False)
+
+
 @torch.no_grad()
-def ema_update(teacher, model, decay: float) -> None:
+def ema_update(teacher, model, decay):
     """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
     for t, s in zip(teacher.parameters(), model.parameters()):
-        if s.requires_grad: t.lerp_(s.to(t.dtype), 1 - decay)
+        if s.requires_grad:
+            t.lerp_(s.to(t.dtype), 1 - decay)
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+
+def add_lora(model, rank):
+    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train.
+    UserError: its layers are of a kind that cannot be adapted."""
+    from peft import LoraConfig  # optional; main says how to get it
+
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def learning_rate(step, steps, peak, warmup, schedule):
     """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
-    done = max(0, step - warmup) / max(1, steps - warmup)
     rate = peak * min(1.0, (step + 1) / max(1, warmup))
-    return rate if schedule == "constant" else rate * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "constant":
+        return rate
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    return rate * 0.5 * (1 + math.cos(math.pi * done))
 
-def optimizer_step(optimizer, lr: float, max_grad_norm: float) -> float:
-    """Clip, step, clear -> the gradient norm before clipping; if it is not finite nothing moves."""
-    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    norms = [p.grad.norm() for p in parameters]  # a sharded one's is made whole
-    norm = torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=False)
-    for group in optimizer.param_groups: group["lr"] = lr
-    if norm.isfinite(): optimizer.step()
-    optimizer.zero_grad()
-    return norm.item()
 
-def step_rows(items: list, step: int, batch: int, seed: int) -> list:
+def step_rows(items, step, batch, seed):
     """The items of one step: epoch after epoch, each in an order of its own; no state to save."""
     n = len(items)
-    order = functools.cache(lambda epoch: random.Random(f"{seed} {epoch}").sample(items, n))
-    return [order(k // n)[k % n] for k in range(step * batch, (step + 1) * batch)]
+    first, last = step * batch // n, ((step + 1) * batch - 1) // n
+    ordered = []
+    for epoch in range(first, last + 1):
+        ordered += random.Random(f"{seed} {epoch}").sample(items, n)
+    begin = step * batch - first * n
+    return ordered[begin : begin + batch]
 
-def save_checkpoint(out: Path, model, teacher, optimizer, tokenizer, settings, metrics) -> None:
-    """Replace directory `out` by renames (open_run mends a crash); every rank has to call it."""
+
+def lock(path):
+    """Open a file to append to it, for this process alone until it ends. UserError: another one has
+    it, or it is no file."""
+    import fcntl
+
+    require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {path}: another process writes there; choose another.") from None
+    return file
+
+
+# A checkpoint is written into a folder inside --out, which gets another name once it is whole, and
+# then its files take their places, one by one. Whatever else lies in --out is never touched.
+
+
+def finish_save(out):
+    """Move the files of a checkpoint that is ready into their places."""
+    ready = out / ".rsd-ready"
+    if ready.exists():
+        shutil.copytree(ready, out, dirs_exist_ok=True, copy_function=shutil.move)
+        shutil.rmtree(ready)
+
+
+def save_checkpoint(out, model, teacher, optimizer, tokenizer, settings, metrics):
+    """Write a checkpoint into `out`; every process calls it. A crash at any moment leaves the last
+    one whole (`open_run` finishes the move). UserError: it cannot be written."""
     whole = states.StateDictOptions(full_state_dict=True, cpu_offload=settings["shard"])
-    trained = replace(whole, ignore_frozen_params=True)
-    weights, moments = states.get_state_dict(model, optimizer, options=trained)
-    taught = {} if teacher is model else states.get_model_state_dict(teacher, options=whole)
-    if RANK: return
-    new, old = out.with_name(out.name + ".rsd-new"), out.with_name(out.name + ".rsd-old")
-    for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
-    model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
-    tokenizer.save_pretrained(new)
-    torch.save({"step": len(metrics), "metrics": metrics, "optimizer": moments, "teacher": {
-        n: x for n, x in taught.items() if n in moments["state"]}}, new / "trainer.pt")
-    (new / "rsd.json").write_text(json.dumps(settings, indent=1))
-    shutil.copy(out / "metrics.jsonl", new)
-    out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old)
+    trained_only = replace(whole, ignore_frozen_params=True)
+    weights, moments = states.get_state_dict(model, optimizer, options=trained_only)
+    taught = {}
+    if teacher is not None and teacher is not model:
+        taught = states.get_model_state_dict(teacher, options=whole)
+    if RANK > 0:
+        return
+    taught = {name: x for name, x in taught.items() if name in moments["state"]}
+    new = out / ".rsd-new"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
+        tokenizer.save_pretrained(new)
+        state = {"step": len(metrics), "metrics": metrics, "optimizer": moments, "teacher": taught}
+        state["data_seen"] = settings["data_seen"]
+        torch.save(state, new / "trainer.pt")
+    except Exception as error:  # of safetensors, torch and the disk
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"--out {out}: cannot save ({error}); the last checkpoint stays.") from error
+    new.rename(out / ".rsd-ready")
+    finish_save(out)
 
-def open_run(out: Path, settings: dict, resume: bool) -> dict:
+
+def open_run(out, settings, resume):
     """The trainer state of the run in `out` that is to go on, or of step 0 where one may begin.
     UserError where `out` holds anything else: nothing is ever written over."""
-    if RANK == 0 and (old := out.with_name(out.name + ".rsd-old")).exists() and not out.exists():
-        old.rename(out)
-    everyones("the others wait for that")
-    if not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {"metrics.jsonl"}:
+    if RANK == 0 and out.is_dir():
+        finish_save(out)
+    all_gather("the others wait for that")
+    known = out / "rsd.json"
+    if not known.exists():
+        is_free = not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {".lock"}
+        require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
         return {"step": 0, "metrics": []}
-    check((out / "trainer.pt").exists(), f"--out {out} is no run of rsd.py; choose another --out.")
-    was, free = json.loads((out / "rsd.json").read_text()), ("steps", "save_every")
-    changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in settings.items()
-               if k not in free and was.get(k) != v]
-    check(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
-    check(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
+    was = json.loads(known.read_text())
+    changed = []
+    for name, value in settings.items():
+        if name not in ("steps", "save_every") and was.get(name) != value:
+            changed.append(f"{name} {was.get(name)!r} -> {value!r}")
+    require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
+    if not (out / "trainer.pt").exists():  # it ended before its first checkpoint
+        return {"step": 0, "metrics": []}
+    require(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
     return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
-# ---- 6. Evaluation: one grader for rewards and for results ---------------------------------------
-NUMBER = re.compile(r"([-+]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-                    r"(?:/(\d+(?:\.\d+)?))?(.*)", re.S)
-SPELLINGS = [  # of numbers, units and letters -> a plain one, in this order
-    (r"[\s$~]+", " "), ("[−–]", "-"), (r"^ ?10 ?\^ ?\{?([-+]?\d+)\}?", r"1e\1"),
-    (r"(?<!\d)(?<!\d )\\[dt]?frac ?\{(-?[\d.]+)\} ?\{([\d.]+)\}(?! ?\d)", r"\1/\2"),
-    (r"(?<=[\d.]) ?(?:\\times|\\cdot|[×x* ]) ?10 ?\^ ?\{?([-+]?\d+)\}?", r"e\1"),
-    (r"\^? ?\{? ?\\circ\b ?\}?", "°"), (r" |\\(text|mathrm|textbf|mathbf)\b|\\[,;!]|\\(?=%)", "")]
 
-def spell(text: str) -> str:
-    """Numbers, units and letters in one plain spelling, without spaces and LaTeX's dress."""
-    for pattern, plainer in SPELLINGS: text = re.sub(pattern, plainer, text)
-    return text
 
-def extract_answer(text: str) -> str:
-    r"""The content of the last \boxed{}, nested braces included; without one, the last line."""
-    _, boxed, rest = text.rpartition("\\boxed{")
-    if not boxed: return (text.strip().splitlines() or [""])[-1].strip()
-    depth = [*itertools.accumulate((c == "{") - (c == "}") for c in rest)]
-    return rest[:depth.index(-1) if -1 in depth else None].strip()
+def begin_run(out, settings, history):
+    """Note in `out` what run it holds, and the figures of its steps so far."""
+    (out / "rsd.json").write_text(json.dumps(settings, indent=1))
+    lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
+    (out / "metrics.jsonl").write_text(lines)
 
-def grade(answer: str, reference: str, tolerance=0.01, need_unit=True) -> bool:
-    """Is the extracted answer the reference? A capital letter: that option. Numbers: within a
-    relative tolerance, and in the reference's unit, which need_unit asks for. Other text: the same
-    but for case, spaces, LaTeX's dress, or equal for math_verify, where that is installed.
-    >>> grade("720 C", "720 C"), grade("720", "720 C"), grade("7.2e2 C", "720 C"), grade("(b)", "B")
-    (True, False, True, True)
+
+def read_object_line(path, number, line):
+    """The object in one line of a JSON Lines file. UserError names the line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        row = error
+    require(isinstance(row, dict), f"{path}, line {number}: no JSON object ({row!r:.80}); mend it.")
+    return row
+
+
+def read_jsonl(path):
+    """The objects of a JSON Lines file. UserError: a line is none, or there is no such file."""
+    require(path.is_file(), f"{path}: there is no such file.")
+    lines = enumerate(path.read_bytes().split(b"\n"), 1)
+    return [read_object_line(path, number, line) for number, line in lines if line.strip()]
+
+
+def open_lines(path, origin):
+    """A JSON Lines file of `remember`, locked, and its lines. A last line that a crash cut off goes.
+    UserError: it holds lines of another origin, and is left as it is."""
+    file = lock(path)
+    file.seek(0)
+    text = file.read()
+    *whole, last = text.split(b"\n")
+    if last.strip() and not last.startswith(b'{"question": '):
+        whole.append(last)
+    lines = []
+    for number, line in enumerate(whole, 1):
+        if line.strip():
+            lines.append(read_object_line(path, number, line))
+    for line in lines:
+        other = {name: line.get(name) for name in origin if line.get(name) != origin[name]}
+        require(
+            not other, f"--out {path} has lines of other settings ({other}, now {origin}); choose "
+            "another --out.",
+        )
+    if last and whole[-1:] != [last]:
+        file.truncate(len(text) - len(last))
+    elif last:
+        file.write(b"\n")
+    return file, lines
+
+
+def remember(path, jobs, work, size, description, origin):
+    """Do different jobs once and keep them in a JSON Lines file, so that a second call goes on.
+
+    jobs: pairs (item: dict, asked); work([asked]) -> [answer: dict], `size` at a time. Returns the
+    lines item | answer | origin of all jobs. UserError if the file has another origin.
     """
-    a, b = spell(answer), spell(reference)
-    if re.fullmatch("[A-Z]", b):
-        return bool(re.match(rf"(?i)\W*(option|choice)?\W*{b}($|[.,:)}}](?!\W*[A-Z]\b))", a))
-    m, n = NUMBER.fullmatch(a), NUMBER.fullmatch(b)
-    if m and n:
-        x, y = (float(k[1].replace(",", "")) / (float(k[2] or 1) or math.nan) for k in (m, n))
-        u, v = (re.sub(r"[{}.]", "", k[3]) for k in (m, n))  # units
-        bare = not (u if v else re.match(r"[/\\^*:,\d-]|.*[+=]", u))  # 3:4 is no 3 with a unit
-        return (u == v or bare and not (need_unit and v)) and abs(x - y) <= tolerance * abs(y)
-    if a.strip("(){}.").lower() == b.strip("(){}.").lower(): return True
-    with suppress(Exception):  # not installed, or no mathematics
-        from math_verify import parse, verify  # which do not look at units
-        return not (n and n[3]) and verify(*(parse(f"${t}$") for t in (reference, answer)))
-    return False
+    file, old = None, []
+    if path and RANK == 0:
+        file, old = open_lines(Path(path), origin)
+    old = all_gather(old)[0]
+    names = list(jobs[0][0])
 
-def rubric_score(rubric: list[dict] | None, met: list[bool | None], rar=False) -> float | None:
-    """Points of the criteria met over the positive points, in [0, 1] (HealthBench); rar (Rubrics as
-    Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
-    fault's by its absence. None without a rubric, or without a verdict on each criterion."""
-    if not rubric or not met or None in met or len(met) != len(rubric): return None
-    worth = [points(c) for c in rubric]
-    got = sum(w for w, m in zip(worth, met) if m)
-    best, worst = (sum(w for w in worth if w * sign > 0) for sign in (1, -1))
-    if rar or not best: return (got - worst) / (best - worst) if best > worst else None
-    return min(1.0, max(0.0, got / best))
+    def key(line):
+        return json.dumps([line.get(name, 0) for name in names])
 
-def score(text: str, row: dict) -> dict:
-    """{"accuracy": 0/1, "rubric_score": 0..1}, each None where it takes a judge: for a reference of
-    over 40 characters without \\boxed{}, and for criteria without a `check` to search for."""
-    reference, rubric = row["reference_answer"] or "", row.get("own_rubric", row.get("rubric"))
-    boxed = "\\boxed{" in reference
-    right = grade(extract_answer(text), extract_answer(reference) if boxed else reference,
-                  **row.get("grading", {}))
-    met = [bool(re.search(c["check"], text)) if "check" in c else None for c in rubric or ()]
-    return {"accuracy": float(right) if boxed or 0 < len(reference) <= 40 else None,
-            "rubric_score": rubric_score(rubric, met)}
+    done = {key(line): line for line in old}
+    wanted = {key(item): (item, asked) for item, asked in jobs}  # equal ones are asked once
+    todo = [job for k, job in wanted.items() if k not in done]
+    say(f"{len(todo)} of {len(jobs)} are still to do (others repeat, or are done)")
+    torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
+    for start in progress(range(0, len(todo), size), description):
+        batch = todo[start : start + size]
+        for (item, _), answer in zip(batch, work([asked for _, asked in batch])):
+            line = item | answer | origin
+            done[key(item)] = line
+            if file:
+                text = json.dumps(line, ensure_ascii=False) + "\n"
+                file.write(valid_unicode(text).encode())
+        if file:
+            file.flush()
+    return [done[k] for k in wanted]
 
-def score_rubric(rubric: list[dict] | None, row: dict) -> dict:
-    """A generated rubric: valid, number of criteria; against exact ones recall and precision."""
-    wanted = [c["description"] for c in row["own_rubric"] or () if "check" in c]
-    hits = len({c["description"] for c in rubric or ()} & set(wanted))
-    return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None,
-            "recall": hits / len(wanted) if wanted else None,
-            "precision": hits / len(rubric) if rubric and wanted else None}
 
-def mean_se(values: list) -> tuple[float | None, float | None, int]:
-    """Mean, standard error and number of the values that are not None."""
-    x = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
-    return (x.mean().item(), se, len(x)) if len(x) else (None, None, 0)
+# ---- 10. Seeing the credit: which tokens the rubric moves, and which criterion moves them ---------
 
-def read_verdicts(text: str, row: dict) -> tuple[list[bool] | None, str]:
-    """A judge's last list of true and false, one for each criterion; or (None, why not)."""
-    lists = re.findall(r"\[[\s,truefals]+\]", text.rpartition("</think>")[2].lower())
-    met = [word == "true" for word in re.findall("true|false", lists[-1])] if lists else []
-    return (met, "") if len(met) == len(row["rubric"]) else (None, "not a verdict for each one")
 
-WRITES = {  # what a model can write: what of the row stands beside it; its reader; its scores
-    "rubric": (("question", "reference_answer", "solution"), parse_rubric, score_rubric),
-    "analysis": (("question", "reference_answer", "solution", "rubric"), None, lambda *_: {}),
-    "text": (("question", "reference_answer", "rubric"), None, score),
-    "judge": (("question", "response", "rubric"), read_verdicts, lambda met, row: {
-        f"{k}_score": rubric_score(row["rubric"], met, k == "rar") for k in ("rubric", "rar")})}
-
-def per_question(samples) -> dict[str, dict]:
-    """(question, answer, scores), k times a question -> {question: mean of each score; with k > 1
-    pass@m = 1 - C(k - right, m) / C(k, m), unbiased (arXiv 2107.03374), and majority@k}."""
-    groups = {}
-    for question, *sample in samples: groups.setdefault(question, []).append(sample)
-    for question, group in groups.items():
-        (answers, scores), k = zip(*group), len(group)
-        groups[question] = own = {n: mean_se([s[n] for s in scores])[0] for n in scores[0]}
-        if k == 1 or own.get("accuracy") is None: continue
-        wrong, often = k - round(k * own["accuracy"]), Counter(answers).most_common(1)[0][0]
-        for m in (2**i for i in range(1, k.bit_length())):
-            own[f"pass@{m}"] = 1 - math.comb(wrong, m) / math.comb(k, m)
-        own[f"majority@{k}"] = scores[answers.index(often)]["accuracy"]
-    return groups
-
-def report(figures: list[dict]) -> dict:
-    """Print and return each figure's mean over questions, standard error (_se) and number (_n)."""
-    summary = {"n": len(figures)}
-    for key in {key: 0 for f in figures for key in f}:
-        x, se, n = mean_se([f.get(key) for f in figures])
-        summary |= {key: x, f"{key}_se": se, f"{key}_n": n}
-        print(f"{key:18s}", f"{x:.3f} +- {se:.3f} (standard error, n {n}), 95 %: "
-              f"{x - 1.96 * se:.3f} to {x + 1.96 * se:.3f}" if n else "n/a")
-    return summary
-# ---- 7. Seeing the credit: which tokens the rubric moves, and which criterion moves them ---------
 @torch.no_grad()
-def token_credit(model, teacher, prompt, context, without, completion, top=5) -> dict:
-    """Ids in: the student's prompt, the teacher's context, the same without each of K criteria, a
-    completion of T tokens. Out, in nats: gap [T] = log p_T - log p_S; divergence [T] = KL(T||S);
-    credit [K, T] = log p_T less log p_T without criterion k; credit_divergence [K, T], of the KL;
-    the likeliest student_ids, teacher_ids and their student_p, teacher_p [T, top]. K + 2 forward
-    passes. Leave-one-out is what one adds to the others: two that say the same get about 0 each."""
-    token, views = torch.tensor(completion, device=model.device)[:, None], [context, *without]
-    student = logits_of(model, rescore(model, [prompt], [completion])).float().log_softmax(-1)
-    said, apart, likeliest = [], [], [student.exp().topk(top)]
-    for hidden in rescore(teacher, views, [completion] * len(views)).split(len(token)):
-        logp = logits_of(teacher, hidden).float().log_softmax(-1)  # one [T, V] at a time
-        if not said: likeliest.append(logp.exp().topk(top))
-        said.append(logp.gather(1, token)[:, 0])
-        apart.append(divergence(student, logp))
-    return {"gap": said[0] - student.gather(1, token)[:, 0], "divergence": apart[0],
-            "credit": torch.stack([said[0] - x for x in said])[1:],
-            "credit_divergence": torch.stack([apart[0] - x for x in apart])[1:],
-            **{f"{who}_{k}": x for who, most in zip(("student", "teacher"), likeliest)
-               for k, x in zip(("p", "ids"), most)}}
-# ---- 8. Models and data --------------------------------------------------------------------------
+def token_credit(student, teacher, prompt, context, without, completion, top=5) -> dict:
+    """What the teacher's context, and each criterion in it, does to the T tokens of a completion.
+
+    Ids in: the student's prompt, the teacher's context, the same without each of K criteria, the
+    completion. Out, in nats: gap [T] = log p_T - log p_S; divergence [T] = KL(T || S); credit [K, T]
+    = log p_T less log p_T without criterion k; credit_divergence [K, T], the same of the KL; and
+    the likeliest student_ids, teacher_ids with their student_p, teacher_p [T, top]. It takes K + 2
+    forward passes. Leaving one out shows what it adds to the others: two that say the same get
+    about nothing each.
+    """
+    ids = torch.tensor(completion, device=student.device)
+
+    def log_probs(model, hidden):
+        return logits_of(model, hidden).float().log_softmax(-1)  # [T, V]
+
+    own = log_probs(student, rescore(student, [prompt], [completion]))
+    views = [context, *without]
+    hidden = rescore(teacher, views, [completion] * len(views)).split(len(ids))
+    said, apart = [], []
+    for view in hidden:  # one [T, V] at a time
+        seen = log_probs(teacher, view)
+        said.append(log_prob(seen, ids))
+        apart.append(kl_terms(seen, own).sum(-1))
+    student_top = own.exp().topk(top)
+    teacher_top = log_probs(teacher, hidden[0]).exp().topk(top)
+    said, apart = torch.stack(said), torch.stack(apart)
+    return {
+        "gap": said[0] - log_prob(own, ids),
+        "divergence": apart[0],
+        "credit": said[0] - said[1:],
+        "credit_divergence": apart[0] - apart[1:],
+        "student_p": student_top.values,
+        "student_ids": student_top.indices,
+        "teacher_p": teacher_top.values,
+        "teacher_ids": teacher_top.indices,
+    }
+
+
+def page_files(out):
+    """The page and its figures. UserError: one of them is a file that inspect did not make."""
+    skeleton = (HERE / "prompts" / "inspect.html").read_text(encoding="utf-8")
+    for file, beginning in ((out, skeleton[:200]), (out.with_suffix(".json"), '{"curves": [')):
+        own = not file.exists() or file.read_bytes().startswith(beginning.encode())
+        require(own, f"--out {file}: inspect did not make it, and does not write over it.")
+    return skeleton
+
+
+def write_page(out, page):
+    """The HTML page of rollouts with their credit and of a run's curves; .json beside it."""
+    skeleton = page_files(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(page)
+    out.with_suffix(".json").write_text(data)
+    harmless = data.replace("<", "\\u003c")  # no tag of the data can end the script
+    out.write_text(skeleton.replace("{data}", harmless), encoding="utf-8")
+
+
+# ---- 11. Models and data -------------------------------------------------------------------------
+
 OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
 
-def load_model(name: str, dtype=torch.float32, attn=None, **hub):
-    """(model, tokenizer) of a directory or the hub, safetensors only; (name, None) of a server.
-    hub: revision, trust_remote_code. UserError: not found, or a head that logits_of cannot do."""
-    if re.search("@https?://", name): return name, None
-    owner = next((o for family, o in OWNERS.items() if name.lower().startswith(family)), "")
-    source = f"{owner}/{name}" if owner and not ("/" in name or Path(name).is_dir()) else name
+
+def hub_name(name):
+    """Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B; a directory or a whole name as it is."""
+    owner = OWNERS.get(re.match("[a-z]*", name.lower())[0])
+    is_bare = owner and "/" not in name and not Path(name).is_dir()
+    return f"{owner}/{name}" if is_bare else name
+
+
+@torch.no_grad()
+def check_model(model, tokenizer, name):
+    """UserError: its weights are damaged, its head is not `logits_of`, or its template drops text."""
+    ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
+    with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+        own = model(input_ids=ids).logits[0]
+        ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
+    require(own.isfinite().all(), f"--model {name}: its weights give NaN; it is damaged.")
+    same = (own - ours).abs().max() <= 0.02 * own.abs().max()
+    kind = model.config.model_type
+    require(same, f"--model {name}: {kind}'s head is more than a product and a cap: not supported.")
+    shown = render_chat(tokenizer, [{"role": "user", "content": "@@"}])
+    require("@@" in shown, f"--model {name}: its chat template drops the text of the question.")
+
+
+def switch_off_dropout(model):
+    """For good: gradient checkpointing works in training mode only, where it would drop out."""
+    for module in model.modules():
+        for name in [n for n, x in vars(module).items() if "drop" in n and isinstance(x, float)]:
+            setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def load_model(name, dtype=torch.float32):
+    """(model, tokenizer) of a directory or of the hub, from safetensors only. UserError: it is not
+    found, it lacks weights, or `check_model` refuses it."""
+    require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
+    source = hub_name(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True,
-                                                     attn_implementation=attn or None, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, found = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
-        raise UserError(f"--model {name}: looked for {source} here and on the hub, in vain "
-                        f"({str(error)!r:.150}); pass --model DIR, a downloaded copy.") from error
+        raise UserError(
+            f"--model {name}: looked for {source} here and on the hub, in vain "
+            f"({str(error)!r:.150}); pass --model DIR, a downloaded copy."
+        ) from error
+    lacking = sorted(found["missing_keys"])
+    require(not lacking, f"--model {name}: its files lack {len(lacking)} weights ({lacking[:3]} ...).")
     if tokenizer.chat_template is None:
-        print(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
+        say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts" / "plain_chat.jinja").read_text()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-        own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
-        ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
-    check((own - ours).abs().max() <= 0.02 * own.abs().max(), f"--model {name}: the head of this "
-          f"{model.config.model_type} is more than a matrix product and a soft cap: not supported.")
+    switch_off_dropout(model)
+    check_model(model, tokenizer, name)
     return model, tokenizer
 
-def read_rubric(value, weight=None) -> list[dict] | None:
-    """Criteria in any known form -> a rubric or None. weight: of all. ValueError, re.error: bad."""
-    value = (json.loads(value.strip() or "[]") if isinstance(value, str) else value) or []
-    if not isinstance(value, list): raise ValueError("it is no list of criteria")
-    rubric = [read_criterion({**item, "weight": weight} if weight else item) for item in value]
-    for c in rubric: re.compile(c.get("check", ""))
-    return rubric or None
 
-def read_jsonl(path: Path, mend=False) -> list[dict]:
-    """A JSON Lines file's objects; UserError names a line that is none (mend: but a last one)."""
-    rows, lines = [], path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict): raise ValueError("it is no object")
-            rows += [row] if row else []
-        except ValueError as error:
-            check(mend and rows and number == len(lines),
-                  f"{path}, line {number}: no JSON object ({error}); mend it.")
-    return rows
+# A data set is a function from the cells of a raw row, as text, to the fields of a row.
 
-def remember(path, jobs: list[tuple], work, size: int, desc: str, **origin) -> list[dict]:
-    """Of the different jobs (item, asked) the lines item | answer | origin; work([asked]): answers.
-    What the JSON Lines file `path` holds is not asked again; UserError if it has another origin."""
-    key = lambda line: json.dumps([line.get(k, 0) for k in jobs[0][0]])
-    old = read_jsonl(path, mend=True) if (path := Path(path or os.devnull)).exists() else []
-    check(len({*everyones(len(old))}) == 1 and all(origin.items() <= d.items() for d in old),
-          f"--out {path} has other settings than {origin}, or differs by node; choose another.")
-    done = {key(d): d for d in old}
-    torch.manual_seed(torch.initial_seed() + len(done) * RANKS)  # not the old samples once more
-    todo = [*{key(job[0]): job for job in jobs if key(job[0]) not in done}.values()]
-    print(f"{len(todo)} of {len(jobs)} are still to do (others repeat, or are done)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if old and RANK == 0:  # whole lines only, in one move
-        lines = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in old)
-        (new := Path(f"{path}.rsd-new")).write_text(lines, encoding="utf-8")
-        new.replace(path)
-    with open(path if RANK == 0 else os.devnull, "a", encoding="utf-8") as file:
-        for start in tqdm(range(0, len(todo), size), desc=desc, disable=not todo or RANK > 0):
-            batch = todo[start:start + size]
-            for (item, _), answer in zip(batch, work([a for _, a in batch])):
-                done[key(item)] = line = item | answer | origin
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-    return [*{key(item): done[key(item)] for item, _ in jobs}.values()]
 
-@functools.cache
-def packaged(name: str):
-    """What stands in prompts/NAME.json."""
-    return json.loads((HERE / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+def plain_row(cells):
+    """A row whose columns have this file's own names."""
+    row = {"question": cells["question"], "reference_answer": cells["reference_answer"]}
+    for name in ("solution", "sample"):
+        row[name] = cells.get(name, "")
+    row["response"] = cells.get("text", "")
+    if cells.get("text") == "":
+        row["response"] = "(no answer)"  # which a judge grades, too
+    return row
 
-def read_table(data: str, split: str, limit: int) -> list[dict]:
-    """The raw rows of a .jsonl, .json or .parquet file, or of a data set of the hub: its name in
-    prompts/data.json, or OWNER/NAME, with :CONFIG or :FILE. No more than `limit` are fetched."""
-    hub, _, part = (spec := packaged("data").get(data, {})).get("hub", data).partition(":")
-    kind = "" if part else (re.findall(r"\.(jsonl?|parquet)$", data) or [""])[0]
-    check(kind or "/" in hub, f"--data {data}: unknown; give a .jsonl, .json or .parquet file, "
-          f"a hub id (owner/name, owner/name:config), toy, {', '.join([*packaged('data')][1:])}.")
-    check(not kind or Path(data).is_file(), f"{data}: there is no such file.")
-    from datasets import Dataset, load_dataset, logging
-    logging.set_verbosity(logging.CRITICAL)  # what it would say is said below
-    if kind == "jsonl": return read_jsonl(Path(data))[:limit or None]
+
+def choice_row(question, options, right, solution=""):
+    """A multiple choice: the options in an order of the question's own; a letter is the answer."""
+    answer = options[right]
+    random.Random(question).shuffle(options)
+    lines = [f"\n{letter}. {option}" for letter, option in zip("ABCDEFGH", options)]
+    letter = "ABCDEFGH"[options.index(answer)]
+    question = question + "\n" + "".join(lines)
+    return {"question": question, "reference_answer": letter, "solution": solution}
+
+
+def noisy_row(cells):
+    """The toy with a solution that is wrong in half of the rows."""
+    return plain_row(cells | {"solution": cells["noisy_solution"]})
+
+
+def rubrichub_row(cells):
+    """RubricHub, science: chats with the reference beside them."""
+    answer = cells["reward_model"]["ground_truth"]
+    return {"question": cells["prompt"], "reference_answer": answer}
+
+
+def openthoughts_row(cells):
+    """OpenThoughts, mathematics, with solutions."""
+    return plain_row(cells | {"question": cells["problem"], "reference_answer": cells["Answer"]})
+
+
+def gpqa_row(cells):
+    """GPQA: four options, the first is right."""
+    names = ["Correct Answer", *(f"Incorrect Answer {k}" for k in (1, 2, 3))]
+    return choice_row(cells["Question"], [cells[n] for n in names], 0, cells["Explanation"])
+
+
+def scibench_row(cells):
+    """SciBench: a number and its unit, which stands in the question."""
+    return {
+        "question": f"{cells['problem_text']}\n\nGive the answer in this unit: {cells['unit']}",
+        "reference_answer": f"{cells['answer_number']} {cells['unit']}",
+        "grading": {"tolerance": 0.05, "need_unit": False},
+    }
+
+
+def researchqa_row(cells):
+    """ResearchQA: questions without a reference."""
+    return {"question": cells["query"], "reference_answer": ""}
+
+
+@dataclass
+class DataSet:
+    """Where a data set is on the hub, and how its rows are read."""
+
+    hub: str  # owner/name, owner/name:config or owner/name:file
+    to_row: Callable[[dict], dict] = plain_row
+    train: str = "train"  # the names of its splits
+    test: str = "test"
+    overlap: bool = False  # the test split repeats questions of the train split
+    weight: int | None = None  # of every criterion, where the data states none
+
+
+TOY = HERE / "prompts" / "toy"  # its problems and lessons are data, made by .ci/make_toy.py
+RUBRICHUB = "sojuL/RubricHub_v1:RuRL/rurbichub_v1_Science.parquet"
+OPENTHOUGHTS = "siyanzhao/Openthoughts_math_30k_opsd"
+DATA_SETS = {
+    "toy": DataSet("toy"),
+    "toy-noisy": DataSet("toy", noisy_row),
+    "rar-science": DataSet("ScaleAI/RaR-Science", overlap=True),
+    "rubrichub-science": DataSet(RUBRICHUB, rubrichub_row, test="train"),
+    "natural-reasoning": DataSet("facebook/natural_reasoning", test="train"),
+    "openthoughts-math": DataSet(OPENTHOUGHTS, openthoughts_row, test="train"),
+    "gpqa-diamond": DataSet("Idavidrein/gpqa:gpqa_diamond", gpqa_row, test="train"),
+    "scibench": DataSet("xw27/scibench", scibench_row, test="train"),
+    "researchqa": DataSet("realliyifei/ResearchQA", researchqa_row, train="valid", weight=1),
+}
+RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
+
+
+def read_table(data, split, limit=0):
+    """The raw rows of a .jsonl, .json or .parquet file, of the toy, or of a data set of the hub. No
+    more than `limit` are fetched (0: all)."""
+    source = DATA_SETS.get(data, DataSet(data))
+    hub, _, part = source.hub.partition(":")
+    path = Path(data)
+    if source.hub == "toy":
+        path = TOY / f"{split}.jsonl"
+    is_file = path.suffix in (".jsonl", ".json", ".parquet") and not part
+    require(
+        is_file or "/" in hub,
+        f"--data {data}: unknown; give a .jsonl, .json or .parquet file, a hub id (owner/name, "
+        f"owner/name:config) or one of {', '.join(DATA_SETS)}.",
+    )
+    require(not is_file or path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)[: limit or None]
+    import datasets  # it takes seconds
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said below
+    datasets.disable_progress_bars()
     try:
-        table = (Dataset.from_parquet(data) if kind == "parquet" else
-                 json.loads(Path(data).read_text(encoding="utf-8")) if kind else
-                 load_dataset(hub, **{"data_files" if "." in part else "name": part or None},
-                              split=spec.get(split, split), streaming=limit > 0))
-        return [*itertools.islice(table, limit or None)]
+        if path.suffix == ".json":
+            table = json.loads(path.read_text(encoding="utf-8"))
+        elif is_file:
+            table = datasets.Dataset.from_parquet(data)
+        else:
+            where = {"data_files": part} if "." in part else {"name": part or None}
+            split = {"train": source.train, "test": source.test}.get(split, split)
+            table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
+        return list(itertools.islice(table, limit or None))
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
-        raise UserError(f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a "
-                        "file will do; where its page asks for consent: hf auth login.") from error
+        raise UserError(
+            f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a file will do; "
+            "where its page asks for consent: hf auth login."
+        ) from error
 
-def as_text(cell):
-    """A cell as text: of chat messages the last user's, of a list all; of an object, each part."""
-    if isinstance(cell, dict): return {k: as_text(v) for k, v in cell.items()}
-    if not isinstance(cell, list): return "" if cell is None else str(cell).strip()
-    said = [m["content"] for m in cell if isinstance(m, dict) and m.get("role") == "user"]
-    return said[-1] if said else "\n\n".join(map(str, cell))
 
-def load_rows(data: str, split: str, limit=0, seed=0) -> list[dict]:
-    """Rows {question, reference_answer, solution, analysis, response, rubric} of what --data takes.
-    UserError names the source and the row (counted from 1), or the columns that there are."""
-    if data in ("toy", "toy-noisy"):
-        return toy_rows(split, limit or (2000 if split == "train" else 200), seed, data != "toy")
-    spec = packaged("data")["any"] | packaged("data").get(data, {})
-    table, columns, rows = read_table(data, split, limit), spec["columns"] | spec, []
-    check(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
+def read_row(raw, source):
+    """A raw row -> question, reference_answer, solution, response, sample, rubric, grading.
+    Errors of many kinds: a column is missing, or a cell cannot be read."""
+    row = {"solution": "", "response": "", "sample": "", "grading": {}}
+    row |= source.to_row(as_text(raw))
+    if not isinstance(row["question"], str) or not row["question"]:
+        raise ValueError("the question is empty, or no text")
+    rubrics = [raw[name] for name in RUBRIC_COLUMNS if as_text(raw.get(name))]
+    row["rubric"] = read_rubric(rubrics[0], source.weight) if rubrics else None
+    return row
+
+
+def load_rows(data, split, limit=0) -> list[dict]:
+    """The rows of a data set. UserError names the source, the row (from 1) and the columns."""
+    source = DATA_SETS.get(data, DataSet(data))
+    table = read_table(data, split, limit)
+    require(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
+    rows = []
     for number, raw in enumerate(table, 1):
         try:
-            cells = dict.fromkeys(("solution", "analysis", "text", "sample"), "") | as_text(raw)
-            if raw.get("text") == "": cells["text"] = "(no answer)"  # which a judge grades, too
-            row = {k: columns[k].format_map(cells) for k in spec["columns"]}
-            row["rubric"] = read_rubric(next((raw[c] for c in spec["rubric"] if raw.get(c)), None),
-                                        spec.get("weight"))
-            if "options" in spec:  # in an order of the question's own; its letter is the answer
-                options = [option.format_map(cells) for option in spec["options"]]
-                right = options[int(spec["right"].format_map(cells))]
-                random.Random(row["question"]).shuffle(options)
-                row["reference_answer"] = "ABCDEFGH"[options.index(right)]
-                row["question"] += "\n" + "".join(map("\n{}. {}".format, "ABCDEFGH", options))
-        except (ValueError, re.error, LookupError, TypeError) as error:
-            raise UserError(f"{data}, row {number}: cannot be read ({error!r:.150}); its columns "
-                            f"are {sorted(raw)}.") from error
-        check(row["question"], f"{data}, row {number}: the question is empty.")
-        rows.append(row | {"grading": spec.get("grading", {})})
-    if split == "test" and spec.get("overlap"):
-        seen, n = {row["question"] for row in load_rows(data, "train")}, len(rows)
-        rows = [row for row in rows if row["question"] not in seen]
-        print(f"{data}: left out {n - len(rows)} of {n} rows that its train split has as well")
+            rows.append(read_row(raw, source))
+        except (ValueError, re.error, LookupError, TypeError, AttributeError) as error:
+            where = f"{data}, row {number}: cannot be read ({error!r:.150})"
+            raise UserError(f"{where}; its columns are {sorted(raw)}.") from error
+    if source.overlap and split == "test":
+        seen = {row["question"] for row in load_rows(data, "train")}
+        new = [row for row in rows if row["question"] not in seen]
+        say(f"{data}: left out {len(rows) - len(new)} of {len(rows)} rows that its train split has")
+        return new
     return rows
 
-def with_rubrics(rows: list[dict], source: str, folder, seed=0) -> list[dict]:
-    """Rows with the rubric from `source`: data, none (no teacher sees it), generate's .jsonl; for
-    ablation generic (folder's), random (another question's), noisy (each second criterion
-    another's), reduced (half). The row's own, own_rubric, alone grades."""
-    rng, n = random.Random(f"rubrics {seed}"), len(rows)
-    own = [r["rubric"] or [] for r in rows]
-    others = [own[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
-    kinds = {"data": lambda: own, "none": lambda: own, "random": lambda: others,
-             "generic": lambda: [read_rubric((Path(folder) / "generic.json").read_text())] * n,
-             "noisy": lambda: [[rng.choice(o) if o and k % 2 else c for k, c in enumerate(r, i)]
-                               for i, (r, o) in enumerate(zip(own, others))],
-             "reduced": lambda: [rng.sample(r, (len(r) + 1) // 2) for r in own]}
-    if source.endswith(".jsonl") and Path(source).is_file():
-        found = {r["question"]: r for r in load_rows(source, "")}
-        rows = [r | {"analysis": found.get(r["question"], {}).get("analysis")} for r in rows]
-        kinds[source] = lambda: [found.get(r["question"], {}).get("rubric") for r in rows]
-    check(source in kinds, f"--rubrics {source}: no such file, and none of {', '.join(kinds)}.")
-    return [row | {"rubric": rubric or None, "own_rubric": row["rubric"]}
-            for row, rubric in zip(rows, kinds[source]())]
-# ---- 9. The toy world: a model that can do right when told how, and does not by default ----------
-HABITS = ("formula", "conversion", "unit")
-world = lambda: packaged("toy/world")  # sentences, units and words; the model's config is beside it
 
-def toy_problem(rng: random.Random) -> dict:
-    """A random problem as a row, its parts under "toy"; every criterion has an exact check."""
-    pick = lambda kind: rng.choice(world()[kind])
-    p = pick("families") | {"a": rng.randint(2, 9), "b": rng.randint(2, 9)}
-    text = f"{p['sentence']} {pick('asks')}".format(x=pick("things"), **p)
-    p["n"] = p["b"] * p["factor"]
-    rubric = [c | {"description": c["description"].format(**p),
-                   "check": re.escape(c["check"].format(**p))} for c in world()["rubric"]]
-    return {"question": text[0].upper() + text[1:], "toy": p, "rubric": rubric, "solution":
-            toy_solution(p, HABITS), "reference_answer": f"{p['a'] * p['n']} {p['unit']}"}
+def with_rubrics(rows, source, folder, seed=0):
+    """Rows with the rubric from `source`: data, none (no teacher sees it), a .jsonl file of generate,
+    or for ablation generic, random, noisy, reduced. The row's own, own_rubric, alone grades."""
+    rubrics = [row["rubric"] for row in rows]
+    if source in ("generic", "random", "noisy", "reduced"):
+        generic = read_rubric((Path(folder) / "generic.json").read_text())
+        rubrics = ablate([rubric or [] for rubric in rubrics], source, generic, seed)
+    elif source not in ("data", "none"):
+        is_file = source.endswith(".jsonl") and Path(source).is_file()
+        kinds = "data, none, generic, random, noisy, reduced"
+        require(is_file, f"--rubrics {source}: no such .jsonl file, and none of {kinds}.")
+        found = {row["question"]: row["rubric"] for row in load_rows(source, "")}
+        rubrics = [found.get(row["question"]) for row in rows]
+    return [
+        row | {"rubric": rubric or None, "own_rubric": row["rubric"]}
+        for row, rubric in zip(rows, rubrics)
+    ]
 
-def toy_solution(p: dict, habits, slip=False) -> str:
-    """The solution with just these habits; without the conversion, or with a slip, it is wrong."""
-    steps = [step.format(**p) for habit, step in world()["steps"].items() if habit in habits]
-    n, unit = p["n" if "conversion" in habits else "b"], f" {p['unit']}" if "unit" in habits else ""
-    value = (p["a"] + slip) * n
-    return " ".join([*steps, f"{p['a']} * {n} = {value}.", f"\\boxed{{{value}{unit}}}"])
 
-def toy_rows(split: str, n: int, seed=0, noisy=False) -> list[dict]:
-    """n problems of a split; noisy: half of the solutions leave out a habit or make a slip."""
-    rng, rows, homes = random.Random(f"{split} {seed}"), {}, ["test", "val", *["train"] * 6]
-    for _ in range(300_000):
-        row = toy_problem(rng)
-        if homes[crc32(row["question"].encode()) % 8] == split: rows[row["question"]] = row
-        if len(rows) == n: break
-    check(len(rows) == n, f"--split {split} --limit {n}: the toy has only {len(rows)} different.")
-    for row in rows.values() if noisy else ():
-        fault = rng.choice([*HABITS, "slip", None, None, None, None])
-        row["solution"] = toy_solution(row["toy"], set(HABITS) - {fault}, slip=fault == "slip")
-    return list(rows.values())
+def make_examples(rows, templates, writer, needs=()):
+    """Rows and prompt files -> [(row, a prompt for each file)].
 
-def toy_lesson(row: dict, rng: random.Random) -> tuple[str, dict, str]:
-    """(prompt file, row as shown there, what to write): habits as asked for, or by coin flips."""
-    mixture, misses = world()["lessons, per cent"], world()["criteria missed, chance"]
-    kind, own = rng.choices([*mixture], [*mixture.values()])[0], row["rubric"]
-    if kind in misses:
-        written = [c for c in own if rng.random() >= misses[kind]]
-        return kind, row, row_fields({"rubric": written or own})["rubric_json"]
-    asked = rng.sample(HABITS, rng.choice([0, 1, 2, 3, 3])) if "rubric" in kind else []
-    shown = [c for h, c in zip(HABITS, own) if h in asked]
-    others = [c for c in toy_problem(rng)["rubric"] + packaged("toy/generic")
-              if c["description"] not in [c["description"] for c in own]]
-    for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
-        shown.insert(rng.randint(0, len(shown)), rng.choice(others))  # these change nothing
-    text = toy_solution(row["toy"], asked or [h for h in HABITS if rng.random() < 0.5])
-    return kind, row | {"rubric": shown, "solution": text}, text
+    A row that lacks a field (or a score, named in `needs`), or has a prompt for which the writer has
+    no room, is left out, never cut, and counted. UserError: nothing is left.
+    """
+    wanted = {*needs, *PLACEHOLDER.findall("".join(templates))}
+    examples, dropped = [], Counter()
+    for row in progress(rows, "contexts", leave=False):
+        fields = row_fields(row)
+        gradable = {name for name, value in score("", row).items() if value is not None}
+        missing = sorted(wanted - fields.keys() - gradable)
+        if missing:
+            dropped[f"no {missing[0]}"] += 1
+            continue
+        prompts = [writer.prompt(template, fields) for template in templates]
+        if max(map(len, prompts)) > writer.room:
+            dropped["context too long for the model"] += 1
+            continue
+        examples.append((row, *prompts))
+    if dropped:
+        say(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
+    require(examples, f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
+    return examples
 
-def toy_base(seed=0, steps=700) -> str:
+
+# ---- 12. The toy: a model that can do right when told how, and does not by default ----------------
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with AdamW's size of steps (arXiv 2502.16982), for matrices, in float32: CPUs
+    are slow at its bfloat16. The singular values of the momentum are all brought near 1."""
+
+    def __init__(self, matrices):
+        super().__init__(matrices, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        lr = self.param_groups[0]["lr"]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            average = state.setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            update = orthogonal(p.grad.lerp(average, 0.95))
+            p.mul_(1 - 0.01 * lr)
+            p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
+
+
+def orthogonal(x):
+    """Five Newton-Schulz steps from a matrix towards the nearest orthogonal one."""
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.clone()
+    if is_tall:
+        x = x.T
+    x.div_(x.norm().clamp(min=1e-7))
+    for _ in range(5):
+        gram = x @ x.T
+        gram = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, gram, x, beta=3.4445)
+    return x.T if is_tall else x
+
+
+def toy_base(seed=0, steps=700):
     """The toy's base model, a directory; the first time it is trained, from nothing, by SFT."""
     out = Path("runs") / f"toy-seed{seed}-steps{steps}"
-    check(RANKS == 1, f"the toy is made in one process; under torchrun, give --model {out}.")
-    if out.exists(): return str(out)
-    rng, home = random.Random(f"toy {seed}"), HERE / "prompts" / "toy"
-    prompts, tokenizer = load_prompts(home), AutoTokenizer.from_pretrained(home)
+    alone = WORLD_SIZE == 1
+    require(alone, f"the toy is made in one process; under torchrun, give --model {out}.")
+    if out.exists():
+        return str(out)
+    held = lock(Path(f"{out}.lock"))  # noqa: F841, until the process ends
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(home), dtype=torch.float32)
-    lessons = [toy_lesson(r, rng) for r in rng.choices(toy_rows("train", 2000, seed), k=16 * steps)]
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim < 2 or "layers" not in n]
-    both = [torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
-            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)]
-    for step in tqdm(range(steps), desc=f"toy base model (once, {out})"):
-        episodes = [Episode(row, context_ids(tokenizer, prompts[kind], row_fields(row)), [],
-                            tokenizer.encode(text) + [turn_end(tokenizer)])
-                    for kind, row, text in lessons[16 * step:16 * step + 16]]
-        accumulate(model, None, episodes, "advantage", token_budget=1024)
-        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):  # Muon's: slow on CPUs
-            for o in both: optimizer_step(o, learning_rate(step, steps, 3e-3, 50, "cosine"), 1.0)
-    for part in (model, tokenizer): part.save_pretrained(new := Path(f"{out}.rsd-new"))
-    return str(new.rename(out))
-# ---- 10. Command line: the only functions that see the config ------------------------------------
-def prepare(args, needs=()):
-    """What every command begins with -> (model, tokenizer, prompts, examples, how to sample)."""
-    student = args.writer if "writer" in args else args.student_context
-    prompts, teacher = load_prompts(args.prompts), getattr(args, "teacher_context", student)
-    for name in (student, teacher):
-        check(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
-    rows = load_rows(args.data, args.split, args.limit, args.seed)
-    rows = with_rubrics(rows, getattr(args, "rubrics", "data"), args.prompts, args.seed)
-    lora = getattr(args, "lora_rank", 0)
-    half = torch.cuda.is_available() and (args.command != "train" or lora)
-    dtype = getattr(args, "dtype", "auto").replace("auto", "bfloat16" if half else "float32")
-    model, tokenizer = load_model(args.model or toy_base(), getattr(torch, dtype), args.attn,
-                                  revision=args.revision, trust_remote_code=args.trust_remote_code)
-    torch.manual_seed(args.seed)
-    check(args.command != "train" or not hasattr(model, "peft_config"),
-          f"--model {args.model}: is an adapter; merge it into its base first (README: LoRA).")
-    check(tokenizer and "@http" not in getattr(args, "compare", "") or RANKS == 1 and args.command
-          in ("generate", "eval"), "NAME@URL: a server can generate and eval only, in one process.")
-    if lora: add_lora(model, lora, args.lora_alpha, args.lora_targets)
-    room = getattr(tokenizer and model.config, "max_position_embeddings", math.inf)
-    examples = make_examples(tokenizer, rows, prompts[student], prompts[teacher],
-                             room - args.max_new_tokens, args.thinking == "on", needs)
-    torch.manual_seed(args.seed * RANKS + RANK)
-    return model, tokenizer, prompts, examples, {k: getattr(args, k) for k in (
-        "max_new_tokens", "temperature", "top_p", "top_k", "batch_size")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TOY), dtype=torch.float32)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "layers" not in name]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = [Muon(matrices), adamw]
+    lessons = read_table(f"{TOY}/lessons.parquet", "")
 
-def cmd_generate(args) -> dict:
-    """A rubric (eval: a graded answer) for each question; --out keeps all, a second run goes on."""
-    name = "text" if args.command == "eval" else args.writer if args.writer in WRITES else "rubric"
-    (keep, read, rate), judge = WRITES[name], getattr(args, "judge", "")
-    check(not judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
-    others = read_jsonl(Path(args.against)) if args.against else []
-    model, tokenizer, _, examples, sampling = prepare(args)
-    jobs = [({f: e.row.get(f) for f in keep} | {"sample": name == "judge" and e.row.get("sample")
-             or i}, e) for e in examples for i in range(getattr(args, "k", 1))]
-    work = lambda some: generate(model, tokenizer, some, name, read, args.tries, **sampling)
-    lines = remember(args.out, jobs, work, 2 * args.batch_size * RANKS, name, model=(
-        m := args.model or "toy"), saved=os.path.isdir(m) and os.path.getmtime(m),
-        writer=args.writer, temperature=args.temperature)
+    def write(lessons):
+        ids = [context_ids(tokenizer, "{prompt}", lesson) for lesson in lessons]
+        return reference_writes(tokenizer, [Episode(row, i, []) for row, i in zip(lessons, ids)])
+
+    loss = functools.partial(token_loss, signal="advantage")
+    for step in progress(range(steps), f"toy base model (once, {out})"):
+        lr = learning_rate(step, steps, 3e-3, 50, "cosine")
+        some = step_rows(lessons, step, 16, seed)
+        train_step(model, None, some, write, loss, optimizers, lr, token_budget=1024)
+    new = Path(f"{out}.rsd-new")
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    return str(new.rename(out))
+
+
+# ---- 13. Commands: the only functions that see the command line's arguments -----------------------
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: a finite number of this kind from low to high."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it has to be {bounds}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
+Count, Size, Real, Share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b", re.IGNORECASE)
+STAGES = {  # what is learned: (the student's prompt file, the teacher's); None: as the flags say
+    "reason": None,
+    "rubric": ("writer+answer", "writer+answer+rubric"),  # stage 1 as in the paper's code
+    "rubric-paper": ("writer", "writer+answer"),  # and as in its text
+}
+
+# The settings of each command: a field is a flag, and the comment behind it is the flag's help.
+
+
+@dataclass
+class Sampling:
+    """What every command has that lets a model write."""
+
+    seed: int = 0  # Seed of data, sampling and the toy's base model.
+    model: str = "toy"  # Directory, hub name, or NAME@URL of a server.
+    data: str = ""  # Data set (README), hub id, .jsonl, .json or .parquet; toy, or with --model rar-science.
+    split: str = "test"  # Split of the data.
+    limit: Size = 0  # Rows of the data, at most; 0 is all.
+    prompts: str = str(HERE / "prompts")  # Directory of the prompt files.
+    thinking: Literal["off", "on"] = "off"  # What the chat template is told about thinking.
+    batch_size: Count = 64  # Completions that are sampled at a time.
+    max_new_tokens: Count = 4096  # Tokens of a completion, at most.
+    temperature: Real = 0.7  # Sampling temperature; 0 takes the likeliest token.
+    top_p: Share = 0.95  # Sample from the likeliest tokens of this mass; 1 is all.
+    top_k: Size = 20  # Sample from this many of the likeliest tokens; 0 is all.
+
+
+@dataclass
+class Writing(Sampling):
+    """What every command has that keeps what is written in a file."""
+
+    writer: str = "student"  # Prompt file that the writing model sees.
+    out: str = ""  # JSON Lines file; what it holds already is not asked again.
+    against: str = ""  # Another model's --out: report the gain over it, question by question.
+    tries: Count = 3  # Draws, at most, until what is written can be read.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Type of the weights.
+
+
+@dataclass
+class Generate(Writing):
+    """generate"""
+
+    split: str = "train"  # Split of the data.
+    writer: str = "writer+answer"  # Prompt file that the writing model sees.
+    out: str = "runs/rubrics.jsonl"  # JSON Lines file; what it holds already is not asked again.
+    max_new_tokens: Count = 1024  # Tokens of a rubric, at most.
+
+
+@dataclass
+class Eval(Writing):
+    """eval"""
+
+    k: Count = 1  # Answers to each question, for pass@m and majority@k.
+    judge: str = ""  # A model or NAME@URL that grades the answers by their rubrics.
+
+
+@dataclass
+class Judge(Writing):
+    """judge"""
+
+    writer: str = "judge"  # Prompt file that the judge sees.
+    out: str = "runs/verdicts.jsonl"  # JSON Lines file; what it holds already is not asked again.
+    max_new_tokens: Count = 1024  # Tokens of a list of verdicts, at most.
+    temperature: Real = 0.0  # Sampling temperature; 0 takes the likeliest token.
+
+
+@dataclass
+class Teaching(Sampling):
+    """What the commands have in which a teacher looks on."""
+
+    rubrics: str = "data"  # data, none, generic, random, noisy, reduced, or a .jsonl file of generate.
+    student_context: str = "student"  # Prompt file that the student sees.
+    teacher_context: str = "rubric"  # Prompt file that the teacher of rsd sees.
+    temperature: Real = 1.0  # Sampling temperature; 0 takes the likeliest token.
+    top_p: Share = 1.0  # Sample from the likeliest tokens of this mass; 1 is all.
+    top_k: Size = 0  # Sample from this many of the likeliest tokens; 0 is all.
+
+
+@dataclass
+class Inspect(Teaching):
+    """inspect"""
+
+    n: Count = 5  # Held-out questions.
+    compare: str = ""  # A trained model to show beside the student.
+    run: str = ""  # Directory of a run whose curves are drawn.
+    out: str = "runs/credit.html"  # The page; its figures go to .json beside it.
+
+
+@dataclass
+class Train(Teaching):
+    """train"""
+
+    split: str = "train"  # Split of the data.
+    out: str = "runs/train"  # Directory of the checkpoint.
+    resume: bool = False  # Go on with the run in --out.
+    method: Literal[tuple(METHODS)] = "rsd"  # Who writes, what the teacher sees, which signal.
+    stage: Literal[tuple(STAGES)] = "reason"  # Learn to reason, or first to write rubrics (two ways).
+    steps: Count = 100  # Optimizer steps.
+    batch: Count = 32  # Prompts of one step.
+    rollouts: Count = 1  # Completions of each prompt; GRPO needs 2 or more.
+    save_every: Count = 50  # Steps between two checkpoints.
+    lr: Real = 5e-6  # Learning rate at its highest.
+    warmup: Size = 5  # Steps of linear warm-up.
+    schedule: Literal["constant", "cosine"] = "constant"  # Learning rate after the warm-up.
+    divergence: Literal[(*BETA, "sampled")] = "forward"  # Per-token signal from teacher to student.
+    beta: Share = 0.5  # The teacher's share of the mixture in jsd.
+    support: Size = 0  # Compare on so many of the teacher's likeliest tokens; 0 is all.
+    tail: bool = False  # With --support: one more bucket holds the rest of the mass.
+    clip: Literal["none", "entry", "token"] = "none"  # Cap each vocabulary entry, or their sum.
+    clip_at: Real = 0.05  # Where --clip caps, in nats.
+    loss_temperature: Real = 1.0  # Divides both logits in the divergence.
+    teacher: Literal["fixed", "ema", "live"] = "fixed"  # The teacher's weights.
+    ema_decay: Share = 0.99  # Decay of --teacher ema, per step.
+    kl: Real = 0.0  # Weight of the reverse KL to the teacher in GRPO.
+    truncated: Literal["keep", "mask"] = "keep"  # Completions that were cut off: learn from them?
+    skip_thinking: bool = False  # No loss on the tokens up to </think>.
+    token_budget: Count = 8192  # Tokens of a micro-batch, padding included.
+    max_grad_norm: Real = 1.0  # The gradient is clipped to this norm.
+    lora_rank: Size = 0  # Train adapters of this rank (by peft); 0 is all weights.
+    shard: bool = False  # Cut the decoder layers among torchrun's processes (FSDP2).
+    gradient_checkpointing: bool = False  # Take less memory and more time.
+
+    def __post_init__(self):
+        """The contexts that a method, a stage or a source of rubrics decides; UserError for what
+        cannot be trained."""
+        _, sees, _, reward = METHODS[self.method]
+        if STAGES[self.stage]:
+            require(self.method == "rsd", f"--stage {self.stage} goes with --method rsd.")
+            self.student_context, self.teacher_context = STAGES[self.stage]
+        elif sees == "solution":
+            self.teacher_context = "solution"
+        elif sees == "student" or self.rubrics == "none":
+            self.teacher_context = self.student_context
+        enough = self.rollouts > 1 or not reward
+        require(enough, f"--method {self.method}: needs --rollouts 2 or more.")
+        require(self.loss_temperature > 0, "--loss-temperature: has to be above 0.")
+        require(self.support or not self.tail, "--tail: needs a --support.")
+        enough = self.batch >= WORLD_SIZE
+        require(enough, f"--batch {self.batch}: each of {WORLD_SIZE} processes needs a prompt.")
+        enough = WORLD_SIZE > 1 or not self.shard
+        require(enough, "--shard: takes torchrun and two processes or more.")
+
+
+@dataclass
+class Demo:
+    """demo, and what compare has of it."""
+
+    seed: int = 0  # The first seed; each has its own base model, data and sampling.
+    seeds: Count = 1  # Runs of each system.
+    steps: Count = 60  # Training steps of each system.
+    base_steps: Count = 700  # Training steps of the base model.
+    n: Count = 200  # Held-out problems.
+    limit: Count = 256  # Training problems.
+    out: str = "runs/demo"  # Directory of the results.
+
+
+@dataclass
+class Compare(Demo):
+    """compare"""
+
+    seeds: Count = 3  # Runs of each system.
+    steps: Count = 40  # Training steps of each system.
+    out: str = "runs/compare"  # Directory of the results.
+
+
+TOY_DEFAULTS = {  # what other defaults --data toy brings
+    "prompts": str(TOY),
+    "batch_size": 256,
+    "max_new_tokens": 220,
+    "teacher_context": "rubric+answer",
+    "lr": 3e-4,
+}
+
+
+def settle(kind, **given):
+    """Settings of this kind with these flags given; where they are of the toy, so are the defaults."""
+    known = {f.name for f in fields(kind)}
+    if "data" in known:
+        data = "rar-science" if "model" in given else "toy"
+        given = {"data": data} | given
+        if given["data"].startswith("toy"):
+            given = {k: v for k, v in TOY_DEFAULTS.items() if k in known} | given
+    return kind(**given)
+
+
+def prompt_files(args, *names):
+    """The texts of these prompt files. UserError: there is none of that name."""
+    prompts = load_prompts(args.prompts)
+    for name in names:
+        require(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
+        file = f"{args.prompts}/{name}.txt"
+        require("{question}" in prompts[name], f"{file}: it has no {{question}}.")
+        open_brace = re.search(r"\{(question|answer|solution|rubric|response)\b(?!\})", prompts[name])
+        require(not open_brace, f"{file}: the brace of {open_brace and open_brace[0]} is not closed.")
+    return [prompts[name] for name in names]
+
+
+def load_questions(args, rubrics="data"):
+    """The rows of --data, --split and --limit, with the rubrics of that source; the toy's in an
+    order of the seed's own."""
+    is_toy = args.data.startswith("toy")
+    rows = load_rows(args.data, args.split, 0 if is_toy else args.limit)
+    if is_toy:
+        random.Random(args.seed).shuffle(rows)
+    rows = rows[: args.limit or None]
+    return with_rubrics(rows, rubrics, args.prompts, args.seed)
+
+
+def load_from_flags(args, half=False):
+    """(model, tokenizer) of --model, or of the toy; then the random state is that of --seed. half:
+    in bfloat16 on a GPU, unless --dtype says otherwise."""
+    dtype = getattr(args, "dtype", "auto")
+    if dtype == "auto":
+        dtype = "bfloat16" if half and torch.cuda.is_available() else "float32"
+    model = toy_base() if args.model == "toy" else args.model
+    loaded = load_model(model, getattr(torch, dtype))
+    torch.manual_seed(args.seed)
+    return loaded
+
+
+def sampling_of(args):
+    """The flags that say how completions are sampled."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")
+    return {name: getattr(args, name) for name in names}
+
+
+def model_writer(args, model, tokenizer):
+    """The writer that samples from this model, each process a share."""
+    stop = stop_ids(model, tokenizer)
+    sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
+    together = functools.partial(sample_together, sample)
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    return ModelWriter(together, tokenizer, longest - args.max_new_tokens, args.thinking == "on")
+
+
+def open_writer(args):
+    """The writer that --model names: a server's model, or one that is loaded here."""
+    if re.search("@https?://", args.model) and WORLD_SIZE == 1:
+        return ServerWriter(args.model, sampling_of(args))
+    return model_writer(args, *load_from_flags(args, half=True))
+
+
+# -- generate, eval, judge
+
+
+def prepare(args):
+    """What they begin with: (rows, writer, examples); prompts and data are read before the model."""
+    templates = prompt_files(args, args.writer)
+    rows = load_questions(args)
+    writer = open_writer(args)
+    return rows, writer, make_examples(rows, templates, writer)
+
+
+def keep_lines(args, jobs, work, name):
+    """`remember` in --out, which takes no lines of another model or set-up."""
+    weights = Path(args.model).glob("*.safetensors")
+    prompt = crc32(prompt_files(args, args.writer)[0].encode())
+    origin = {"model": args.model, "saved": max((f.stat().st_mtime for f in weights), default=0.0)}
+    origin |= {"writer": args.writer, "prompt": prompt, "thinking": args.thinking}
+    origin |= {k: v for k, v in sampling_of(args).items() if k != "batch_size"}
+    seed_process(args.seed)
+    return remember(args.out, jobs, work, 2 * args.batch_size * WORLD_SIZE, name, origin)
+
+
+def report(args, lines, name, rows, rate):
+    """Print and return the figures of lines that a model wrote, and the gain over --against.
+    rate(what was read, row) -> scores. UserError: the other file has no such lines."""
     lost = Counter(line["reason"] for line in lines if line[name] is None)
-    if lost: print(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
-    rows = {e.row["question"]: e.row for e in examples}
-    measure = lambda lines: per_question(
-        ((d["question"], d.get("reference_answer")), spell(extract_answer(d["text"])),
-         rate(d[name], rows[d["question"]] | d) | {f: d[f] for f in ("tokens", "truncated")})
-        for d in lines if d["question"] in rows)
-    figures, known = measure(lines), {name, "question", "tokens"}
-    theirs = measure(others) if all(known <= d.keys() for d in others) else {}
-    check(theirs or not args.against, f"--against {args.against}: no {name} to these questions.")
-    for own, other in ((figures[q], f) for q, f in theirs.items() if q in figures):  # paired
-        own |= {f"{f} gain": own[f] - x for f, x in other.items() if None not in (x, own.get(f))}
-    summary = report([*figures.values()])
-    model = work = None  # room for the judge
-    if everyones(judge)[0]:  # once the first rank has written the answers
-        judged = lambda path: path and Path(path).with_suffix(".judged.jsonl")
-        summary |= run(*"generate --writer judge --temperature 0 --model".split(), judge, "--data",
-                       args.out, "--out", judged(args.out), "--against", judged(args.against))
+    if lost:
+        say(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
+    row_of = {row["question"]: row for row in rows}
+
+    def samples(lines):
+        for line in lines:
+            question = line["question"]
+            if question in row_of:
+                scores = rate(line[name], row_of[question] | line)
+                scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
+                answer = normalise(extract_answer(line["text"]))
+                yield (question, line.get("reference_answer")), answer, scores
+
+    theirs = {}
+    if args.against:
+        others = read_jsonl(Path(args.against))
+        if all({name, "question", "tokens", "truncated", "text"} <= line.keys() for line in others):
+            theirs = evaluate(samples(others))
+        require(theirs, f"--against {args.against}: no {name} to these questions.")
+    return print_summary(evaluate(samples(lines), theirs).values())
+
+
+def print_summary(figures):
+    """Print and return the mean of each figure over the questions, its standard error (NAME_se) and
+    the number of questions that have it (NAME_n)."""
+    summary = {"n": len(figures)}
+    for name in dict.fromkeys(name for f in figures for name in f):
+        mean, se, n = mean_se([f.get(name) for f in figures])
+        summary |= {name: mean, f"{name}_se": se, f"{name}_n": n}
+        shown = "n/a"
+        if n:
+            low, high = mean - 1.96 * se, mean + 1.96 * se
+            shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n}), 95 %: {low:.3f} to {high:.3f}"
+        say(f"{name:18s} {shown}")
     return summary
 
-def cmd_train(args) -> dict:
-    """Student rollouts, re-scoring, per-token loss, steps -> a checkpoint directory in --out."""
-    writer, _, signal, reward = METHODS[args.method]
-    signal = args.divergence if signal == "divergence" else signal
-    settings = {k: v for k, v in vars(args).items() if k not in ("command", "resume", "out")}
-    state = open_run(out := Path(args.out).resolve(), settings, args.resume)
-    check(len({*everyones(state["step"])}) == 1, f"--out {out}: all nodes have to see it.")
-    check(not reward or args.rollouts > 1, f"--method {args.method}: needs --rollouts 2 or more.")
-    check(args.batch >= RANKS > args.shard, f"--batch {args.batch}: each of {RANKS} ranks needs a "
-          "prompt; --shard: takes torchrun and two ranks or more.")
-    model, tokenizer, _, examples, sampling = prepare(
-        args, ["solution"] * (writer == "reference") + [reward] * bool(reward))
-    end_thinking = tokenizer.convert_tokens_to_ids("</think>")
-    for name in ("prompt_ids", "teacher_ids"):
-        print(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
-    teacher = make_teacher(model, args.teacher)
-    start, history = state["step"], state["metrics"]
-    if start:  # the run's own student and teacher
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(
-            out, dtype=torch.float32, trust_remote_code=args.trust_remote_code).state_dict())
-        teacher.load_state_dict(state["teacher"] or model.state_dict(), strict=not state["teacher"])
-    if args.gradient_checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
-    model.get_input_embeddings().sparse = True  # its gradient is of a few rows
-    for part in {model, teacher} if args.shard else (): shard(part, part is not model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  weight_decay=0.0, fused=not args.shard)
-    options = dict(top_k=args.support, tail=args.tail, temperature=args.loss_temperature,
-                   clip=args.clip, clip_at=args.clip_at,
-                   beta=args.beta if signal == "jsd" else BETA.get(signal))
-    whole = states.StateDictOptions(full_state_dict=True, strict=False)  # some may never have moved
-    if start: states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
-    log = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
-    out.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(json.dumps(m) + "\n" for m in history))
-    for step in tqdm(range(start, args.steps), desc="train", initial=start, total=args.steps):
-        torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
-        with timed(seconds := Counter(), "s_sampling"):
-            rows = step_rows(examples, step, args.batch, args.seed)
-            episodes = write_completions(writer, model, tokenizer, rows, args.rollouts, **sampling)
-        texts = [tokenizer.decode(e.completion_ids, skip_special_tokens=True) for e in episodes]
-        scores = [score(text, e.row) if args.stage == "reason" else
-                  score_rubric(parse_rubric(text)[0], e.row) for text, e in zip(texts, episodes)]
-        gains = group_advantages([s[reward] for s in scores], args.rollouts) if reward else ()
-        for e, gain in zip(episodes, gains): e.advantage = gain
-        for e in episodes:
-            if args.skip_thinking and end_thinking in e.completion_ids:
-                e.train_from = e.completion_ids.index(end_thinking) + 1
-            if args.truncated == "mask" and not e.stopped: e.train_from = len(e.completion_ids)
-        stats = accumulate(model, teacher, episodes, signal, args.token_budget, args.kl, **options)
-        rate = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
-        with timed(stats, "s_update"): norm = optimizer_step(optimizer, rate, args.max_grad_norm)
-        last = max(start, step - step % args.save_every)
-        check(math.isfinite(stats["loss"] + norm), f"step {step + 1}: loss {stats['loss']}, norm "
-              f"{norm}; stopped before the weights moved; {out} holds step {last or 'none'}.")
-        if args.teacher == "ema": ema_update(teacher, model, args.ema_decay)
-        n, tokens = len(episodes), sum(len(e.completion_ids) for e in episodes)
-        spent = sum(v for k, v in (seconds + stats).items() if "s_" in k)
-        metrics = {"step": step + 1, **stats, **seconds, "grad_norm": norm, "lr": rate, "length":
-                   tokens / n, "truncated": sum(not e.stopped for e in episodes) / n,
-                   "leak": sum(bool(LEAK.search(t)) for t in texts) / n,
-                   **{k: mean_se([s[k] for s in scores])[0] for k in scores[0]},
-                   "rollouts": n * (writer == "student"), "sampled": tokens * (writer == "student"),
-                   "seconds": spent, "tokens_per_s": tokens / spent}
-        history.append(metrics)
-        with open(log, "a") as file: file.write(json.dumps(metrics) + "\n")
-        if step in (start, args.steps - 1) or (step + 1) % 5 == 0:
-            shown = [f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in metrics.items()]
-            tqdm.write("  ".join(shown) + f"\n  sample: {texts[0][:200]!r}")
-        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            save_checkpoint(out, model, teacher, optimizer, tokenizer, settings, history)
-    print(f"saved {out}; python rsd.py eval --model {out}")
-    return {k: sum(m[k] for m in history) for k in ("rollouts", "sampled", "trained", "seconds")}
 
-def cmd_inspect(args) -> dict:
-    """An HTML page: what the rubric does to each token of some rollouts; with --run, its curves."""
-    page, out, args.limit = {"curves": [], "rollouts": [], "text": {}}, Path(args.out), args.n
-    if args.run: page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
-    if args.model or not args.run:
-        teacher, tokenizer, prompts, examples, sampling = prepare(args, ["rubric"])
-        students = {"the student": teacher}
-        if args.compare: students[args.compare], _ = load_model(args.compare, teacher.dtype)
-        jobs = [(number, name, model, e) for name, model in students.items() for number, e in
-                enumerate(write_completions("student", model, tokenizer, examples, **sampling))]
-        for _, name, model, e in tqdm(sorted(jobs, key=lambda job: job[0]), desc="credit"):
-            rubric, view = e.row["rubric"], prompts[args.teacher_context]
-            without = [context_ids(tokenizer, view, {"rubric": "-"} | row_fields(
-                e.row | {"rubric": rubric[:k] + rubric[k + 1:]}), args.thinking == "on")
-                for k in range(len(rubric))]
-            figures = {k: x.tolist() for k, x in token_credit(
-                model, teacher, e.prompt_ids, e.teacher_ids, without, e.completion_ids).items()}
-            ids = {*e.completion_ids, *sum(figures["student_ids"] + figures["teacher_ids"], [])}
-            page["text"] |= {i: tokenizer.decode([i]) for i in ids}
-            page["rollouts"].append(figures | {"student": name, "question": e.row["question"],
-                                               "criteria": rubric, "tokens": e.completion_ids})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(data := json.dumps(page))
-    skeleton = (HERE / "prompts" / "inspect.html").read_text(encoding="utf-8")
-    out.write_text(skeleton.replace("{data}", data.replace("<", "\\u003c")), encoding="utf-8")
-    print(f"{out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps; .json beside it")
+def parts_of(row, *names, sample=0):
+    """What of a row stands in a line beside what was written for it."""
+    return {name: row.get(name) for name in names} | {"sample": sample}
+
+
+def take_text(text, row):
+    """For `write_until_read`: any text will do."""
+    return text, ""
+
+
+def cmd_generate(args):
+    """Write a rubric for every question."""
+    if args.writer == "judge":
+        return cmd_judge(args)
+    rows, writer, examples = prepare(args)
+    beside_it = ("question", "reference_answer", "solution")
+    jobs = [(parts_of(example[0], *beside_it), example) for example in examples]
+    work = functools.partial(generate_rubrics, writer, parse=parse_rubric, tries=tries_of(args))
+    return report(args, keep_lines(args, jobs, work, "rubric"), "rubric", rows, score_rubric)
+
+
+def tries_of(args):
+    """How often a text that cannot be read is asked for: once where it would only be repeated."""
+    return args.tries if args.temperature > 0 else 1
+
+
+def judged(path):
+    """Where the verdicts on the answers in a file go."""
+    return path and str(Path(path).with_suffix(".judged.jsonl"))
+
+
+def cmd_eval(args):
+    """Answer held-out questions and grade the answers."""
+    require(not args.judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
+    if args.against:
+        read_jsonl(Path(args.against))  # before anything is sampled
+    rows, writer, examples = prepare(args)
+    beside_it = ("question", "reference_answer", "rubric")
+    jobs = []
+    for example, k in itertools.product(examples, range(args.k)):
+        jobs.append((parts_of(example[0], *beside_it, sample=k), example))
+    work = functools.partial(write_until_read, writer, read=take_text, name="text")
+    summary = report(args, keep_lines(args, jobs, work, "text"), "text", rows, score)
+    writer = work = examples = None  # room for the judge
+    if all_gather(args.judge)[0]:  # once the first process has written the answers
+        files = {"data": args.out, "out": judged(args.out), "against": judged(args.against)}
+        summary |= cmd_judge(settle(Judge, model=args.judge, **files))
+    return summary
+
+
+def cmd_judge(args):
+    """Ask a model which criteria of its rubric each answer of eval's --out meets."""
+    rows, writer, examples = prepare(args)
+    jobs = []
+    for example in examples:
+        row = example[0]
+        item = parts_of(row, "question", "response", "rubric", sample=row["sample"] or 0)
+        jobs.append((item, example))
+    work = functools.partial(judge, writer, tries=tries_of(args))
+    return report(args, keep_lines(args, jobs, work, "judge"), "judge", rows, judge_scores)
+
+
+# -- train
+
+
+def training_writer(args, sample, tokenizer):
+    """Step 1 of `train_step` for this method: examples -> episodes, written, graded and masked."""
+    who, _, _, reward = METHODS[args.method]
+    end_thinking = tokenizer.convert_tokens_to_ids("</think>")
+    known = end_thinking not in (None, tokenizer.unk_token_id)
+    require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
+
+    def write(examples):
+        if who == "student":
+            episodes = student_writes(sample, examples, args.rollouts)
+        else:
+            episodes = reference_writes(tokenizer, examples)
+        for e in episodes:
+            text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
+            if args.stage == "reason":
+                e.scores = score(text, e.row)
+            else:
+                e.scores = score_rubric(parse_rubric(text)[0], e.row)
+            e.scores["leak"] = float(bool(LEAK.search(text)))
+            if args.skip_thinking:
+                closes = end_thinking in e.completion_ids  # unfinished thinking holds no answer
+                e.train_from = e.completion_ids.index(end_thinking) + 1 if closes else len(e.completion_ids)
+            if args.truncated == "mask" and not e.stopped:
+                e.train_from = len(e.completion_ids)
+        if reward:
+            gains = group_advantages([e.scores[reward] for e in episodes], args.rollouts)
+            for e, gain in zip(episodes, gains):
+                e.advantage = gain
+        return episodes
+
+    return write
+
+
+def training_loss(args):
+    """`token_loss` with this method's signal and the flags' options."""
+    signal = METHODS[args.method][2]
+    options = {"kl": args.kl}
+    if signal == "divergence":
+        signal = args.divergence
+        options |= {"top_k": args.support, "tail": args.tail, "temperature": args.loss_temperature}
+        options |= {"clip": args.clip, "clip_at": args.clip_at}
+    if signal == "jsd":
+        options["beta"] = args.beta
+    return functools.partial(token_loss, signal=signal, **options)
+
+
+def set_up(args, out, state):
+    """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its start
+    or as the checkpoint in `out` has them."""
+    student, tokenizer = load_from_flags(args, half=args.lora_rank > 0)
+    require(
+        not hasattr(student, "peft_config"),
+        f"--model {args.model}: is an adapter; merge it into its base first (README: LoRA).",
+    )
+    if args.lora_rank:
+        add_lora(student, args.lora_rank)
+    teacher = None
+    if args.kl or METHODS[args.method][2] != "advantage":
+        teacher = make_teacher(student, args.teacher)
+    if state["step"]:
+        own, _ = load_model(str(out))
+        student.load_state_dict(own.state_dict())
+        if teacher is not None and teacher is not student:
+            teacher.load_state_dict(state["teacher"], strict=False)
+    if args.gradient_checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    student.get_input_embeddings().sparse = True  # its gradient is of a few rows
+    if args.shard:
+        for model in {student, teacher} - {None}:
+            shard(model, regather=model is not student)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=not args.shard)
+    if state["step"]:
+        whole = states.StateDictOptions(full_state_dict=True, strict=False)  # some never moved
+        states.set_optimizer_state_dict(student, optimizer, state["optimizer"], options=whole)
+    return student, tokenizer, teacher, optimizer
+
+
+def log_step(out, step, episodes, figures, sampled):
+    """A step's line of metrics.jsonl; README says what each figure means and what is healthy."""
+    n = len(episodes)
+    tokens = sum(len(e.completion_ids) for e in episodes)
+    seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
+    scores = {k: mean_se([e.scores[k] for e in episodes])[0] for k in episodes[0].scores}
+    metrics = {"step": step + 1} | figures | scores
+    metrics |= {"length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n}
+    metrics |= {"rollouts": n * sampled, "sampled": tokens * sampled}
+    metrics |= {"seconds": seconds, "tokens_per_s": tokens / seconds}
+    if RANK == 0:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    return metrics
+
+
+def show_step(metrics, sample):
+    """A step's figures, and the beginning of one of its completions, on the terminal."""
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()]
+    say("  ".join(shown) + f"\n  sample: {sample[:200]!r}")
+
+
+def cmd_train(args):
+    """Train a student, by default towards its rubric-guided teacher; --out is a checkpoint."""
+    kept = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+    out = Path(args.out).resolve()
+    state = open_run(out, kept, args.resume)
+    held = lock(out / ".lock") if RANK == 0 else None  # noqa: F841, until the process ends
+    start, history = state["step"], state["metrics"]
+    require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
+    who, _, _, reward = METHODS[args.method]
+    templates = prompt_files(args, args.student_context, args.teacher_context)
+    rows = load_questions(args, args.rubrics)
+    student, tokenizer, teacher, optimizer = set_up(args, out, state)
+    writer = model_writer(args, student, tokenizer)
+    needs = {reward, "solution" if who == "reference" else None} - {None}
+    examples = [Episode(*e) for e in make_examples(rows, templates, writer, needs)]
+    for name in ("prompt_ids", "teacher_ids"):
+        text = tokenizer.decode(getattr(examples[0], name))
+        say(f"--- {name} of the first row ---\n{text}")
+    write, loss = training_writer(args, writer.sample, tokenizer), training_loss(args)
+    kept["data_seen"] = crc32(repr(examples).encode())
+    same = state.get("data_seen", kept["data_seen"]) == kept["data_seen"]
+    require(same, f"--out {out} holds a run on other data or prompts; choose another --out.")
+    if RANK == 0:
+        begin_run(out, kept, history)
+    for step in progress(range(start, args.steps), "train", initial=start, total=args.steps):
+        torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
+        lr = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
+        episodes, figures = train_step(
+            student, teacher, step_rows(examples, step, args.batch, args.seed), write, loss,
+            [optimizer], lr, args.token_budget, args.max_grad_norm, my_micro_batches, sum_over_processes,
+        )
+        last = max(start, step - step % args.save_every)
+        require(
+            math.isfinite(figures["loss"] + figures["grad_norm"]),
+            f"step {step + 1}: loss {figures['loss']}, norm {figures['grad_norm']}; stopped before "
+            f"the weights moved; {out} holds step {last or 'none'}.",
+        )
+        if args.teacher == "ema":
+            ema_update(teacher, student, args.ema_decay)
+        is_last = step + 1 == args.steps
+        history.append(log_step(out, step, episodes, figures, who == "student"))
+        if step == start or is_last or (step + 1) % 5 == 0:
+            show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
+        if is_last or (step + 1) % args.save_every == 0:
+            save_checkpoint(out, student, teacher, optimizer, tokenizer, kept, history)
+    say(f"saved {out}; python rsd.py eval --model {out}")
+    sums = ("rollouts", "sampled", "trained", "seconds")
+    return {name: sum(m[name] for m in history) for name in sums}
+
+
+# -- inspect
+
+
+def cmd_inspect(args):
+    """Draw an HTML page: what the rubric does to each token of some rollouts; a run's curves."""
+    page = {"curves": [], "rollouts": [], "text": {}}
+    page_files(Path(args.out))  # before anything is sampled
+    if args.run:
+        page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
+    if args.model != "toy" or not args.run:
+        page |= inspect_rollouts(args)
+    write_page(Path(args.out), page)
+    say(f"{args.out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps; .json beside it")
     return page
 
-def run(*words) -> dict:
-    """One command, as if typed -> its figures, and its --out."""
-    print(f"\n$ python rsd.py {' '.join(map(str, words))}", flush=True)
-    args = parse_args([str(w) for w in words])
-    return COMMANDS[args.command](args) | {"out": args.out}
 
-def table(systems: dict[str, list[dict]]) -> str:
+def inspect_rollouts(args):
+    """The student's rollouts, and those of --compare, with their `token_credit`; and the text of
+    every token that they name."""
+    args.limit = args.n
+    templates = prompt_files(args, args.student_context, args.teacher_context)
+    rows = load_questions(args, args.rubrics)
+    teacher, tokenizer = load_from_flags(args, half=True)
+    students = {"the student": teacher}
+    if args.compare:
+        students[args.compare], _ = load_model(args.compare, teacher.dtype)
+    writer = model_writer(args, teacher, tokenizer)
+    examples = [Episode(*e) for e in make_examples(rows, templates, writer, ["rubric"])]
+    seed_process(args.seed)
+    written = []
+    for name, student in students.items():
+        sample = model_writer(args, student, tokenizer).sample
+        for number, e in enumerate(student_writes(sample, examples)):
+            written.append((number, name, e))
+    rollouts, text = [], {}
+    for _, name, e in progress(sorted(written, key=lambda job: job[0]), "credit"):
+        rubric = e.row["rubric"]
+        without = []
+        for k in range(len(rubric)):
+            fields = row_fields(e.row | {"rubric": rubric[:k] + rubric[k + 1 :]})
+            without.append(writer.prompt(templates[1], {"rubric": "-"} | fields))
+        credit = token_credit(
+            students[name], teacher, e.prompt_ids, e.teacher_ids, without, e.completion_ids
+        )
+        credit = {name: x.tolist() for name, x in credit.items()}
+        likely = itertools.chain(*credit["student_ids"], *credit["teacher_ids"])
+        text |= {i: tokenizer.decode([i]) for i in {*e.completion_ids, *likely}}
+        about = {"student": name, "question": e.row["question"], "criteria": rubric}
+        rollouts.append(credit | about | {"tokens": e.completion_ids})
+    return {"rollouts": rollouts, "text": text}
+
+
+# -- demo, compare
+
+DEMO = {  # a row of its table -> its flags (see toy_system)
+    "student before": {},
+    "teacher": {"writer": "rubric+answer"},
+    "student after": {"rubrics": "zero-shot"},
+}
+GRPO = {"rollouts": 4, "batch": 8, "kl": 0.02, "lr": 1e-4}
+COMPARE = {
+    "base": {},
+    "sft": {"method": "sft"},
+    "sft-noisy references": {"method": "sft", "data": "toy-noisy", "lr": 1e-4},
+    "grpo": {"method": "grpo", **GRPO},
+    "grpo-rubric reward": {"method": "grpo-rubric", **GRPO},
+    "opsd": {"method": "opsd"},
+    "opsd-noisy references": {"method": "opsd", "data": "toy-noisy"},
+    "rsd": {"method": "rsd"},
+    "rsd learned rubrics": {"rubrics": "learned"},
+    "rsd zero-shot rubrics": {"rubrics": "zero-shot"},
+    "rsd generic rubrics": {"rubrics": "generic"},
+    "rsd random rubrics": {"rubrics": "random"},
+    "rsd noisy rubrics": {"rubrics": "noisy"},
+    "rsd reduced rubrics": {"rubrics": "reduced"},
+    "rsd none rubrics": {"rubrics": "none"},
+    "rsd reverse divergence": {"divergence": "reverse"},
+    "rsd jsd divergence": {"divergence": "jsd"},
+    "rsd sampled divergence": {"divergence": "sampled"},
+    "rsd top-20": {"support": 20},
+    "rsd top-20 and tail": {"support": 20, "tail": True},
+    "rsd entry clip": {"clip": "entry"},
+    "rsd token clip": {"clip": "token"},
+}
+
+
+def toy_system(args, seed, name, flags):
+    """One row of a table on the toy: train the seed's base model with these flags of train, and test
+    what comes out. Without flags, or with a writer (of eval), the base model itself is tested.
+    rubrics: zero-shot (the base model writes them) and learned (it learns to first), too."""
+    base = toy_base(seed, args.base_steps)
+    size = f"{seed} {args.base_steps} {args.steps} {args.limit}"
+
+    def call(command, kind, **flags):
+        flags = {"data": "toy", "seed": seed, "limit": args.limit} | flags
+        say(f"\n$ python rsd.py {kind.__name__.lower()}", *(f"--{k} {v}" for k, v in flags.items()))
+        return command(settle(kind, **flags))
+
+    def train(name, **flags):
+        out = str(Path(args.out) / re.sub(r"\W+", "-", f"{name} {size}"))
+        return out, call(cmd_train, Train, model=base, resume=True, out=out, **flags)
+
+    model, figures = base, {}
+    source = flags.get("rubrics")
+    if source in ("zero-shot", "learned"):
+        writer = base
+        if source == "learned":
+            writer, _ = train("writer", stage="rubric", steps=20)
+        file = f"{args.out}/{source} {size}.jsonl".replace(" ", "-")
+        call(cmd_generate, Generate, model=writer, out=file)
+        flags = flags | {"rubrics": file}
+    if flags and "writer" not in flags:
+        model, figures = train(name, **{"steps": args.steps, "max_new_tokens": 80} | flags)
+    test = {"limit": args.n, "max_new_tokens": 80, "writer": flags.get("writer", "student")}
+    return figures | call(cmd_eval, Eval, model=model, **test)
+
+
+def table(results):
     """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
-    lines = ["| system | accuracy | rubric_score | n | rollouts | trained | seconds |", "|-" * 7]
-    for name, runs in systems.items():
-        of = lambda key: mean_se([r.get(key, 0) for r in runs])
-        means = [f"{of(k)[0]:.3f} +- {of(k)[1] if len(runs) > 1 else runs[0][k + '_se']:.3f}"
-                 for k in ("accuracy", "rubric_score")]
-        counts = [f"{of(k)[0]:.0f}" for k in ("n", "rollouts", "trained", "seconds")]
-        lines.append(f"| {' | '.join([name, *means, *counts])} |")
+    columns = ("accuracy", "rubric_score", "n", "rollouts", "trained", "seconds")
+    lines = [f"| system | {' | '.join(columns)} |", "|-" * 7]
+    for name, runs in results.items():
+        cells = [name]
+        for column in columns:
+            mean, se, _ = mean_se([run.get(column, 0) for run in runs])
+            if len(runs) == 1:
+                se = runs[0].get(f"{column}_se")
+            is_score = column in ("accuracy", "rubric_score")
+            cells.append(f"{mean:.3f} +- {se:.3f}" if is_score else f"{mean:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
-def cmd_compare(args) -> dict:
-    """The systems of prompts/toy/COMMAND.json on the toy: base model, rubrics, training, table."""
-    every, begin, out = packaged(f"toy/{args.command}"), time.time(), Path(args.out)
-    systems, seeds, results = every["systems"], range(args.seed, args.seed + args.seeds), {}
-    settings = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
+
+def compare_systems(args, systems):
+    """Every system with every seed; the table is printed, and kept in --out with all figures."""
+    begin, out = time.time(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    results = {name: [] for name in systems}
     for seed, name in itertools.product(seeds, systems):
-        base, figures = toy_base(seed, args.base_steps), {}
-        known = vars(args) | {"seed": seed, "base": base, "model": base}
-        known["run"] = out / re.sub(r"\W+", "-", f"{name} {seed} {settings}")
-        for command, *more in map(str.split, systems[name]):
-            figures |= run(command, *(w.format(**known) for w in every[command].split() + more))
-            if command == "train": known["model"] = figures["out"]  # the next commands' model
-        results.setdefault(name, []).append(figures)
-    text = f"{table(results)}\n\nseeds: {[*seeds]} (base model, data, sampling); {settings}\n"
+        results[name].append(toy_system(args, seed, name, systems[name]))
+    size = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
+    text = f"{table(results)}\n\nseeds: {seeds} (base model, data, sampling); {size}\n"
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (no run is done twice)")
+    say(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (no run is done twice)")
     return results
 
-COMMANDS = {"demo": cmd_compare, "generate": cmd_generate, "train": cmd_train,
-            "eval": cmd_generate, "compare": cmd_compare, "inspect": cmd_inspect}
-FLAGS = {  # commands by first letter -> flags: default (tuple: choices; list: by command), help
- "gtei": {"model": (None, "directory, hub id or name, NAME@URL of a server; none: the toy"),
-          "data": ("rar-science", "toy, rar-science, hub id, .jsonl .json .parquet file"),
-          "split": (["train", "train", "test", "test"], "of the data"), "batch-size": (64, "rows"),
-          "max-new-tokens": ([1024, 4096, 4096, 2000], "a completion"), "attn": ("", "its name"),
-          "temperature": ([0.7, 1.0, 0.7, 1.0], "0: greedy"), "revision": ("main", "of the hub's"),
-          "top-p": ([0.95, 1.0, 0.95, 1.0], "nucleus; 1: all"), "top-k": ([20, 0, 20, 0], "0: all"),
-          "trust-remote-code": (False, "the model's"), "thinking": (("off", "on"), "by template"),
-          "prompts": (str(HERE / "prompts"), "directory of the prompt files")},
- "ge": {"writer": (["writer+answer", "student"], "prompt file; or analysis, judge"),
-        "against": ("", "another model's --out: the gain over it, question by question"),
-        "tries": (3, "at one answer"), "dtype": (("auto", "float32", "bfloat16"), "of weights"),
-        "out": (["runs/rubrics.jsonl", ""], "JSON Lines file; what it holds is not redone")},
- "e": {"k": (1, "answers per question"), "judge": ("", "a model or NAME@URL to grade by rubrics")},
- "gti": {"rubrics": ("data", "data, none, generic, random, noisy, reduced, or a .jsonl file")},
- "ti": {"student-context": ("student", "prompt file"), "teacher-context": ("rubric", "rsd's")},
- "t": {"out": ("runs/train", "checkpoint directory"), "resume": (False, "go on with the run there"),
-       "method": (tuple(METHODS), "row of METHODS"), "stage": (tuple(STAGES), "row of STAGES"),
-       "batch": (32, "prompts a step"), "rollouts": (1, "per prompt"), "save-every": (50, "steps"),
-       "lr": (5e-6, "at most"), "warmup": (5, "steps"), "schedule": (("constant", "cosine"), ""),
-       "divergence": ((*BETA, "sampled"), "signal"), "beta": (0.5, "of jsd: the teacher's share"),
-       "support": (0, "the teacher's top k; 0: all"), "tail": (False, "and a bucket for the rest"),
-       "clip": (("none", "entry", "token"), "cap on the divergence"), "clip-at": (0.05, "that cap"),
-       "teacher": (("fixed", "ema", "live"), "its weights"), "ema-decay": (0.99, "of the ema"),
-       "kl": (0.0, "grpo: weight of the reverse KL"), "loss-temperature": (1.0, "of both logits"),
-       "truncated": (("keep", "mask"), "those cut"), "skip-thinking": (False, "no loss on it"),
-       "token-budget": (8192, "of a micro-batch, padded"), "max-grad-norm": (1.0, "clipped to it"),
-       "lora-rank": (0, "adapters, by peft; 0: none"), "lora-alpha": (0, "0: 2 x rank"),
-       "lora-targets": ("all-linear", "or names, by comma"), "shard": (False, "layers, by FSDP2"),
-       "gradient-checkpointing": (False, "less memory, more time")},
- "i": {"out": ("runs/credit.html", "and .json"), "compare": ("", "a trained model, beside it"),
-       "run": ("", "directory of a run: its curves (with --model: and the credit)")},
- "dgteci": {"seed": (0, "of data, sampling, base model")}, "dtc": {"steps": ([60, 100, 40], "all")},
- "dgtec": {"limit": ([256, 0, 0, 0, 256], "rows at most; 0: all")},
- "dci": {"n": ([200, 200, 5], "held-out problems")}, "dc": {"seeds": ([1, 3], "of each system"),
-         "base-steps": (700, "of the base"), "out": (["runs/demo", "runs/compare"], "directory")}}
-TOY = {"data": "toy", "prompts": str(HERE / "prompts" / "toy"), "batch-size": 256,
-       "max-new-tokens": 220, "teacher-context": "rubric+answer", "lr": 3e-4}
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. Defaults depend on the model (TOY) and on the method (METHODS)."""
-    words = [w for word in (sys.argv[1:] if argv is None else argv) for w in word.split("=", 1)]
-    model = dict(zip(words, words[1:])).get("--model")
-    files = [f for n in ("config.json", "rsd.json") for f in Path(model or "none").glob(n)]
-    is_toy = not model or any(re.search('"toy": true|"data": "toy', f.read_text()) for f in files)
+def cmd_demo(args):
+    """Show the whole method on the toy, in minutes on a CPU."""
+    return compare_systems(args, DEMO)
+
+
+def cmd_compare(args):
+    """Train and test every system of the paper on the toy."""
+    return compare_systems(args, COMPARE)
+
+
+# -- the command line
+
+COMMANDS = {
+    Demo: cmd_demo,
+    Generate: cmd_generate,
+    Train: cmd_train,
+    Eval: cmd_eval,
+    Judge: cmd_judge,
+    Inspect: cmd_inspect,
+    Compare: cmd_compare,
+}
+
+
+def add_flags(parser, kind):
+    """A flag for each field of the settings of this kind; a bool is a switch."""
+    types, texts = get_type_hints(kind), {}
+    source = Path(__file__).read_text(encoding="utf-8")
+    for parent in reversed(kind.__mro__[:-1]):
+        body = source.partition(f"\nclass {parent.__name__}")[2].partition("\n\n\n")[0]
+        texts |= re.findall(r"^    (\w+): .*  # (.*)$", body, re.MULTILINE)
+    for name, default in vars(kind()).items():
+        options = {"type": types[name]}
+        if get_args(types[name]):
+            options = {"choices": get_args(types[name])}
+        elif types[name] is bool:
+            options = {"action": "store_true"}
+        text = texts[name]
+        if default != "" and name in TOY_DEFAULTS:
+            text += f" (default: {default}; toy: {TOY_DEFAULTS[name]})"
+        elif default != "":
+            text += f" (default: {default})"
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+
+
+def parse_args(argv=None):
+    """The settings that the command line says."""
     parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.__doc__.split("\n")[0], allow_abbrev=False)
-        for letters, flags in FLAGS.items():
-            for flag, (usual, text) in flags.items() if name[0] in letters else ():
-                usual = usual[letters.index(name[0])] if isinstance(usual, list) else usual
-                kind = ({} if usual is None else {"action": "store_true"} if usual is False else
-                        {"choices": usual} if isinstance(usual, tuple) else {"type": type(usual)})
-                toy = TOY.get(flag, usual := usual[0] if isinstance(usual, tuple) else usual)
-                text += f" (default: {usual}{'' if toy == usual else f'; toy: {toy}'})"
-                sub.add_argument(f"--{flag}", default=toy if is_toy else usual, help=text, **kind)
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        usual = commands.choices[args.command].get_default(name)
-        least = bool(usual) and isinstance(usual, int) and name != "warmup"  # a count
-        if type(value) in (int, float) and not least <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
-    if args.command == "train":  # what a method or a stage settles is no flag's to say
-        sees = METHODS[args.method][1]
-        if args.stage != "reason":
-            args.student_context, args.teacher_context = STAGES[args.stage]
-            if args.method != "rsd": parser.error(f"--stage {args.stage} goes with --method rsd")
-        elif sees != "rubric" or args.rubrics == "none":
-            args.teacher_context = sees if sees == "solution" else args.student_context
-    return args
+    kinds = {}
+    for kind, command in COMMANDS.items():
+        name, text = kind.__name__.lower(), command.__doc__
+        kinds[name] = kind
+        add_flags(commands.add_parser(name, help=text, description=text, allow_abbrev=False), kind)
+    given = vars(parser.parse_args(argv))
+    return settle(kinds[given.pop("command")], **given)
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
-    args = parse_args(argv)
-    if RANKS > 1:  # torchrun --nproc-per-node N rsd.py ...
-        torch.distributed.init_process_group()
-        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=RANK > 0)
-        sys.stdout = open(os.devnull if RANK else 1, "w", buffering=1)  # only the first one speaks
+
+def main(argv=None):
+    """Run one command -> its exit code. A user's mistake is one sentence on stderr, and 2."""
     try:
-        COMMANDS[args.command](args)
-        if RANKS > 1 and everyones("done"): torch.distributed.destroy_process_group()
+        args = parse_args(argv)
+        start_processes()
+        COMMANDS[type(args)](args)
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
-        print(f"rsd.py {args.command}: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
+        print(f"rsd.py: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     return 0
 
+
 if __name__ == "__main__":
-    (os._exit if RANKS > 1 else sys.exit)(main())  # gloo's threads can abort another exit
+    leave(main())
