@@ -54,6 +54,8 @@ from pathlib import Path
 from typing import Callable, Literal, NamedTuple, get_args, get_type_hints
 from zlib import crc32
 
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # or threads that wait starve a busy machine
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -61,7 +63,7 @@ from huggingface_hub import InferenceClient
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as states
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 HERE = Path(__file__).resolve().parent
 
@@ -127,20 +129,18 @@ def as_text(cell):
     list all parts; of an object each value by itself; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
-    if isinstance(cell, dict) and isinstance(cell.get("text"), str) and "type" in cell:
-        return as_text(cell["text"])  # a content part
     if isinstance(cell, dict):
-        return {name: as_text(value) for name, value in cell.items()}
+        is_part = cell.get("type") == "text"  # of a message's content
+        return as_text(cell["text"]) if is_part else {k: as_text(x) for k, x in cell.items()}
     if not isinstance(cell, list):
         return valid_unicode(str(cell)).strip()
     parts = [as_text(part) for part in cell]
     if len(parts) == 1 and isinstance(parts[0], dict):
         return parts[0].get("content", parts[0])
     for i, part in enumerate(parts):
-        if isinstance(part, dict) and "role" in part:
-            part = f"{part['role'].capitalize()}: {part['content']}"
-        parts[i] = str(part)
-    return "\n\n".join(parts)
+        if isinstance(part, dict) and "content" in part:
+            parts[i] = f"{part['role'].capitalize()}: {part['content']}"
+    return "\n\n".join(map(str, parts))
 
 
 # A question may contain "<|im_end|>", by chance or by malice. Encoded as it stands, it would end
@@ -219,22 +219,16 @@ def stop_ids(model, tokenizer):
 
 
 @torch.no_grad()
-def sample_batch(
-    model, prompts, stop, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0
-):
-    """B prompts of ids, left-padded into one call of `generate` -> the new ids of each, unequal in
-    what follows their first stop token. It returns when three quarters of the rows have stopped."""
-    device = model.device
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts)], device=device)
-    mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device)
-    stops = torch.tensor(sorted(stop), device=device)
+def sample_completions(
+    model, prompts: list[list[int]], stop: set[int], max_new_tokens=512, batch_size=64,
+    temperature=1.0, top_p=1.0, top_k=0,
+) -> list[tuple[list[int], bool]]:
+    """B prompts of ids -> B pairs (completion ids [T_b], stopped), in the order of the prompts.
 
-    def most_have_stopped(sequences, scores):
-        stopped = torch.isin(sequences[:, width:], stops).any(1)
-        return (stopped.float().mean() >= 0.75).expand(len(sequences))
-
+    A completion ends with its first stop token, which is part of it; without one it has
+    max_new_tokens ids and stopped is False. temperature 0 is greedy, top_p 1 and top_k 0 are all
+    tokens. The model's own defaults, such as a repetition penalty, are set aside.
+    """
     config = GenerationConfig(
         eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens
     )
@@ -242,49 +236,30 @@ def sample_batch(
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     sampler = copy.copy(model.eval())  # the same weights, without the model's own defaults
     sampler.generation_config = GenerationConfig()
-    with torch.autocast("cuda", torch.bfloat16, device.type == "cuda"):
-        out = sampler.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            stopping_criteria=[most_have_stopped],
-        )
-    return out[:, width:].tolist()
-
-
-def sample_completions(
-    model, prompts: list[list[int]], stop: set[int], max_new_tokens=512, batch_size=64, **sampling
-) -> list[tuple[list[int], bool]]:
-    """B prompts of ids -> B pairs (completion ids [T_b], stopped), in the order of the prompts.
-
-    A completion ends with its first stop token, which is part of it; without one it has
-    max_new_tokens ids and stopped is False. sampling: temperature (0: greedy), top_p, top_k. The
-    model's own defaults, such as a repetition penalty, are set aside. No straggler holds a batch:
-    rows that are not done when the batch returns go on together in a later one.
-    """
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    unfinished = {i: [] for i in longest_first}  # row -> its completion so far
-    finished = {}  # row -> (completion, stopped)
-    while unfinished:
-        rows = list(unfinished)[:batch_size]
-        room = max_new_tokens - min(len(unfinished[i]) for i in rows)
-        sequences = [prompts[i] + unfinished[i] for i in rows]
-        for i, new in zip(rows, sample_batch(model, sequences, stop, room, **sampling)):
-            ids = (unfinished.pop(i) + new)[:max_new_tokens]
-            end = next((k for k, token in enumerate(ids) if token in stop), None)
-            if end is not None:
-                finished[i] = ids[: end + 1], True
-            elif len(ids) == max_new_tokens:
-                finished[i] = ids, False
-            else:
-                unfinished[i] = ids
-    return [finished[i] for i in range(len(prompts))]
+    completions = {}
+    for start in range(0, len(prompts), batch_size):
+        rows = longest_first[start : start + batch_size]
+        width = len(prompts[rows[0]])
+        padding = [width - len(prompts[i]) for i in rows]  # on the left
+        ids = [[0] * n + prompts[i] for n, i in zip(padding, rows)]
+        mask = [[0] * n + [1] * (width - n) for n in padding]
+        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+            out = sampler.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=config,
+            )
+        for i, new in zip(rows, out[:, width:].tolist()):
+            end = next((k + 1 for k, token in enumerate(new) if token in stop), None)
+            completions[i] = new[:end], end is not None
+    return [completions[i] for i in range(len(prompts))]
 
 
 # ---- 3. Re-scoring and the per-token loss --------------------------------------------------------
 
 
-def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+def rescore(model, contexts: list[list[int]], completions: list[list[int]]):
     """The hidden states [N, H] that predict each completion token, one sequence after the other.
     `logits_of` turns them into logits. Padding is on the right, where a causal model never looks.
     """
@@ -300,19 +275,19 @@ def rescore(model, contexts: list[list[int]], completions: list[list[int]]) -> t
     return hidden[row, column]
 
 
-def soft_cap(model, logits: torch.Tensor) -> torch.Tensor:
+def soft_cap(model, logits):
     """Gemma's bound on its logits, cap * tanh(logits / cap); other models' as they are."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
+def logits_of(model, hidden):
     """The model's output head on hidden states: [N, H] -> [N, V], soft cap included."""
     head = model.get_output_embeddings()
     return soft_cap(model, F.linear(hidden.to(head.weight.dtype), head.weight, head.bias))
 
 
-def kl_terms(p: torch.Tensor, q: torch.Tensor, centred=True) -> torch.Tensor:
+def kl_terms(p, q, centred=True):
     """The V entries of KL(p || q), from log-probs [N, V] twice.
 
     The plain entries are p log(p / q). Centred ones have - p + q added, which sums to 0 over the
@@ -324,7 +299,7 @@ def kl_terms(p: torch.Tensor, q: torch.Tensor, centred=True) -> torch.Tensor:
     return plain - (mass - q.exp()) if centred else plain
 
 
-def log_mixture(s: torch.Tensor, t: torch.Tensor, beta: float) -> torch.Tensor:
+def log_mixture(s, t, beta: float):
     """log(beta T + (1 - beta) S) of log-probs: the larger of the two, corrected by their gap. It is
     exact where s = t, and finite however far they are apart."""
     share_of_smaller = torch.where(s > t, beta, 1 - beta)
@@ -332,7 +307,7 @@ def log_mixture(s: torch.Tensor, t: torch.Tensor, beta: float) -> torch.Tensor:
     return torch.maximum(s, t) + torch.log1p(share_of_smaller * gap)
 
 
-def on_top_k(s, t, k: int, tail: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def on_top_k(s, t, k: int, tail: bool):
     """Both log-probs [N, V] on the teacher's k likeliest tokens: renormalised [N, k], or with one
     bucket more for the rest of the mass [N, k + 1]."""
     index = t.topk(k, dim=-1).indices
@@ -377,7 +352,7 @@ def clipped_sum(terms, clip, at):
     return terms.clamp(max=at).sum(-1), over
 
 
-def divergence(student, teacher, clip="none", clip_at=0.05, **options) -> torch.Tensor:
+def divergence(student, teacher, clip="none", clip_at=0.05, **options):
     """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
 
     beta 0 is the forward KL(T || S), the paper's choice; beta 1 the reverse KL(S || T); between
@@ -393,13 +368,13 @@ def divergence(student, teacher, clip="none", clip_at=0.05, **options) -> torch.
     return clipped_sum(terms, clip, clip_at)[0]
 
 
-def log_prob(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def log_prob(logits, ids):
     """The log-probability [N] of the tokens ids [N] under logits [N, V]."""
     return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
 @torch.no_grad()
-def entropy(logits: torch.Tensor) -> torch.Tensor:
+def entropy(logits):
     """The entropy [N] in nats of logits [N, V]."""
     logp = logits.float().log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
@@ -492,7 +467,7 @@ METHODS = {
     "grpo-rubric": ("student", "student", "advantage", "rubric_score"),
     "sft": ("reference", "student", "advantage", None),
 }
-BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences; a fourth signal is "sampled"
+DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 def student_writes(sample, examples: list[Episode], rollouts=1) -> list[Episode]:
@@ -524,8 +499,9 @@ def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
 
 
 def token_loss(
-    student, teacher, ids, advantage, signal="forward", kl=0.0, clip="none", clip_at=0.05, **options
-) -> dict[str, torch.Tensor]:
+    student, teacher, ids, advantage, signal="forward", kl=0.0, beta=0.5, clip="none", clip_at=0.05,
+    **options,
+):
     """Choice 3, the per-token signal, and what is logged of it.
 
     Logits [N, V] of student and teacher, ids [N], advantage [N] -> loss, divergence (before it is
@@ -535,8 +511,8 @@ def token_loss(
     the reverse KL to the teacher. It is strictly on policy: there is no importance ratio to clip.
     """
     whole = clipped = torch.zeros_like(ids, dtype=torch.float32)
-    if signal in BETA:
-        options = {"beta": BETA[signal]} | options
+    if signal in DIVERGENCES:
+        options["beta"] = {"forward": 0.0, "reverse": 1.0, "jsd": beta}[signal]
         terms = divergence_terms(student, teacher, centred=clip != "entry", **options)
         loss, clipped = clipped_sum(terms, clip, clip_at)
         whole = loss if clip == "none" else terms.sum(-1)
@@ -566,7 +542,7 @@ def micro_batches(episodes: list[Episode], token_budget: int, devices=1) -> list
     return batches
 
 
-def flatten(episodes: list[Episode], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def flatten(episodes: list[Episode], device):
     """The completions one after the other -> keep [all tokens], a mask of those that carry a loss;
     and of the N that do, ids [N] and advantage [N]."""
     ids, advantage, keep = [], [], []
@@ -882,6 +858,8 @@ def write_until_read(write, asked: list[tuple], read, name: str, tries=3) -> lis
     results = [{}] * len(asked)
     waiting = list(range(len(asked)))
     for attempt in range(1, tries + 1):
+        if not waiting:
+            break
         written = write([asked[i][1] for i in waiting])
         for i, (text, tokens, stopped, refused) in zip(waiting, written):
             value, reason = (None, refused) if refused else read(text, asked[i][0])
@@ -1321,31 +1299,25 @@ def mean_se(values):
     return x.mean().item(), se, len(x)
 
 
-def question_figures(answers, scores):
-    """The k answers to one question -> the mean of each score; with k > 1 also the unbiased
-    pass@m = 1 - C(wrong, m) / C(k, m) (arXiv 2107.03374), and majority@k."""
-    k = len(answers)
+def question_figures(scores):
+    """The scores of k answers to one question -> the mean of each; with k > 1 also the unbiased
+    pass@m = 1 - C(wrong, m) / C(k, m) (arXiv 2107.03374)."""
+    k = len(scores)
     figures = {name: mean_se([s[name] for s in scores])[0] for name in scores[0]}
-    if k == 1 or figures.get("accuracy") is None:
-        return figures
-    wrong = k - round(k * figures["accuracy"])
-    m = 2
-    while m <= k:
-        figures[f"pass@{m}"] = 1 - math.comb(wrong, m) / math.comb(k, m)
-        m *= 2
-    favourite = Counter(answers).most_common(1)[0][0]
-    figures[f"majority@{k}"] = scores[answers.index(favourite)]["accuracy"]
+    if figures.get("accuracy") is not None:
+        wrong = k - round(k * figures["accuracy"])
+        for m in [2**i for i in range(1, k.bit_length())]:
+            figures[f"pass@{m}"] = 1 - math.comb(wrong, m) / math.comb(k, m)
     return figures
 
 
 def evaluate(samples: list[tuple], against: dict | None = None) -> dict[tuple, dict]:
-    """(question, answer, scores), k times a question -> {question: its figures}. against: another
-    model's {question: figures}; then the paired gain over it is among them."""
-    answers, scores = {}, {}
-    for question, answer, score_of_answer in samples:
-        answers.setdefault(question, []).append(answer)
+    """(question, scores), k times a question -> {question: its figures}. against: another model's
+    {question: figures}; then the paired gain over it is among them."""
+    scores = {}
+    for question, score_of_answer in samples:
         scores.setdefault(question, []).append(score_of_answer)
-    figures = {q: question_figures(answers[q], scores[q]) for q in answers}
+    figures = {question: question_figures(group) for question, group in scores.items()}
     for question, theirs in (against or {}).items():
         own = figures.get(question, {})
         for name, other in theirs.items():
@@ -1707,22 +1679,19 @@ def open_lines(path, origin):
     file = lock(path)
     file.seek(0)
     text = file.read()
-    *whole, last = text.split(b"\n")
-    if last.strip() and not last.startswith(b'{"question": '):
-        whole.append(last)
+    whole, _, last = text.rpartition(b"\n")
+    if not last.startswith(b'{"question": '):  # it is not one of ours that was cut off
+        whole, last = text, b""
     lines = []
-    for number, line in enumerate(whole, 1):
+    for number, line in enumerate(whole.split(b"\n"), 1):
         if line.strip():
             lines.append(read_object_line(path, number, line))
     for line in lines:
         other = {name: line.get(name) for name in origin if line.get(name) != origin[name]}
-        require(
-            not other, f"--out {path} has lines of other settings ({other}, now {origin}); choose "
-            "another --out.",
-        )
-    if last and whole[-1:] != [last]:
-        file.truncate(len(text) - len(last))
-    elif last:
+        then = f"--out {path} has lines of other settings ({other}, now {origin})"
+        require(not other, f"{then}; choose another --out.")
+    file.truncate(len(text) - len(last))
+    if whole and not text.endswith(b"\n") and not last:
         file.write(b"\n")
     return file, lines
 
@@ -1908,11 +1877,6 @@ def choice_row(question, options, right, solution=""):
     return {"question": question, "reference_answer": letter, "solution": solution}
 
 
-def noisy_row(cells):
-    """The toy with a solution that is wrong in half of the rows."""
-    return plain_row(cells | {"solution": cells["noisy_solution"]})
-
-
 def rubrichub_row(cells):
     """RubricHub, science: chats with the reference beside them."""
     answer = cells["reward_model"]["ground_truth"]
@@ -1956,12 +1920,13 @@ class DataSet:
     weight: int | None = None  # of every criterion, where the data states none
 
 
-TOY = HERE / "prompts" / "toy"  # its problems and lessons are data, made by .ci/make_toy.py
+# The toy: problems with exact rubrics, and small models that can do right when told how and do not by
+# default. Both are data, made by .ci/make_toy.py; the models are trained from nothing.
+TOY = HERE / "prompts" / "toy"
 RUBRICHUB = "sojuL/RubricHub_v1:RuRL/rurbichub_v1_Science.parquet"
 OPENTHOUGHTS = "siyanzhao/Openthoughts_math_30k_opsd"
 DATA_SETS = {
     "toy": DataSet("toy"),
-    "toy-noisy": DataSet("toy", noisy_row),
     "rar-science": DataSet("ScaleAI/RaR-Science", overlap=True),
     "rubrichub-science": DataSet(RUBRICHUB, rubrichub_row, test="train"),
     "natural-reasoning": DataSet("facebook/natural_reasoning", test="train"),
@@ -2088,73 +2053,7 @@ def make_examples(rows, templates, writer, needs=()):
     return examples
 
 
-# ---- 12. The toy: a model that can do right when told how, and does not by default ----------------
-
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with AdamW's size of steps (arXiv 2502.16982), for matrices, in float32: CPUs
-    are slow at its bfloat16. The singular values of the momentum are all brought near 1."""
-
-    def __init__(self, matrices):
-        super().__init__(matrices, {"lr": 0.0})
-
-    @torch.no_grad()
-    def step(self):
-        lr = self.param_groups[0]["lr"]
-        for p in self.param_groups[0]["params"]:
-            state = self.state[p]
-            average = state.setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-            update = orthogonal(p.grad.lerp(average, 0.95))
-            p.mul_(1 - 0.01 * lr)
-            p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
-
-
-def orthogonal(x):
-    """Five Newton-Schulz steps from a matrix towards the nearest orthogonal one."""
-    is_tall = x.shape[0] > x.shape[1]
-    x = x.clone()
-    if is_tall:
-        x = x.T
-    x.div_(x.norm().clamp(min=1e-7))
-    for _ in range(5):
-        gram = x @ x.T
-        gram = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, gram, x, beta=3.4445)
-    return x.T if is_tall else x
-
-
-def toy_base(seed=0, steps=700):
-    """The toy's base model, a directory; the first time it is trained, from nothing, by SFT."""
-    out = Path("runs") / f"toy-seed{seed}-steps{steps}"
-    alone = WORLD_SIZE == 1
-    require(alone, f"the toy is made in one process; under torchrun, give --model {out}.")
-    if out.exists():
-        return str(out)
-    held = lock(Path(f"{out}.lock"))  # noqa: F841, until the process ends
-    tokenizer = AutoTokenizer.from_pretrained(TOY)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TOY), dtype=torch.float32)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "layers" not in name]
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
-    optimizers = [Muon(matrices), adamw]
-    lessons = read_table(f"{TOY}/lessons.parquet", "")
-
-    def write(lessons):
-        ids = [context_ids(tokenizer, "{prompt}", lesson) for lesson in lessons]
-        return reference_writes(tokenizer, [Episode(row, i, []) for row, i in zip(lessons, ids)])
-
-    loss = functools.partial(token_loss, signal="advantage")
-    for step in progress(range(steps), f"toy base model (once, {out})"):
-        lr = learning_rate(step, steps, 3e-3, 50, "cosine")
-        some = step_rows(lessons, step, 16, seed)
-        train_step(model, None, some, write, loss, optimizers, lr, token_budget=1024)
-    new = Path(f"{out}.rsd-new")
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    return str(new.rename(out))
-
-
-# ---- 13. Commands: the only functions that see the command line's arguments -----------------------
+# ---- 12. Commands: the only functions that see the command line's arguments -----------------------
 
 def number(kind, low, high=math.inf):
     """A type for argparse: a finite number of this kind from low to high."""
@@ -2185,7 +2084,7 @@ STAGES = {  # what is learned: (the student's prompt file, the teacher's); None:
 class Sampling:
     """What every command has that lets a model write."""
 
-    seed: int = 0  # Seed of data, sampling and the toy's base model.
+    seed: int = 0  # Seed of data and sampling, and which of the toy's three models.
     model: str = "toy"  # Directory, hub name, or NAME@URL of a server.
     data: str = ""  # Data set (README), hub id, .jsonl, .json or .parquet; toy, or with --model rar-science.
     split: str = "test"  # Split of the data.
@@ -2207,7 +2106,6 @@ class Writing(Sampling):
     out: str = ""  # JSON Lines file; what it holds already is not asked again.
     against: str = ""  # Another model's --out: report the gain over it, question by question.
     tries: Count = 3  # Draws, at most, until what is written can be read.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Type of the weights.
 
 
 @dataclass
@@ -2224,7 +2122,7 @@ class Generate(Writing):
 class Eval(Writing):
     """eval"""
 
-    k: Count = 1  # Answers to each question, for pass@m and majority@k.
+    k: Count = 1  # Answers to each question, for their mean and pass@m.
     judge: str = ""  # A model or NAME@URL that grades the answers by their rubrics.
 
 
@@ -2276,7 +2174,7 @@ class Train(Teaching):
     lr: Real = 5e-6  # Learning rate at its highest.
     warmup: Size = 5  # Steps of linear warm-up.
     schedule: Literal["constant", "cosine"] = "constant"  # Learning rate after the warm-up.
-    divergence: Literal[(*BETA, "sampled")] = "forward"  # Per-token signal from teacher to student.
+    divergence: Literal[(*DIVERGENCES, "sampled")] = "forward"  # Per-token signal from teacher to student.
     beta: Share = 0.5  # The teacher's share of the mixture in jsd.
     support: Size = 0  # Compare on so many of the teacher's likeliest tokens; 0 is all.
     tail: bool = False  # With --support: one more bucket holds the rest of the mass.
@@ -2319,10 +2217,9 @@ class Train(Teaching):
 class Demo:
     """demo, and what compare has of it."""
 
-    seed: int = 0  # The first seed; each has its own base model, data and sampling.
+    seed: int = 0  # The first seed; each has its own data and sampling, three have their own model.
     seeds: Count = 1  # Runs of each system.
     steps: Count = 60  # Training steps of each system.
-    base_steps: Count = 700  # Training steps of the base model.
     n: Count = 200  # Held-out problems.
     limit: Count = 256  # Training problems.
     out: str = "runs/demo"  # Directory of the results.
@@ -2350,9 +2247,11 @@ def settle(kind, **given):
     """Settings of this kind with these flags given; where they are of the toy, so are the defaults."""
     known = {f.name for f in fields(kind)}
     if "data" in known:
-        data = "rar-science" if "model" in given else "toy"
-        given = {"data": data} | given
-        if given["data"].startswith("toy"):
+        is_toy = given.get("model", "toy") == "toy"
+        given = {"data": "toy" if is_toy else "rar-science"} | given
+        if is_toy:
+            given["model"] = f"{TOY}/base-{given.get('seed', 0) % 3}"  # there are three
+        if given["data"] == "toy":
             given = {k: v for k, v in TOY_DEFAULTS.items() if k in known} | given
     return kind(**given)
 
@@ -2369,25 +2268,22 @@ def prompt_files(args, *names):
     return [prompts[name] for name in names]
 
 
-def load_questions(args, rubrics="data"):
-    """The rows of --data, --split and --limit, with the rubrics of that source; the toy's in an
-    order of the seed's own."""
-    is_toy = args.data.startswith("toy")
+def load_questions(args):
+    """The rows of --data, --split and --limit, with the rubrics of --rubrics; the toy's in an order
+    of the seed's own."""
+    is_toy = args.data == "toy"
     rows = load_rows(args.data, args.split, 0 if is_toy else args.limit)
     if is_toy:
         random.Random(args.seed).shuffle(rows)
     rows = rows[: args.limit or None]
-    return with_rubrics(rows, rubrics, args.prompts, args.seed)
+    return with_rubrics(rows, getattr(args, "rubrics", "data"), args.prompts, args.seed)
 
 
 def load_from_flags(args, half=False):
-    """(model, tokenizer) of --model, or of the toy; then the random state is that of --seed. half:
-    in bfloat16 on a GPU, unless --dtype says otherwise."""
-    dtype = getattr(args, "dtype", "auto")
-    if dtype == "auto":
-        dtype = "bfloat16" if half and torch.cuda.is_available() else "float32"
-    model = toy_base() if args.model == "toy" else args.model
-    loaded = load_model(model, getattr(torch, dtype))
+    """(model, tokenizer) of --model, with half on a GPU in bfloat16; then the random state is that of
+    --seed."""
+    dtype = torch.bfloat16 if half and torch.cuda.is_available() else torch.float32
+    loaded = load_model(args.model, dtype)
     torch.manual_seed(args.seed)
     return loaded
 
@@ -2417,69 +2313,59 @@ def open_writer(args):
 # -- generate, eval, judge
 
 
-def prepare(args):
-    """What they begin with: (rows, writer, examples); prompts and data are read before the model."""
-    templates = prompt_files(args, args.writer)
+def write_lines(args, name, columns, ask, rate, k=1):
+    """What generate, eval and judge have in common: they let a model write what --out lacks, k times
+    for each row, and report it. Columns of the row stand beside it. ask(writer, [(row, prompt)]) ->
+    answers, with what was read of them under `name`; rate(that, row) -> scores."""
+    (template,) = prompt_files(args, args.writer)
+    others = read_jsonl(Path(args.against)) if args.against else []
     rows = load_questions(args)
     writer = open_writer(args)
-    return rows, writer, make_examples(rows, templates, writer)
-
-
-def keep_lines(args, jobs, work, name):
-    """`remember` in --out, which takes no lines of another model or set-up."""
-    weights = Path(args.model).glob("*.safetensors")
-    prompt = crc32(prompt_files(args, args.writer)[0].encode())
-    origin = {"model": args.model, "saved": max((f.stat().st_mtime for f in weights), default=0.0)}
-    origin |= {"writer": args.writer, "prompt": prompt, "thinking": args.thinking}
-    origin |= {k: v for k, v in sampling_of(args).items() if k != "batch_size"}
+    jobs = []
+    for example, number in itertools.product(make_examples(rows, [template], writer), range(k)):
+        row = example[0]
+        item = {column: row.get(column) for column in columns}
+        item["sample"] = (row["sample"] or 0) if name == "judge" else number
+        jobs.append((item, example))
+    weights = [file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")]
+    origin = {"model": args.model, "saved": max(weights, default=0.0), "writer": args.writer}
+    origin |= {"prompt": crc32(template.encode()), "thinking": args.thinking, **sampling_of(args)}
+    del origin["batch_size"]  # it shapes nothing
     seed_process(args.seed)
-    return remember(args.out, jobs, work, 2 * args.batch_size * WORLD_SIZE, name, origin)
+    work = functools.partial(ask, writer)
+    lines = remember(args.out, jobs, work, 2 * args.batch_size * WORLD_SIZE, name, origin)
+    return report(lines, others, name, {row["question"]: row for row in rows}, rate)
 
 
-def report(args, lines, name, rows, rate):
-    """Print and return the figures of lines that a model wrote, and the gain over --against.
-    rate(what was read, row) -> scores. UserError: the other file has no such lines."""
+def report(lines, others, name, row_of, rate):
+    """Print and return the mean of each figure of these lines over the questions, its standard error
+    (NAME_se) and the number of questions that have it (NAME_n); and of the gain over another model's
+    lines. UserError: the others are not of these questions."""
     lost = Counter(line["reason"] for line in lines if line[name] is None)
     if lost:
         say(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
-    row_of = {row["question"]: row for row in rows}
 
     def samples(lines):
         for line in lines:
-            question = line["question"]
-            if question in row_of:
-                scores = rate(line[name], row_of[question] | line)
+            row = row_of.get(line.get("question"))
+            if row and {name, "tokens", "truncated"} <= line.keys():
+                scores = rate(line[name], row | line)
                 scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
-                answer = normalise(extract_answer(line["text"]))
-                yield (question, line.get("reference_answer")), answer, scores
+                yield (row["question"], line.get("reference_answer")), scores
 
-    theirs = {}
-    if args.against:
-        others = read_jsonl(Path(args.against))
-        if all({name, "question", "tokens", "truncated", "text"} <= line.keys() for line in others):
-            theirs = evaluate(samples(others))
-        require(theirs, f"--against {args.against}: no {name} to these questions.")
-    return print_summary(evaluate(samples(lines), theirs).values())
-
-
-def print_summary(figures):
-    """Print and return the mean of each figure over the questions, its standard error (NAME_se) and
-    the number of questions that have it (NAME_n)."""
+    theirs = evaluate(samples(others))
+    require(theirs or not others, f"--against: it has no {name} to these questions.")
+    figures = evaluate(samples(lines), theirs).values()
     summary = {"n": len(figures)}
-    for name in dict.fromkeys(name for f in figures for name in f):
-        mean, se, n = mean_se([f.get(name) for f in figures])
-        summary |= {name: mean, f"{name}_se": se, f"{name}_n": n}
+    for figure in dict.fromkeys(itertools.chain(*figures)):
+        mean, se, n = mean_se([f.get(figure) for f in figures])
+        summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
         shown = "n/a"
         if n:
             low, high = mean - 1.96 * se, mean + 1.96 * se
             shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n}), 95 %: {low:.3f} to {high:.3f}"
-        say(f"{name:18s} {shown}")
+        say(f"{figure:18s} {shown}")
     return summary
-
-
-def parts_of(row, *names, sample=0):
-    """What of a row stands in a line beside what was written for it."""
-    return {name: row.get(name) for name in names} | {"sample": sample}
 
 
 def take_text(text, row):
@@ -2487,56 +2373,37 @@ def take_text(text, row):
     return text, ""
 
 
-def cmd_generate(args):
-    """Write a rubric for every question."""
-    if args.writer == "judge":
-        return cmd_judge(args)
-    rows, writer, examples = prepare(args)
-    beside_it = ("question", "reference_answer", "solution")
-    jobs = [(parts_of(example[0], *beside_it), example) for example in examples]
-    work = functools.partial(generate_rubrics, writer, parse=parse_rubric, tries=tries_of(args))
-    return report(args, keep_lines(args, jobs, work, "rubric"), "rubric", rows, score_rubric)
-
-
 def tries_of(args):
     """How often a text that cannot be read is asked for: once where it would only be repeated."""
     return args.tries if args.temperature > 0 else 1
 
 
-def judged(path):
-    """Where the verdicts on the answers in a file go."""
-    return path and str(Path(path).with_suffix(".judged.jsonl"))
+def cmd_generate(args):
+    """Write a rubric for every question."""
+    if args.writer == "judge":
+        return cmd_judge(args)
+    ask = functools.partial(generate_rubrics, parse=parse_rubric, tries=tries_of(args))
+    columns = ("question", "reference_answer", "solution")
+    return write_lines(args, "rubric", columns, ask, score_rubric)
 
 
 def cmd_eval(args):
     """Answer held-out questions and grade the answers."""
     require(not args.judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
-    if args.against:
-        read_jsonl(Path(args.against))  # before anything is sampled
-    rows, writer, examples = prepare(args)
-    beside_it = ("question", "reference_answer", "rubric")
-    jobs = []
-    for example, k in itertools.product(examples, range(args.k)):
-        jobs.append((parts_of(example[0], *beside_it, sample=k), example))
-    work = functools.partial(write_until_read, writer, read=take_text, name="text")
-    summary = report(args, keep_lines(args, jobs, work, "text"), "text", rows, score)
-    writer = work = examples = None  # room for the judge
+    ask = functools.partial(write_until_read, read=take_text, name="text")
+    columns = ("question", "reference_answer", "rubric")
+    summary = write_lines(args, "text", columns, ask, score, args.k)
     if all_gather(args.judge)[0]:  # once the first process has written the answers
-        files = {"data": args.out, "out": judged(args.out), "against": judged(args.against)}
-        summary |= cmd_judge(settle(Judge, model=args.judge, **files))
+        out, against = (re.sub(r"\.jsonl$", ".judged.jsonl", p) for p in (args.out, args.against))
+        judging = settle(Judge, model=args.judge, data=args.out, out=out, against=against)
+        summary |= cmd_judge(judging)
     return summary
 
 
 def cmd_judge(args):
     """Ask a model which criteria of its rubric each answer of eval's --out meets."""
-    rows, writer, examples = prepare(args)
-    jobs = []
-    for example in examples:
-        row = example[0]
-        item = parts_of(row, "question", "response", "rubric", sample=row["sample"] or 0)
-        jobs.append((item, example))
-    work = functools.partial(judge, writer, tries=tries_of(args))
-    return report(args, keep_lines(args, jobs, work, "judge"), "judge", rows, judge_scores)
+    ask = functools.partial(judge, tries=tries_of(args))
+    return write_lines(args, "judge", ("question", "response", "rubric"), ask, judge_scores)
 
 
 # -- train
@@ -2575,19 +2442,6 @@ def training_writer(args, sample, tokenizer):
     return write
 
 
-def training_loss(args):
-    """`token_loss` with this method's signal and the flags' options."""
-    signal = METHODS[args.method][2]
-    options = {"kl": args.kl}
-    if signal == "divergence":
-        signal = args.divergence
-        options |= {"top_k": args.support, "tail": args.tail, "temperature": args.loss_temperature}
-        options |= {"clip": args.clip, "clip_at": args.clip_at}
-    if signal == "jsd":
-        options["beta"] = args.beta
-    return functools.partial(token_loss, signal=signal, **options)
-
-
 def set_up(args, out, state):
     """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its start
     or as the checkpoint in `out` has them."""
@@ -2620,13 +2474,29 @@ def set_up(args, out, state):
     return student, tokenizer, teacher, optimizer
 
 
+def training_loss(args):
+    """`token_loss` with this method's signal and the flags' options."""
+    signal = METHODS[args.method][2]
+    return functools.partial(
+        token_loss,
+        signal=args.divergence if signal == "divergence" else signal,
+        kl=args.kl,
+        beta=args.beta,
+        top_k=args.support,
+        tail=args.tail,
+        temperature=args.loss_temperature,
+        clip=args.clip,
+        clip_at=args.clip_at,
+    )
+
+
 def log_step(out, step, episodes, figures, sampled):
     """A step's line of metrics.jsonl; README says what each figure means and what is healthy."""
     n = len(episodes)
     tokens = sum(len(e.completion_ids) for e in episodes)
     seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-    scores = {k: mean_se([e.scores[k] for e in episodes])[0] for k in episodes[0].scores}
-    metrics = {"step": step + 1} | figures | scores
+    metrics = {"step": step + 1} | figures
+    metrics |= {k: mean_se([e.scores[k] for e in episodes])[0] for k in episodes[0].scores}
     metrics |= {"length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n}
     metrics |= {"rollouts": n * sampled, "sampled": tokens * sampled}
     metrics |= {"seconds": seconds, "tokens_per_s": tokens / seconds}
@@ -2637,9 +2507,12 @@ def log_step(out, step, episodes, figures, sampled):
 
 
 def show_step(metrics, sample):
-    """A step's figures, and the beginning of one of its completions, on the terminal."""
-    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()]
-    say("  ".join(shown) + f"\n  sample: {sample[:200]!r}")
+    """The figures of a step that people watch, in one line, and the beginning of a completion."""
+    shown = []
+    for name in ("step", "loss", "divergence", "entropy", "length", "accuracy", "rubric_score", "recall"):
+        if metrics.get(name) is not None:
+            shown.append(f"{name} {metrics[name]:<7.4g}")
+    say(" ".join(shown) + f"seconds {metrics['seconds']:.3g}\n    {sample[:90]!r}")
 
 
 def cmd_train(args):
@@ -2652,7 +2525,7 @@ def cmd_train(args):
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     who, _, _, reward = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
-    rows = load_questions(args, args.rubrics)
+    rows = load_questions(args)
     student, tokenizer, teacher, optimizer = set_up(args, out, state)
     writer = model_writer(args, student, tokenizer)
     needs = {reward, "solution" if who == "reference" else None} - {None}
@@ -2660,7 +2533,8 @@ def cmd_train(args):
     for name in ("prompt_ids", "teacher_ids"):
         text = tokenizer.decode(getattr(examples[0], name))
         say(f"--- {name} of the first row ---\n{text}")
-    write, loss = training_writer(args, writer.sample, tokenizer), training_loss(args)
+    write = training_writer(args, writer.sample, tokenizer)
+    loss = training_loss(args)
     kept["data_seen"] = crc32(repr(examples).encode())
     same = state.get("data_seen", kept["data_seen"]) == kept["data_seen"]
     require(same, f"--out {out} holds a run on other data or prompts; choose another --out.")
@@ -2671,7 +2545,8 @@ def cmd_train(args):
         lr = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         episodes, figures = train_step(
             student, teacher, step_rows(examples, step, args.batch, args.seed), write, loss,
-            [optimizer], lr, args.token_budget, args.max_grad_norm, my_micro_batches, sum_over_processes,
+            [optimizer], lr, args.token_budget, args.max_grad_norm, my_micro_batches,
+            sum_over_processes,
         )
         last = max(start, step - step % args.save_every)
         require(
@@ -2701,7 +2576,7 @@ def cmd_inspect(args):
     page_files(Path(args.out))  # before anything is sampled
     if args.run:
         page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
-    if args.model != "toy" or not args.run:
+    if not args.run or not args.model.startswith(str(TOY)):  # --run alone: the curves alone
         page |= inspect_rollouts(args)
     write_page(Path(args.out), page)
     say(f"{args.out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps; .json beside it")
@@ -2713,7 +2588,7 @@ def inspect_rollouts(args):
     every token that they name."""
     args.limit = args.n
     templates = prompt_files(args, args.student_context, args.teacher_context)
-    rows = load_questions(args, args.rubrics)
+    rows = load_questions(args)
     teacher, tokenizer = load_from_flags(args, half=True)
     students = {"the student": teacher}
     if args.compare:
@@ -2722,25 +2597,23 @@ def inspect_rollouts(args):
     examples = [Episode(*e) for e in make_examples(rows, templates, writer, ["rubric"])]
     seed_process(args.seed)
     written = []
-    for name, student in students.items():
-        sample = model_writer(args, student, tokenizer).sample
-        for number, e in enumerate(student_writes(sample, examples)):
-            written.append((number, name, e))
+    for student in students.values():
+        written.append(student_writes(model_writer(args, student, tokenizer).sample, examples))
     rollouts, text = [], {}
-    for _, name, e in progress(sorted(written, key=lambda job: job[0]), "credit"):
-        rubric = e.row["rubric"]
+    for episodes in progress(list(zip(*written)), "credit"):  # of one question
+        row = episodes[0].row
         without = []
-        for k in range(len(rubric)):
-            fields = row_fields(e.row | {"rubric": rubric[:k] + rubric[k + 1 :]})
-            without.append(writer.prompt(templates[1], {"rubric": "-"} | fields))
-        credit = token_credit(
-            students[name], teacher, e.prompt_ids, e.teacher_ids, without, e.completion_ids
-        )
-        credit = {name: x.tolist() for name, x in credit.items()}
-        likely = itertools.chain(*credit["student_ids"], *credit["teacher_ids"])
-        text |= {i: tokenizer.decode([i]) for i in {*e.completion_ids, *likely}}
-        about = {"student": name, "question": e.row["question"], "criteria": rubric}
-        rollouts.append(credit | about | {"tokens": e.completion_ids})
+        for k in range(len(row["rubric"])):
+            others = row["rubric"][:k] + row["rubric"][k + 1 :]
+            fields_left = {"rubric": "-"} | row_fields(row | {"rubric": others})
+            without.append(writer.prompt(templates[1], fields_left))
+        for (name, student), e in zip(students.items(), episodes):
+            contexts = (e.prompt_ids, e.teacher_ids, without, e.completion_ids)
+            credit = {k: x.tolist() for k, x in token_credit(student, teacher, *contexts).items()}
+            likely = itertools.chain(*credit["student_ids"], *credit["teacher_ids"])
+            text |= {i: tokenizer.decode([i]) for i in {*e.completion_ids, *likely}}
+            about = {"student": name, "question": row["question"], "criteria": row["rubric"]}
+            rollouts.append(credit | about | {"tokens": e.completion_ids})
     return {"rollouts": rollouts, "text": text}
 
 
@@ -2755,11 +2628,9 @@ GRPO = {"rollouts": 4, "batch": 8, "kl": 0.02, "lr": 1e-4}
 COMPARE = {
     "base": {},
     "sft": {"method": "sft"},
-    "sft-noisy references": {"method": "sft", "data": "toy-noisy", "lr": 1e-4},
     "grpo": {"method": "grpo", **GRPO},
     "grpo-rubric reward": {"method": "grpo-rubric", **GRPO},
     "opsd": {"method": "opsd"},
-    "opsd-noisy references": {"method": "opsd", "data": "toy-noisy"},
     "rsd": {"method": "rsd"},
     "rsd learned rubrics": {"rubrics": "learned"},
     "rsd zero-shot rubrics": {"rubrics": "zero-shot"},
@@ -2779,11 +2650,10 @@ COMPARE = {
 
 
 def toy_system(args, seed, name, flags):
-    """One row of a table on the toy: train the seed's base model with these flags of train, and test
-    what comes out. Without flags, or with a writer (of eval), the base model itself is tested.
-    rubrics: zero-shot (the base model writes them) and learned (it learns to first), too."""
-    base = toy_base(seed, args.base_steps)
-    size = f"{seed} {args.base_steps} {args.steps} {args.limit}"
+    """One row of a table on the toy: train its model with these flags of train, and test what comes
+    out. Without flags, or with a writer (of eval), the toy's model itself is tested.
+    rubrics: zero-shot (the toy's model writes them) and learned (it learns to first), too."""
+    size = f"{seed} {args.steps} {args.limit}"
 
     def call(command, kind, **flags):
         flags = {"data": "toy", "seed": seed, "limit": args.limit} | flags
@@ -2792,12 +2662,12 @@ def toy_system(args, seed, name, flags):
 
     def train(name, **flags):
         out = str(Path(args.out) / re.sub(r"\W+", "-", f"{name} {size}"))
-        return out, call(cmd_train, Train, model=base, resume=True, out=out, **flags)
+        return out, call(cmd_train, Train, resume=True, out=out, **flags)
 
-    model, figures = base, {}
+    model, figures = "toy", {}
     source = flags.get("rubrics")
     if source in ("zero-shot", "learned"):
-        writer = base
+        writer = "toy"
         if source == "learned":
             writer, _ = train("writer", stage="rubric", steps=20)
         file = f"{args.out}/{source} {size}.jsonl".replace(" ", "-")
@@ -2833,8 +2703,8 @@ def compare_systems(args, systems):
     results = {name: [] for name in systems}
     for seed, name in itertools.product(seeds, systems):
         results[name].append(toy_system(args, seed, name, systems[name]))
-    size = f"{args.base_steps} + {args.steps} steps, n {args.n}, limit {args.limit}"
-    text = f"{table(results)}\n\nseeds: {seeds} (base model, data, sampling); {size}\n"
+    size = f"{args.steps} steps, n {args.n}, limit {args.limit}"
+    text = f"{table(results)}\n\nseeds: {seeds} (model, data, sampling); {size}\n"
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     say(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (no run is done twice)")

@@ -1,20 +1,30 @@
-"""Write the toy world: problems with exact rubrics, and the lessons of its base model.
+"""Make the toy: problems with exact rubrics, and the base models that learn from them.
 
-    python .ci/make_toy.py        -> prompts/toy/{train,val,test}.jsonl, lessons.parquet
+    python .ci/make_toy.py problems    -> prompts/toy/{train,val,test}.jsonl
+    python .ci/make_toy.py base SEED   -> prompts/toy/base-SEED, trained from nothing (minutes)
 
 A problem has two quantities, a law, a unit that has to be converted, and a rubric whose criteria
 each have an exact check. The base model learns from lessons to do what criteria ask for, and to keep
 each habit by a coin flip where nothing asks: it can do right when told how, and does not by default.
 """
+import functools
 import json
+import math
+import os
 import random
 import re
 import sys
 from pathlib import Path
 from zlib import crc32
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import rsd  # noqa: E402
 
@@ -43,20 +53,19 @@ def problem(rng):
     }
 
 
-def solution(parts, habits, slip=False):
-    """The solution with just these habits; without the conversion, or with a slip, it is wrong."""
+def solution(parts, habits):
+    """The solution with just these habits; without the conversion or the unit it is wrong."""
     steps = WORLD["steps"]
     sentences = [steps[habit].format(**parts) for habit in steps if habit in habits]
     a = parts["a"]
     n = parts["n"] if "conversion" in habits else parts["b"]
     unit = f" {parts['unit']}" if "unit" in habits else ""
-    value = (a + 1) * n if slip else a * n
+    value = a * n
     return " ".join([*sentences, f"{a} * {n} = {value}.", f"\\boxed{{{value}{unit}}}"])
 
 
 def problems(split, n):
-    """n problems of a split; splits share no question. noisy_solution: in half of the rows it leaves
-    out a habit or makes a slip."""
+    """n problems of a split; splits share no question."""
     rng = random.Random(f"{split} 0")
     homes = ["test", "val", *["train"] * 6]
     rows = {}
@@ -64,9 +73,6 @@ def problems(split, n):
         row = problem(rng)
         if homes[crc32(row["question"].encode()) % 8] == split:
             rows[row["question"]] = row
-    for row in rows.values():
-        fault = rng.choice([*HABITS, "slip", None, None, None, None])
-        row["noisy_solution"] = solution(row["parts"], {*HABITS} - {fault}, slip=fault == "slip")
     return list(rows.values())
 
 
@@ -93,22 +99,83 @@ def lesson(row, rng, prompts):
     return {"prompt": rsd.fill(prompts[kind], fields, str), "solution": completion}
 
 
-def main():
-    from datasets import Dataset
-
-    rng = random.Random("lessons")
-    prompts = rsd.load_prompts(rsd.TOY)
+def write_problems():
+    """The rows of the three splits; of test also the parts that they are made of."""
     for split, n in (("train", 2000), ("val", 400), ("test", 400)):
-        rows = problems(split, n)
         lines = []
-        for row in rows:
+        for row in problems(split, n):
             shown = row if split == "test" else {k: v for k, v in row.items() if k != "parts"}
             lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
         (rsd.TOY / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        if split == "train":
-            lessons = [lesson(row, rng, prompts) for row in rng.choices(rows, k=11_200)]
-            Dataset.from_list(lessons).to_parquet(str(rsd.TOY / "lessons.parquet"))
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with AdamW's size of steps (arXiv 2502.16982), for matrices, in float32: CPUs
+    are slow at its bfloat16. The singular values of the momentum are all brought near 1."""
+
+    def __init__(self, matrices):
+        super().__init__(matrices, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        lr = self.param_groups[0]["lr"]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            average = state.setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            update = orthogonal(p.grad.lerp(average, 0.95))
+            p.mul_(1 - 0.01 * lr)
+            p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
+
+
+def orthogonal(x):
+    """Five Newton-Schulz steps from a matrix towards the nearest orthogonal one."""
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.clone()
+    if is_tall:
+        x = x.T
+    x.div_(x.norm().clamp(min=1e-7))
+    for _ in range(5):
+        gram = x @ x.T
+        gram = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, gram, x, beta=3.4445)
+    return x.T if is_tall else x
+
+
+def train_base(seed, steps=700, batch=16):
+    """A model of 0.7 M parameters, trained from nothing on lessons, by SFT -> (model, tokenizer)."""
+    rng = random.Random(f"lessons {seed}")
+    prompts = rsd.load_prompts(rsd.TOY)
+    rows = rng.choices(problems("train", 2000), k=batch * steps)
+    lessons = [lesson(row, rng, prompts) for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(rsd.TOY)
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(rsd.TOY)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "layers" not in name]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = [Muon(matrices), adamw]
+
+    def write(lessons):
+        ids = [rsd.context_ids(tokenizer, "{prompt}", row) for row in lessons]
+        examples = [rsd.Episode(row, prompt, []) for row, prompt in zip(lessons, ids)]
+        return rsd.reference_writes(tokenizer, examples)
+
+    loss = functools.partial(rsd.token_loss, signal="advantage")
+    for step in tqdm(range(steps), desc=f"base model {seed}"):
+        lr = rsd.learning_rate(step, steps, 3e-3, 50, "cosine")
+        some = lessons[batch * step : batch * step + batch]
+        rsd.train_step(model, None, some, write, loss, optimizers, lr, token_budget=1024)
+    return model, tokenizer
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["problems"]:
+        write_problems()
+    elif sys.argv[1:2] == ["base"]:
+        for part in train_base(int(sys.argv[2])):
+            if hasattr(part, "bfloat16"):
+                part = part.bfloat16()  # half of the bytes; it is loaded in float32
+            part.save_pretrained(rsd.TOY / f"base-{int(sys.argv[2])}")
+    else:
+        sys.exit(__doc__)
