@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rubric-Conditioned Self-Distillation (RSD): the whole method in one file.
 
 RSD teaches a model from rubrics, lists of weighted criteria that a good answer meets. One network
@@ -14,7 +15,7 @@ plays two parts, and one step of training is this:
 `train_step`, at the end of section 4, is these five steps as code. Stop there and you know the
 method; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, the others a trainer.
 
-  python rsd.py demo                                   the whole method on a toy, in minutes on a CPU
+  python rsd.py demo                                   the whole method on a toy, on a laptop CPU
   python rsd.py generate --model Qwen2.5-7B-Instruct   write a rubric for every question
   python rsd.py train    --model Qwen2.5-1.5B          train against the rubric-guided teacher
   python rsd.py eval     --model runs/train            answer held-out questions and grade them
@@ -120,13 +121,14 @@ def fill(template: str, fields: dict[str, str], protect: Callable[[str], str]) -
 
 
 def valid_unicode(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer takes."""
+    """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer
+    takes."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def as_text(cell):
-    """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of a
-    list all parts; of an object each value by itself; nothing, and NaN, are empty."""
+    """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of
+    a list all parts; of an object each value by itself; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
     if isinstance(cell, dict):
@@ -174,8 +176,8 @@ def encode(tokenizer, text: str) -> list[int]:
 
 
 def render_chat(tokenizer, chat, **options):
-    """A chat as the model's template writes it. Where it writes the date, that is always the same, so
-    that prompts do not change with the day. UserError: the template raises."""
+    """A chat as the model's template writes it. Where it writes the date, that is always the same,
+    so that prompts do not change with the day. UserError: the template raises."""
 
     def fixed_day(pattern):
         return date(2026, 1, 1).strftime(pattern)
@@ -325,7 +327,8 @@ def on_top_k(s, t, k: int, tail: bool):
 def divergence_terms(
     student, teacher, beta=0.0, top_k=0, tail=False, temperature=1.0, centred=True
 ):
-    """The entries of `divergence`, before they are summed over the vocabulary: [N, V], or [N, k]."""
+    """The entries of `divergence`, before they are summed over the vocabulary: [N, V], or [N,
+    k]."""
     s = (student.float() / temperature).log_softmax(-1)
     t = (teacher.float() / temperature).log_softmax(-1)
     if 0 < top_k < s.shape[-1]:
@@ -401,8 +404,8 @@ def replace_by_gradient_(model, logits, teacher_logits, loss_of, first_row, deno
 
 
 def add_head_gradient(head, weight, gradient, hidden):
-    """Add to the gradients of the output head what logits with this gradient [n, V] and their hidden
-    states [n, H] contribute. weight: the head's, or its copy in half precision."""
+    """Add to the gradients of the output head what logits with this gradient [n, V] and their
+    hidden states [n, H] contribute. weight: the head's, or its copy in half precision."""
     if weight is head.weight and weight.requires_grad:
         weight.grad.addmm_(gradient.T, hidden)
     elif head.weight.requires_grad:
@@ -448,7 +451,8 @@ def backward_in_chunks(
         target = None
         if teacher_hidden is not None:
             target = logits_of(teacher, teacher_hidden[some])
-        sums.update(replace_by_gradient_(student, logits, target, loss_of, start, denominator, part))
+        figures = replace_by_gradient_(student, logits, target, loss_of, start, denominator, part)
+        sums.update(figures)  # a Counter's update adds
         gradient = logits
         hidden_grad[some] = gradient @ weight
         add_head_gradient(head, weight, gradient, h)
@@ -557,7 +561,8 @@ def flatten(episodes: list[Episode], device):
 
 
 def optimizer_step(optimizer, lr: float, max_grad_norm=1.0) -> float:
-    """Clip, step, clear -> the gradient's norm before clipping. If it is not finite nothing moves."""
+    """Clip, step, clear -> the gradient's norm before clipping. If it is not finite nothing
+    moves."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parameters = [p for p in parameters if p.grad is not None]
     norms = [p.grad.norm() for p in parameters]
@@ -608,7 +613,8 @@ def train_step(
     for batch in split(episodes, token_budget):
         completions = [e.completion_ids for e in batch]
         keep, ids, advantage = flatten(batch, student.device)
-        # Autocast's cache would hold on to the first micro-batch's copies of the weights: it is off.
+        # Autocast's cache would hold on to the first micro-batch's copies of the weights: it is
+        # off.
         with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
             target = None
             if teacher is not None:
@@ -707,9 +713,9 @@ AVOIDS = r"""(?ix) \s* (?:(?:pitfall|negative)[^:]{0,20}:\s*)?             # a l
 
 
 def signed_weight(criterion: dict) -> float:
-    """What meeting a criterion is worth, below 0 for a fault: a negative weight or the title Pitfall
-    makes it one, unless its main verb is one of avoiding. A good answer meets "must not ...", a bad
-    one "Fails to warn against ..."."""
+    """What meeting a criterion is worth, below 0 for a fault: a negative weight or the title
+    Pitfall makes it one, unless its main verb is one of avoiding. A good answer meets "must not
+    ...", a bad one "Fails to warn against ..."."""
     weight = criterion["weight"]
     if criterion["title"].lower().startswith("pitfall"):
         weight = -abs(weight)
@@ -721,7 +727,8 @@ def signed_weight(criterion: dict) -> float:
 LATEX = (  # commands whose first letter JSON would take for an escape
     r"([bfr][a-zA-Z]+|n(abla|e(?![).])|e[qg]|earrow|[gl]eq|mid|o(limits|number|tin|t)|u)|t(ag|anh?"
     r"|au|binom|frac|ext\w*|h(erefore|eta|inspace)|ilde|imes|op?|riangle\w*|t))(?![a-zA-Z])")
-BACKSLASH = rf'\\(?:["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt])|\\'  # JSON's escapes, or a bare one
+# JSON's escapes, or a bare backslash
+BACKSLASH = rf'\\(?:["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt])|\\'
 QUOTE = "[\"“”'‘’]"
 KEY = rf"(?:{QUOTE}\w+{QUOTE}|\b(?:title|name|description|criteri\w+|weight|points)) *:"
 OPENING = rf'(?i)\{{(?=\s*{KEY})|(?<!:)(?<!: )"(?={STATED_WORD})'  # of an object or of a string
@@ -867,19 +874,22 @@ def write_until_read(write, asked: list[tuple], read, name: str, tries=3) -> lis
                 "text": text, "tokens": tokens, "truncated": float(not stopped),
                 name: value, "reason": reason, "tries": attempt,
             }
-        waiting = [i for i, w in zip(waiting, written) if results[i][name] is None and not w.refused]
+        unread = [i for i, w in zip(waiting, written) if not w.refused]
+        waiting = [i for i in unread if results[i][name] is None]
     return results
 
 
 def generate_rubrics(write, asked: list[tuple], parse, tries=3) -> list[dict]:
-    """r ~ the generator: one rubric for each (row, prompt). `write` is one of the writers of section
-    7, `parse` is `parse_rubric`; {"rubric": None, "reason": why} where no try could be read."""
+    """r ~ the generator: one rubric for each (row, prompt). `write` is one of the writers of
+    section 7, `parse` is `parse_rubric`; {"rubric": None, "reason": why} where no try could be
+    read."""
     return write_until_read(write, asked, parse, "rubric", tries)
 
 
 def ablate(rubrics: list[list[dict]], source: str, generic=None, seed=0) -> list[list[dict]]:
-    """The rubrics of an ablation in place of each question's own: generic (the same for all), random
-    (another question's), noisy (every second criterion is another's) or reduced (half of them)."""
+    """The rubrics of an ablation in place of each question's own: generic (the same for all),
+    random (another question's), noisy (every second criterion is another's) or reduced (half of
+    them)."""
     rng = random.Random(f"rubrics {seed}")
     n = len(rubrics)
     others = [rubrics[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
@@ -1213,8 +1223,8 @@ def accuracy(text, row):
 
 
 def check_criterion(criterion, text, seconds=2.0):
-    """Does the text meet the criterion's `check`, a regular expression? None without one. UserError:
-    the search takes longer than that."""
+    """Does the text meet the criterion's `check`, a regular expression? None without one.
+    UserError: the search takes longer than that."""
     check = criterion.get("check")
     if check is None:
         return None
@@ -1238,7 +1248,8 @@ def score(text: str, row: dict) -> dict:
 
 
 def score_rubric(rubric, row):
-    """A generated rubric: is it valid, how many criteria; recall and precision against exact ones."""
+    """A generated rubric: is it valid, how many criteria; recall and precision against exact
+    ones."""
     wanted = {c["description"] for c in row["own_rubric"] or () if "check" in c}
     hits = len({c["description"] for c in rubric or ()} & wanted)
     return {
@@ -1258,8 +1269,9 @@ VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
 
 
 def read_verdicts(text: str, row: dict) -> tuple[list[bool] | None, str]:
-    r"""A judge's verdicts -> ([bool] * len(row["rubric"]), "") or (None, why not). They are the last
-    run of exactly as many booleans, in a list, in objects or one a line; quoted, numbered, commented.
+    r"""A judge's verdicts -> ([bool] * len(row["rubric"]), "") or (None, why not). They are the
+    last run of exactly as many booleans, in a list, in objects or one a line; quoted, numbered,
+    commented.
 
     >>> read_verdicts("1. true\n2. false (no unit)", {"rubric": [{}, {}]})
     ([True, False], '')
@@ -1287,7 +1299,8 @@ def judge(write, asked: list[tuple], tries=3) -> list[dict]:
 def judge_scores(met, row):
     """What verdicts are worth, as in HealthBench and as in Rubrics as Rewards."""
     rubric = row["rubric"]
-    return {"rubric_score": rubric_score(rubric, met), "rar_score": rubric_score(rubric, met, rar=True)}
+    rar = rubric_score(rubric, met, rar=True)
+    return {"rubric_score": rubric_score(rubric, met), "rar_score": rar}
 
 
 def mean_se(values):
@@ -1326,7 +1339,7 @@ def evaluate(samples: list[tuple], against: dict | None = None) -> dict[tuple, d
     return figures
 
 
-# ---- 7. Who writes: this process's model or a server's, behind one call ---------------------------
+# ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
 
 
 @dataclass
@@ -1495,8 +1508,9 @@ def sum_over_processes(model, sums):
 
 
 def shard(model, regather):
-    """FSDP2: cut the decoder layers' weights among the processes; embeddings, norm, head stay whole.
-    A layer is gathered for a forward pass, and let go in the backward one, or at once (regather)."""
+    """FSDP2: cut the decoder layers' weights among the processes; embeddings, norm, head stay
+    whole. A layer is gathered for a forward pass, and let go in the backward one, or at once
+    (regather)."""
     lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
     layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     half = torch.bfloat16 if model.device.type == "cuda" else None
@@ -1509,12 +1523,13 @@ def shard(model, regather):
     fsdp.fully_shard(model.base_model, ignored_params=rest)  # frees summed gradients at once
 
 
-# ---- 9. Runs: teachers, adapters, schedule, files that survive a crash ----------------------------
+# ---- 9. Runs: teachers, adapters, schedule, files that survive a crash ---------------------------
 
 
 def make_teacher(model, kind):
-    """fixed, ema: a frozen copy of the weights in memory, fixed ones in bfloat16 on a GPU. live: the
-    student itself. Of a LoRA only the adapters are copied: they begin at 0, as the base model."""
+    """fixed, ema: a frozen copy of the weights in memory, fixed ones in bfloat16 on a GPU. live:
+    the student itself. Of a LoRA only the adapters are copied: they begin at 0, as the base
+    model."""
     if kind == "live":
         return model
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -1621,7 +1636,7 @@ def save_checkpoint(out, model, teacher, optimizer, tokenizer, settings, metrics
         torch.save(state, new / "trainer.pt")
     except Exception as error:  # of safetensors, torch and the disk
         shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"--out {out}: cannot save ({error}); the last checkpoint stays.") from error
+        raise UserError(f"--out {out}: cannot save ({error}); the last one stays.") from error
     new.rename(out / ".rsd-ready")
     finish_save(out)
 
@@ -1674,8 +1689,8 @@ def read_jsonl(path):
 
 
 def open_lines(path, origin):
-    """A JSON Lines file of `remember`, locked, and its lines. A last line that a crash cut off goes.
-    UserError: it holds lines of another origin, and is left as it is."""
+    """A JSON Lines file of `remember`, locked, and its lines. A last line that a crash cut off
+    goes. UserError: it holds lines of another origin, and is left as it is."""
     file = lock(path)
     file.seek(0)
     text = file.read()
@@ -1729,7 +1744,7 @@ def remember(path, jobs, work, size, description, origin):
     return [done[k] for k in wanted]
 
 
-# ---- 10. Seeing the credit: which tokens the rubric moves, and which criterion moves them ---------
+# ---- 10. Seeing the credit: which tokens the rubric moves, and which criterion moves them --------
 
 
 @torch.no_grad()
@@ -1737,8 +1752,8 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5) 
     """What the teacher's context, and each criterion in it, does to the T tokens of a completion.
 
     Ids in: the student's prompt, the teacher's context, the same without each of K criteria, the
-    completion. Out, in nats: gap [T] = log p_T - log p_S; divergence [T] = KL(T || S); credit [K, T]
-    = log p_T less log p_T without criterion k; credit_divergence [K, T], the same of the KL; and
+    completion. Out, in nats: gap [T] = log p_T - log p_S; divergence [T] = KL(T || S); credit [K,
+    T] = log p_T less log p_T without criterion k; credit_divergence [K, T], the same of the KL; and
     the likeliest student_ids, teacher_ids with their student_p, teacher_p [T, top]. It takes K + 2
     forward passes. Leaving one out shows what it adds to the others: two that say the same get
     about nothing each.
@@ -1804,7 +1819,8 @@ def hub_name(name):
 
 @torch.no_grad()
 def check_model(model, tokenizer, name):
-    """UserError: its weights are damaged, its head is not `logits_of`, or its template drops text."""
+    """UserError: its weights are damaged, its head is not `logits_of`, or its template drops
+    text."""
     ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
     with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
         own = model(input_ids=ids).logits[0]
@@ -1843,7 +1859,7 @@ def load_model(name, dtype=torch.float32):
             f"({str(error)!r:.150}); pass --model DIR, a downloaded copy."
         ) from error
     lacking = sorted(found["missing_keys"])
-    require(not lacking, f"--model {name}: its files lack {len(lacking)} weights ({lacking[:3]} ...).")
+    require(not lacking, f"--model {name}: its files lack {len(lacking)} weights ({lacking[:3]}).")
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts" / "plain_chat.jinja").read_text()
@@ -1920,8 +1936,8 @@ class DataSet:
     weight: int | None = None  # of every criterion, where the data states none
 
 
-# The toy: problems with exact rubrics, and small models that can do right when told how and do not by
-# default. Both are data, made by .ci/make_toy.py; the models are trained from nothing.
+# The toy: problems with exact rubrics, and small models that can do right when told how and do not
+# by default. Both are data, made by .ci/make_toy.py; the models are trained from nothing.
 TOY = HERE / "prompts" / "toy"
 RUBRICHUB = "sojuL/RubricHub_v1:RuRL/rurbichub_v1_Science.parquet"
 OPENTHOUGHTS = "siyanzhao/Openthoughts_math_30k_opsd"
@@ -1971,8 +1987,8 @@ def read_table(data, split, limit=0):
         return list(itertools.islice(table, limit or None))
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(
-            f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a file will do; "
-            "where its page asks for consent: hf auth login."
+            f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a file will "
+            "do; where its page asks for consent: hf auth login."
         ) from error
 
 
@@ -2009,8 +2025,9 @@ def load_rows(data, split, limit=0) -> list[dict]:
 
 
 def with_rubrics(rows, source, folder, seed=0):
-    """Rows with the rubric from `source`: data, none (no teacher sees it), a .jsonl file of generate,
-    or for ablation generic, random, noisy, reduced. The row's own, own_rubric, alone grades."""
+    """Rows with the rubric from `source`: data, none (no teacher sees it), a .jsonl file of
+    generate, or for ablation generic, random, noisy, reduced. The row's own, own_rubric, alone
+    grades."""
     rubrics = [row["rubric"] for row in rows]
     if source in ("generic", "random", "noisy", "reduced"):
         generic = read_rubric((Path(folder) / "generic.json").read_text())
@@ -2030,8 +2047,8 @@ def with_rubrics(rows, source, folder, seed=0):
 def make_examples(rows, templates, writer, needs=()):
     """Rows and prompt files -> [(row, a prompt for each file)].
 
-    A row that lacks a field (or a score, named in `needs`), or has a prompt for which the writer has
-    no room, is left out, never cut, and counted. UserError: nothing is left.
+    A row that lacks a field (or a score, named in `needs`), or has a prompt for which the writer
+    has no room, is left out, never cut, and counted. UserError: nothing is left.
     """
     wanted = {*needs, *PLACEHOLDER.findall("".join(templates))}
     examples, dropped = [], Counter()
@@ -2053,7 +2070,7 @@ def make_examples(rows, templates, writer, needs=()):
     return examples
 
 
-# ---- 12. Commands: the only functions that see the command line's arguments -----------------------
+# ---- 12. Commands: the only functions that see the command line's arguments ----------------------
 
 def number(kind, low, high=math.inf):
     """A type for argparse: a finite number of this kind from low to high."""
@@ -2084,9 +2101,9 @@ STAGES = {  # what is learned: (the student's prompt file, the teacher's); None:
 class Sampling:
     """What every command has that lets a model write."""
 
-    seed: int = 0  # Seed of data and sampling, and which of the toy's three models.
+    seed: int = 0  # Seed of data and sampling, and which of the toy's two models.
     model: str = "toy"  # Directory, hub name, or NAME@URL of a server.
-    data: str = ""  # Data set (README), hub id, .jsonl, .json or .parquet; toy, or with --model rar-science.
+    data: str = ""  # Name of a data set, hub id, or file; else toy, with --model rar-science.
     split: str = "test"  # Split of the data.
     limit: Size = 0  # Rows of the data, at most; 0 is all.
     prompts: str = str(HERE / "prompts")  # Directory of the prompt files.
@@ -2140,7 +2157,7 @@ class Judge(Writing):
 class Teaching(Sampling):
     """What the commands have in which a teacher looks on."""
 
-    rubrics: str = "data"  # data, none, generic, random, noisy, reduced, or a .jsonl file of generate.
+    rubrics: str = "data"  # data, none, generic, random, noisy, reduced, or a .jsonl file.
     student_context: str = "student"  # Prompt file that the student sees.
     teacher_context: str = "rubric"  # Prompt file that the teacher of rsd sees.
     temperature: Real = 1.0  # Sampling temperature; 0 takes the likeliest token.
@@ -2152,7 +2169,7 @@ class Teaching(Sampling):
 class Inspect(Teaching):
     """inspect"""
 
-    n: Count = 5  # Held-out questions.
+    n: Size = 5  # Held-out questions; 0 is none, for the curves alone.
     compare: str = ""  # A trained model to show beside the student.
     run: str = ""  # Directory of a run whose curves are drawn.
     out: str = "runs/credit.html"  # The page; its figures go to .json beside it.
@@ -2166,7 +2183,7 @@ class Train(Teaching):
     out: str = "runs/train"  # Directory of the checkpoint.
     resume: bool = False  # Go on with the run in --out.
     method: Literal[tuple(METHODS)] = "rsd"  # Who writes, what the teacher sees, which signal.
-    stage: Literal[tuple(STAGES)] = "reason"  # Learn to reason, or first to write rubrics (two ways).
+    stage: Literal[tuple(STAGES)] = "reason"  # Learn to reason, or to write rubrics.
     steps: Count = 100  # Optimizer steps.
     batch: Count = 32  # Prompts of one step.
     rollouts: Count = 1  # Completions of each prompt; GRPO needs 2 or more.
@@ -2174,7 +2191,7 @@ class Train(Teaching):
     lr: Real = 5e-6  # Learning rate at its highest.
     warmup: Size = 5  # Steps of linear warm-up.
     schedule: Literal["constant", "cosine"] = "constant"  # Learning rate after the warm-up.
-    divergence: Literal[(*DIVERGENCES, "sampled")] = "forward"  # Per-token signal from teacher to student.
+    divergence: Literal[(*DIVERGENCES, "sampled")] = "forward"  # Per-token signal.
     beta: Share = 0.5  # The teacher's share of the mixture in jsd.
     support: Size = 0  # Compare on so many of the teacher's likeliest tokens; 0 is all.
     tail: bool = False  # With --support: one more bucket holds the rest of the mass.
@@ -2217,7 +2234,7 @@ class Train(Teaching):
 class Demo:
     """demo, and what compare has of it."""
 
-    seed: int = 0  # The first seed; each has its own data and sampling, three have their own model.
+    seed: int = 0  # The first seed; each has its own data and sampling.
     seeds: Count = 1  # Runs of each system.
     steps: Count = 60  # Training steps of each system.
     n: Count = 200  # Held-out problems.
@@ -2244,13 +2261,14 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
 
 
 def settle(kind, **given):
-    """Settings of this kind with these flags given; where they are of the toy, so are the defaults."""
+    """Settings of this kind with these flags given; where they are of the toy, so are the
+    defaults."""
     known = {f.name for f in fields(kind)}
     if "data" in known:
         is_toy = given.get("model", "toy") == "toy"
         given = {"data": "toy" if is_toy else "rar-science"} | given
         if is_toy:
-            given["model"] = f"{TOY}/base-{given.get('seed', 0) % 3}"  # there are three
+            given["model"] = f"{TOY}/base-{given.get('seed', 0) % 2}"  # there are two
         if given["data"] == "toy":
             given = {k: v for k, v in TOY_DEFAULTS.items() if k in known} | given
     return kind(**given)
@@ -2263,8 +2281,8 @@ def prompt_files(args, *names):
         require(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
         file = f"{args.prompts}/{name}.txt"
         require("{question}" in prompts[name], f"{file}: it has no {{question}}.")
-        open_brace = re.search(r"\{(question|answer|solution|rubric|response)\b(?!\})", prompts[name])
-        require(not open_brace, f"{file}: the brace of {open_brace and open_brace[0]} is not closed.")
+        begun = re.search(r"\{(question|answer|solution|rubric|response)\b(?!\})", prompts[name])
+        require(not begun, f"{file}: the brace of {begun and begun[0]} is not closed.")
     return [prompts[name] for name in names]
 
 
@@ -2280,8 +2298,8 @@ def load_questions(args):
 
 
 def load_from_flags(args, half=False):
-    """(model, tokenizer) of --model, with half on a GPU in bfloat16; then the random state is that of
-    --seed."""
+    """(model, tokenizer) of --model, with half on a GPU in bfloat16; then the random state is that
+    of --seed."""
     dtype = torch.bfloat16 if half and torch.cuda.is_available() else torch.float32
     loaded = load_model(args.model, dtype)
     torch.manual_seed(args.seed)
@@ -2314,9 +2332,9 @@ def open_writer(args):
 
 
 def write_lines(args, name, columns, ask, rate, k=1):
-    """What generate, eval and judge have in common: they let a model write what --out lacks, k times
-    for each row, and report it. Columns of the row stand beside it. ask(writer, [(row, prompt)]) ->
-    answers, with what was read of them under `name`; rate(that, row) -> scores."""
+    """What generate, eval and judge have in common: they let a model write what --out lacks, k
+    times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
+    prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
     (template,) = prompt_files(args, args.writer)
     others = read_jsonl(Path(args.against)) if args.against else []
     rows = load_questions(args)
@@ -2338,9 +2356,9 @@ def write_lines(args, name, columns, ask, rate, k=1):
 
 
 def report(lines, others, name, row_of, rate):
-    """Print and return the mean of each figure of these lines over the questions, its standard error
-    (NAME_se) and the number of questions that have it (NAME_n); and of the gain over another model's
-    lines. UserError: the others are not of these questions."""
+    """Print and return the mean of each figure of these lines over the questions, its standard
+    error (NAME_se) and the number of questions that have it (NAME_n); and of the gain over another
+    model's lines. UserError: the others are not of these questions."""
     lost = Counter(line["reason"] for line in lines if line[name] is None)
     if lost:
         say(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
@@ -2429,8 +2447,8 @@ def training_writer(args, sample, tokenizer):
                 e.scores = score_rubric(parse_rubric(text)[0], e.row)
             e.scores["leak"] = float(bool(LEAK.search(text)))
             if args.skip_thinking:
-                closes = end_thinking in e.completion_ids  # unfinished thinking holds no answer
-                e.train_from = e.completion_ids.index(end_thinking) + 1 if closes else len(e.completion_ids)
+                thought = [*e.completion_ids, end_thinking].index(end_thinking) + 1
+                e.train_from = min(thought, len(e.completion_ids))  # unfinished: all of it
             if args.truncated == "mask" and not e.stopped:
                 e.train_from = len(e.completion_ids)
         if reward:
@@ -2443,8 +2461,8 @@ def training_writer(args, sample, tokenizer):
 
 
 def set_up(args, out, state):
-    """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its start
-    or as the checkpoint in `out` has them."""
+    """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its
+    start or as the checkpoint in `out` has them."""
     student, tokenizer = load_from_flags(args, half=args.lora_rank > 0)
     require(
         not hasattr(student, "peft_config"),
@@ -2509,7 +2527,8 @@ def log_step(out, step, episodes, figures, sampled):
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
     shown = []
-    for name in ("step", "loss", "divergence", "entropy", "length", "accuracy", "rubric_score", "recall"):
+    names = ("step", "loss", "divergence", "entropy", "length", "accuracy", "rubric_score", "recall")
+    for name in names:
         if metrics.get(name) is not None:
             shown.append(f"{name} {metrics[name]:<7.4g}")
     say(" ".join(shown) + f"seconds {metrics['seconds']:.3g}\n    {sample[:90]!r}")
@@ -2576,10 +2595,10 @@ def cmd_inspect(args):
     page_files(Path(args.out))  # before anything is sampled
     if args.run:
         page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
-    if not args.run or not args.model.startswith(str(TOY)):  # --run alone: the curves alone
+    if args.n:
         page |= inspect_rollouts(args)
     write_page(Path(args.out), page)
-    say(f"{args.out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps; .json beside it")
+    say(f"{args.out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps")
     return page
 
 
