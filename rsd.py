@@ -871,7 +871,7 @@ def write_until_read(write, asked: list[tuple], read, name: str, tries=3) -> lis
         for i, (text, tokens, stopped, refused) in zip(waiting, written):
             value, reason = (None, refused) if refused else read(text, asked[i][0])
             results[i] = {
-                "text": text, "tokens": tokens, "truncated": float(not stopped),
+                "text": None if refused else text, "tokens": tokens, "truncated": float(not stopped),
                 name: value, "reason": reason, "tries": attempt,
             }
         unread = [i for i, w in zip(waiting, written) if not w.refused]
@@ -1405,7 +1405,9 @@ class ServerWriter:
         error = reply.get("error") or choice.get("error")
         if error or choice.finish_reason == "error":
             raise RuntimeError(f"the server says: {error}")
-        tokens = (reply.get("usage") or {}).get("completion_tokens")
+        usage = reply.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        tokens = tokens if isinstance(tokens, int) else None
         return Written(as_text(choice.message.content), tokens, choice.finish_reason != "length")
 
     def request(self, prompt):
@@ -1416,7 +1418,8 @@ class ServerWriter:
                 return self.ask(prompt)
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
-                what = f"try {attempt} of {self.tries} failed ({str(error)!r:.200})"
+                said = " ".join(str(error).split())
+                what = f"try {attempt} of {self.tries} failed ({said:.200})"
                 what = f"--model {self.server}: {what} for the prompt {prompt[:80]!r}"
                 if status in (400, 413, 422):
                     return Written("", None, False, what)
@@ -1642,33 +1645,45 @@ def save_checkpoint(out, model, teacher, optimizer, tokenizer, settings, metrics
 
 
 def open_run(out, settings, resume):
-    """The trainer state of the run in `out` that is to go on, or of step 0 where one may begin.
-    UserError where `out` holds anything else: nothing is ever written over."""
-    if RANK == 0 and out.is_dir():
+    """The trainer state of the run in `out` that is to go on, or of step 0 where one may begin; it
+    holds the lock. UserError where `out` holds anything else: nothing is ever written over."""
+    known = out / "rsd.json"
+    is_free = not out.exists() or out.is_dir() and all(f.name[0] == "." for f in out.iterdir())
+    require(is_free or known.exists(), f"--out {out} is no run of rsd.py; choose another --out.")
+    state = {"step": 0, "metrics": []}
+    if RANK == 0:
+        state["held"] = lock(out / ".lock")
         finish_save(out)
     all_gather("the others wait for that")
-    known = out / "rsd.json"
     if not known.exists():
-        is_free = not out.exists() or out.is_dir() and {f.name for f in out.iterdir()} <= {".lock"}
-        require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
-        return {"step": 0, "metrics": []}
-    was = json.loads(known.read_text())
+        return state
     changed = []
-    for name, value in settings.items():
-        if name not in ("steps", "save_every") and was.get(name) != value:
-            changed.append(f"{name} {was.get(name)!r} -> {value!r}")
+    try:
+        was = json.loads(known.read_text())
+        for name, value in settings.items():
+            if name not in ("steps", "save_every") and was.get(name) != value:
+                changed.append(f"{name} {was.get(name)!r} -> {value!r}")
+        if (out / "trainer.pt").exists():  # or it ended before its first checkpoint
+            state |= torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # of json and torch
+        damaged = f"--out {out}: rsd.json or trainer.pt is damaged ({str(error)!r:.150})"
+        raise UserError(f"{damaged}; choose another --out.") from error
     require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
-    if not (out / "trainer.pt").exists():  # it ended before its first checkpoint
-        return {"step": 0, "metrics": []}
-    require(resume, f"--out {out} holds this run already; add --resume, or choose another --out.")
-    return torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
+    begun = state["step"] > 0
+    require(
+        resume or not begun,
+        f"--out {out} holds this run already; add --resume, or choose another --out.",
+    )
+    return state
 
 
 def begin_run(out, settings, history):
-    """Note in `out` what run it holds, and the figures of its steps so far."""
-    (out / "rsd.json").write_text(json.dumps(settings, indent=1))
+    """Note in `out` what run it holds, and the figures of its steps so far; each file in one move."""
     lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-    (out / "metrics.jsonl").write_text(lines)
+    for name, text in (("metrics.jsonl", lines), ("rsd.json", json.dumps(settings, indent=1))):
+        new = out / ".rsd-text"
+        new.write_text(text)
+        new.replace(out / name)
 
 
 def read_object_line(path, number, line):
@@ -1688,17 +1703,28 @@ def read_jsonl(path):
     return [read_object_line(path, number, line) for number, line in lines if line.strip()]
 
 
+def is_cut_off(line):
+    """Is it the beginning of a line that `remember` was writing?"""
+    beginning = b'{"question": '
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return line[: len(beginning)] == beginning[: len(line)]
+    return False
+
+
 def open_lines(path, origin):
-    """A JSON Lines file of `remember`, locked, and its lines. A last line that a crash cut off
-    goes. UserError: it holds lines of another origin, and is left as it is."""
+    """A JSON Lines file of `remember`, locked, and its lines. A last line that a crash cut off goes.
+    UserError: it holds lines of another origin, and is left as it is."""
     file = lock(path)
     file.seek(0)
     text = file.read()
-    whole, _, last = text.rpartition(b"\n")
-    if not last.startswith(b'{"question": '):  # it is not one of ours that was cut off
-        whole, last = text, b""
+    *whole, last = text.split(b"\n")
+    if not is_cut_off(last):
+        whole.append(last)
+        last = b""
     lines = []
-    for number, line in enumerate(whole.split(b"\n"), 1):
+    for number, line in enumerate(whole, 1):
         if line.strip():
             lines.append(read_object_line(path, number, line))
     for line in lines:
@@ -1706,7 +1732,7 @@ def open_lines(path, origin):
         then = f"--out {path} has lines of other settings ({other}, now {origin})"
         require(not other, f"{then}; choose another --out.")
     file.truncate(len(text) - len(last))
-    if whole and not text.endswith(b"\n") and not last:
+    if text and not last and not text.endswith(b"\n"):
         file.write(b"\n")
     return file, lines
 
@@ -1997,6 +2023,8 @@ def read_row(raw, source):
     Errors of many kinds: a column is missing, or a cell cannot be read."""
     row = {"solution": "", "response": "", "sample": "", "grading": {}}
     row |= source.to_row(as_text(raw))
+    if raw.get("text", "") is None:  # a server refused the question: no answer to judge
+        row["response"] = ""
     if not isinstance(row["question"], str) or not row["question"]:
         raise ValueError("the question is empty, or no text")
     rubrics = [raw[name] for name in RUBRIC_COLUMNS if as_text(raw.get(name))]
@@ -2004,10 +2032,14 @@ def read_row(raw, source):
     return row
 
 
-def load_rows(data, split, limit=0) -> list[dict]:
-    """The rows of a data set. UserError names the source, the row (from 1) and the columns."""
+def load_rows(data, split, limit=0, seed=0):
+    """The rows of a data set, the toy's in an order of the seed's own. UserError names the source,
+    the row (from 1) and the columns."""
     source = DATA_SETS.get(data, DataSet(data))
-    table = read_table(data, split, limit)
+    table = read_table(data, split, 0 if data == "toy" else limit)
+    if data == "toy":
+        random.Random(seed).shuffle(table)
+        table = table[: limit or None]
     require(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
     rows = []
     for number, raw in enumerate(table, 1):
@@ -2287,13 +2319,8 @@ def prompt_files(args, *names):
 
 
 def load_questions(args):
-    """The rows of --data, --split and --limit, with the rubrics of --rubrics; the toy's in an order
-    of the seed's own."""
-    is_toy = args.data == "toy"
-    rows = load_rows(args.data, args.split, 0 if is_toy else args.limit)
-    if is_toy:
-        random.Random(args.seed).shuffle(rows)
-    rows = rows[: args.limit or None]
+    """The rows of --data, --split and --limit, with the rubrics of --rubrics."""
+    rows = load_rows(args.data, args.split, args.limit, args.seed)
     return with_rubrics(rows, getattr(args, "rubrics", "data"), args.prompts, args.seed)
 
 
@@ -2366,7 +2393,8 @@ def report(lines, others, name, row_of, rate):
     def samples(lines):
         for line in lines:
             row = row_of.get(line.get("question"))
-            if row and {name, "tokens", "truncated"} <= line.keys():
+            known = {name, "text", "tokens", "truncated"} <= line.keys()
+            if row and known and line["text"] is not None:  # the server did not refuse it
                 scores = rate(line[name], row | line)
                 scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
                 yield (row["question"], line.get("reference_answer")), scores
@@ -2539,7 +2567,6 @@ def cmd_train(args):
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
     out = Path(args.out).resolve()
     state = open_run(out, kept, args.resume)
-    held = lock(out / ".lock") if RANK == 0 else None  # noqa: F841, until the process ends
     start, history = state["step"], state["metrics"]
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     who, _, _, reward = METHODS[args.method]
@@ -2676,7 +2703,8 @@ def toy_system(args, seed, name, flags):
 
     def call(command, kind, **flags):
         flags = {"data": "toy", "seed": seed, "limit": args.limit} | flags
-        say(f"\n$ python rsd.py {kind.__name__.lower()}", *(f"--{k} {v}" for k, v in flags.items()))
+        shown = [f"--{k.replace('_', '-')} {v}".removesuffix(" True") for k, v in flags.items()]
+        say(f"\n$ python rsd.py {kind.__name__.lower()}", *shown)
         return command(settle(kind, **flags))
 
     def train(name, **flags):
