@@ -41,6 +41,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -73,7 +74,7 @@ class UserError(Exception):
     """A mistake that the user can mend: the command line prints one sentence and exits with 2."""
 
 
-def require(condition, message: str):
+def require(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
@@ -107,20 +108,20 @@ class Episode:
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-def load_prompts(folder) -> dict[str, str]:
+def load_prompts(folder):
     """Every prompt file FOLDER/NAME.txt as {NAME: text}."""
     files = Path(folder).glob("*.txt")
     return {path.stem: path.read_text(encoding="utf-8").strip() for path in files}
 
 
-def fill(template: str, fields: dict[str, str], protect: Callable[[str], str]) -> str:
+def fill(template, fields, protect):
     """A prompt file with a row's fields in the places of its {placeholders}, each made harmless by
     `protect`. Braces, backslashes and $ in the data stay as they are. KeyError: a field is missing.
     """
     return PLACEHOLDER.sub(lambda match: protect(fields[match[1]]), template)
 
 
-def valid_unicode(text: str) -> str:
+def valid_unicode(text):
     """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer
     takes."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
@@ -160,14 +161,14 @@ def control_token_names(tokenizer):
     return re.compile("|".join(map(re.escape, longest_first)) or "$^")
 
 
-def hide_control_tokens(tokenizer, text: str) -> str:
+def hide_control_tokens(tokenizer, text):
     """The text with a CUT inside every name of a control token."""
     text = text.replace(CUT, "\ufffd")
     names = control_token_names(tokenizer)
     return names.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
 
 
-def encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer, text):
     """Token ids of a text, piece by piece between its CUTs."""
     ids = []
     for piece in filter(None, text.split(CUT)):
@@ -190,7 +191,7 @@ def render_chat(tokenizer, chat, **options):
         raise UserError(f"the model's chat template fails ({error!r:.150}).") from error
 
 
-def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False) -> list[int]:
+def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False):
     """One prompt file and one row's fields -> the ids [P] of a chat prompt.
 
     This is the only builder of prompts, for training and for evaluation, for student and teacher.
@@ -224,7 +225,7 @@ def stop_ids(model, tokenizer):
 def sample_completions(
     model, prompts: list[list[int]], stop: set[int], max_new_tokens=512, batch_size=64,
     temperature=1.0, top_p=1.0, top_k=0,
-) -> list[tuple[list[int], bool]]:
+):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped), in the order of the prompts.
 
     A completion ends with its first stop token, which is part of it; without one it has
@@ -301,7 +302,7 @@ def kl_terms(p, q, centred=True):
     return plain - (mass - q.exp()) if centred else plain
 
 
-def log_mixture(s, t, beta: float):
+def log_mixture(s, t, beta):
     """log(beta T + (1 - beta) S) of log-probs: the larger of the two, corrected by their gap. It is
     exact where s = t, and finite however far they are apart."""
     share_of_smaller = torch.where(s > t, beta, 1 - beta)
@@ -309,7 +310,7 @@ def log_mixture(s, t, beta: float):
     return torch.maximum(s, t) + torch.log1p(share_of_smaller * gap)
 
 
-def on_top_k(s, t, k: int, tail: bool):
+def on_top_k(s, t, k, tail):
     """Both log-probs [N, V] on the teacher's k likeliest tokens: renormalised [N, k], or with one
     bucket more for the rest of the mass [N, k + 1]."""
     index = t.topk(k, dim=-1).indices
@@ -416,9 +417,9 @@ def add_head_gradient(head, weight, gradient, hidden):
 
 @torch.no_grad()
 def backward_in_chunks(
-    student, hidden, teacher, teacher_hidden, loss_of, denominator: float,
+    student, hidden, teacher, teacher_hidden, loss_of, denominator,
     chunk=24_000_000, part=1_000_000,
-) -> Counter:
+):
     """Backward of sum(loss) / denominator without ever holding the [N, V] logits of all tokens.
 
     hidden [N, H] with its graph, teacher_hidden [N, H] or None. loss_of(student logits [n, V],
@@ -474,7 +475,7 @@ METHODS = {
 DIVERGENCES = ("forward", "reverse", "jsd")
 
 
-def student_writes(sample, examples: list[Episode], rollouts=1) -> list[Episode]:
+def student_writes(sample, examples, rollouts=1):
     """Choice 1, who writes: `sample` (prompts of ids -> pairs of ids and stopped), so many times
     per example."""
     examples = [e for e in examples for _ in range(rollouts)]
@@ -493,7 +494,7 @@ def reference_writes(tokenizer, examples):
     return episodes
 
 
-def group_advantages(rewards: list[float], group: int, eps=1e-4) -> list[float]:
+def group_advantages(rewards, group, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     differs = (r != r[:, :1]).any(1, keepdim=True)  # a mean of floats need not be one of them
@@ -530,7 +531,7 @@ def token_loss(
     return {"loss": loss, "divergence": whole, "clipped": clipped, "entropy": entropy(student)}
 
 
-def micro_batches(episodes: list[Episode], token_budget: int, devices=1) -> list[list[Episode]]:
+def micro_batches(episodes: list[Episode], token_budget: int, devices=1):
     """Episodes from the widest to the narrowest, cut so that the padded rows x width of a micro-
     batch stay within the budget (of each device)."""
 
@@ -560,7 +561,7 @@ def flatten(episodes: list[Episode], device):
     return keep, ids[keep], torch.tensor(advantage, device=device)[keep]
 
 
-def optimizer_step(optimizer, lr: float, max_grad_norm=1.0) -> float:
+def optimizer_step(optimizer, lr, max_grad_norm=1.0):
     """Clip, step, clear -> the gradient's norm before clipping. If it is not finite nothing
     moves."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -595,7 +596,7 @@ class Stopwatch:
 def train_step(
     student, teacher, examples, write, loss, optimizers, lr, token_budget=8192, max_grad_norm=1.0,
     split=micro_batches, combine=None,
-) -> tuple[list[Episode], dict]:
+):
     """One step of RSD and, by other choices, of every method -> (episodes, figures).
 
     write(examples) -> episodes with completions. loss(student logits, teacher logits, ids,
@@ -669,7 +670,7 @@ STATED_WORD = rf"(?i:\s*({'|'.join(WORD_WEIGHT)})(?: criteri\w+)?[\s\d]*:)"
 WEIGHT = r"(?P<weight>[-+−–]?(?:\d{1,9}(?:\.\d*)?|\.\d+)) ?(?:(?:poin|p)ts?\b)?"
 
 
-def read_criterion(item, need_title=False) -> dict:
+def read_criterion(item, need_title=False):
     """An object with any known names, or "Essential Criteria: ...", as a criterion: title (may be
     ""), description, weight, perhaps check. ValueError: what is missing."""
     word = re.match(STATED_WORD, item) if isinstance(item, str) else None
@@ -712,7 +713,7 @@ AVOIDS = r"""(?ix) \s* (?:(?:pitfall|negative)[^:]{0,20}:\s*)?             # a l
       | (?:avoid|refrain|do\ not|don['’]t)\b )"""
 
 
-def signed_weight(criterion: dict) -> float:
+def signed_weight(criterion):
     """What meeting a criterion is worth, below 0 for a fault: a negative weight or the title
     Pitfall makes it one, unless its main verb is one of avoiding. A good answer meets "must not
     ...", a bad one "Fails to warn against ..."."""
@@ -752,7 +753,7 @@ def read_object(text, start, stop):
     return item, text.rfind("}", start, stop)
 
 
-def parse_rubric(text: str, row=None) -> tuple[list[dict] | None, str]:
+def parse_rubric(text, row=None):
     r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped. The array
     with the most criteria (title, description, weight) is taken, the last of equal ones. It is read
     object by object: what is cut off costs only itself. Nothing that is missing is guessed.
@@ -797,12 +798,11 @@ STATED = (  # "[5] ...", "Points: 5, Item: ...", "5 points: ...", "... (weight: 
     r"[\s\]).,:;|-]*(?(item)|(?:(?:item|criteri\w+)\s*:)?(?P<description>.+))")
 
 
-def read_rubric(value, weight=None):
+def read_rubric(value):
     """Criteria in any form that files have -> a rubric; None if there are none.
 
     A list of objects, or of strings that state their weight; such a list under a name; either as
-    JSON, or one string a line. weight: of all, for data without any. ValueError, or re.error for a
-    bad `check`, says what cannot be read.
+    JSON, or one string a line. ValueError, or re.error for a bad `check`, says what cannot be read.
     """
     if isinstance(value, str):
         try:
@@ -820,11 +820,8 @@ def read_rubric(value, weight=None):
         stated = re.fullmatch(STATED, item) if isinstance(item, str) else None
         if stated:
             item = stated.groupdict()
-        elif weight and isinstance(item, str):
-            item = {"item": item}
         if isinstance(item, dict):
             item = item | item.get("annotations", {})
-            item |= {"weight": weight} if weight else {}
         rubric.append(read_criterion(item))
         re.compile(rubric[-1].get("check", ""))
     return rubric
@@ -858,7 +855,7 @@ class Written(NamedTuple):
     refused: str = ""  # why there is no text
 
 
-def write_until_read(write, asked: list[tuple], read, name: str, tries=3) -> list[dict]:
+def write_until_read(write, asked, read, name, tries=3):
     """Ask `write` (prompts -> Written) for each (row, prompt), again for those that `read` (text,
     row -> value or None, reason) cannot use, `tries` times at most. Returns the last try of each:
     {"text", "tokens", "truncated", name: the value or None, "reason", "tries"}."""
@@ -871,38 +868,44 @@ def write_until_read(write, asked: list[tuple], read, name: str, tries=3) -> lis
         for i, (text, tokens, stopped, refused) in zip(waiting, written):
             value, reason = (None, refused) if refused else read(text, asked[i][0])
             results[i] = {
-                "text": None if refused else text, "tokens": tokens, "truncated": float(not stopped),
-                name: value, "reason": reason, "tries": attempt,
+                "text": None if refused else text,
+                "tokens": tokens,
+                "truncated": float(not stopped),
+                name: value,
+                "reason": reason,
+                "tries": attempt,
             }
         unread = [i for i, w in zip(waiting, written) if not w.refused]
         waiting = [i for i in unread if results[i][name] is None]
     return results
 
 
-def generate_rubrics(write, asked: list[tuple], parse, tries=3) -> list[dict]:
+def generate_rubrics(write, asked, parse, tries=3):
     """r ~ the generator: one rubric for each (row, prompt). `write` is one of the writers of
     section 7, `parse` is `parse_rubric`; {"rubric": None, "reason": why} where no try could be
     read."""
     return write_until_read(write, asked, parse, "rubric", tries)
 
 
-def ablate(rubrics: list[list[dict]], source: str, generic=None, seed=0) -> list[list[dict]]:
+def ablate(rubrics, source, generic=None, seed=0):
     """The rubrics of an ablation in place of each question's own: generic (the same for all),
     random (another question's), noisy (every second criterion is another's) or reduced (half of
     them)."""
     rng = random.Random(f"rubrics {seed}")
     n = len(rubrics)
-    others = [rubrics[(i + rng.randrange(1, max(2, n))) % n] for i in range(n)]
-    if source == "generic":
-        return [generic] * n
-    if source == "random":
-        return others
-    if source == "reduced":
-        return [rng.sample(own, (len(own) + 1) // 2) for own in rubrics]
-    noisy = []
-    for i, (own, other) in enumerate(zip(rubrics, others)):
-        noisy.append([rng.choice(other) if other and k % 2 else c for k, c in enumerate(own, i)])
-    return noisy
+    changed = []
+    for i, own in enumerate(rubrics):
+        other = rubrics[(i + rng.randrange(1, max(2, n))) % n]
+        if source == "generic":
+            own = generic
+        elif source == "random":
+            own = other
+        elif source == "reduced":
+            own = rng.sample(own, (len(own) + 1) // 2)
+        else:
+            own = [rng.choice(other) if other and k % 2 else c for k, c in enumerate(own, i)]
+        changed.append(own)
+    return changed
 
 
 # ---- 6. Grading: one grader for rewards and for results ------------------------------------------
@@ -1060,7 +1063,7 @@ def box_content(rest):
     return rest[1:].strip()
 
 
-def extract_answer(text: str) -> str:
+def extract_answer(text):
     r"""The last \boxed{}; without one, the last named answer; or the last line."""
     text = after_thinking(text) or ""
     before, *boxes = BOX.split(text)
@@ -1072,7 +1075,7 @@ def extract_answer(text: str) -> str:
     return answers[-1].strip(" *_`\t\r")
 
 
-def normalise(text: str) -> str:
+def normalise(text):
     r"""One plain spelling: "$5\ \mathrm{m/s²}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
     text = re.sub("(?=[¼-¾⅐-⅞])", " ", text)
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^\g<0>", text)
@@ -1165,7 +1168,7 @@ def readings(text):
     return both.groups() if both else (text,)
 
 
-def grade(answer: str, reference: str, tolerance=None, need_unit=True) -> bool:
+def grade(answer, reference, tolerance=None, need_unit=True):
     """Is the extracted answer the reference? In the order of decisions above.
 
     tolerance: relative, for every number; None: 0.01 for measured ones, else exact.
@@ -1190,7 +1193,7 @@ def grade(answer: str, reference: str, tolerance=None, need_unit=True) -> bool:
     return any(same(x, y, tolerance, need_unit) for x, y in pairs)
 
 
-def rubric_score(rubric: list[dict] | None, met: list[bool | None], rar=False) -> float | None:
+def rubric_score(rubric, met, rar=False):
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench). rar (Rubrics as
     Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
     fault's by its absence. None without a rubric, or without a verdict on each criterion."""
@@ -1239,7 +1242,7 @@ def check_criterion(criterion, text, seconds=2.0):
     return met
 
 
-def score(text: str, row: dict) -> dict:
+def score(text, row):
     """{"accuracy": 0 or 1, "rubric_score": 0 to 1}, each None where it takes a judge: a reference
     that is not `gradable`, and criteria without a `check` to search for."""
     rubric = row.get("own_rubric", row.get("rubric"))
@@ -1268,7 +1271,7 @@ VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
     (?=[\s"'“”‘’*`_]{0,20}(?:[\]}),;.|<(–—/-]|(?:because|since|as)\b|$))"""
 
 
-def read_verdicts(text: str, row: dict) -> tuple[list[bool] | None, str]:
+def read_verdicts(text, row):
     r"""A judge's verdicts -> ([bool] * len(row["rubric"]), "") or (None, why not). They are the
     last run of exactly as many booleans, in a list, in objects or one a line; quoted, numbered,
     commented.
@@ -1290,7 +1293,7 @@ def read_verdicts(text: str, row: dict) -> tuple[list[bool] | None, str]:
     return None, "not a verdict for each one"
 
 
-def judge(write, asked: list[tuple], tries=3) -> list[dict]:
+def judge(write, asked, tries=3):
     """For each (row, prompt of a judge) the verdicts on the row's response, criterion by criterion:
     {"judge": list of bools or None, "reason", ...}. The prompt shows statements, never weights."""
     return write_until_read(write, asked, read_verdicts, "judge", tries)
@@ -1324,7 +1327,7 @@ def question_figures(scores):
     return figures
 
 
-def evaluate(samples: list[tuple], against: dict | None = None) -> dict[tuple, dict]:
+def evaluate(samples, against = None):
     """(question, scores), k times a question -> {question: its figures}. against: another model's
     {question: figures}; then the paired gain over it is among them."""
     scores = {}
@@ -1570,7 +1573,7 @@ def add_lora(model, rank):
             p.data = p.data.float()
 
 
-def learning_rate(step, steps, peak, warmup, schedule):
+def learning_rate(step, steps, peak, warmup, schedule="constant"):
     """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
     rate = peak * min(1.0, (step + 1) / max(1, warmup))
     if schedule == "constant":
@@ -1635,7 +1638,6 @@ def save_checkpoint(out, model, teacher, optimizer, tokenizer, settings, metrics
         model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
         tokenizer.save_pretrained(new)
         state = {"step": len(metrics), "metrics": metrics, "optimizer": moments, "teacher": taught}
-        state["data_seen"] = settings["data_seen"]
         torch.save(state, new / "trainer.pt")
     except Exception as error:  # of safetensors, torch and the disk
         shutil.rmtree(new, ignore_errors=True)
@@ -1660,6 +1662,7 @@ def open_run(out, settings, resume):
     changed = []
     try:
         was = json.loads(known.read_text())
+        state["data_seen"] = was.get("data_seen")
         for name, value in settings.items():
             if name not in ("steps", "save_every") and was.get(name) != value:
                 changed.append(f"{name} {was.get(name)!r} -> {value!r}")
@@ -1678,7 +1681,7 @@ def open_run(out, settings, resume):
 
 
 def begin_run(out, settings, history):
-    """Note in `out` what run it holds, and the figures of its steps so far; each file in one move."""
+    """Note in `out` what run it holds, and the figures of its steps so far; a file in one move."""
     lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
     for name, text in (("metrics.jsonl", lines), ("rsd.json", json.dumps(settings, indent=1))):
         new = out / ".rsd-text"
@@ -1714,7 +1717,7 @@ def is_cut_off(line):
 
 
 def open_lines(path, origin):
-    """A JSON Lines file of `remember`, locked, and its lines. A last line that a crash cut off goes.
+    """A JSON Lines file of `remember`, locked, and its lines. A last line that was cut off goes.
     UserError: it holds lines of another origin, and is left as it is."""
     file = lock(path)
     file.seek(0)
@@ -1774,7 +1777,7 @@ def remember(path, jobs, work, size, description, origin):
 
 
 @torch.no_grad()
-def token_credit(student, teacher, prompt, context, without, completion, top=5) -> dict:
+def token_credit(student, teacher, prompt, context, without, completion, top=5):
     """What the teacher's context, and each criterion in it, does to the T tokens of a completion.
 
     Ids in: the student's prompt, the teacher's context, the same without each of K criteria, the
@@ -1945,11 +1948,6 @@ def scibench_row(cells):
     }
 
 
-def researchqa_row(cells):
-    """ResearchQA: questions without a reference."""
-    return {"question": cells["query"], "reference_answer": ""}
-
-
 @dataclass
 class DataSet:
     """Where a data set is on the hub, and how its rows are read."""
@@ -1959,7 +1957,6 @@ class DataSet:
     train: str = "train"  # the names of its splits
     test: str = "test"
     overlap: bool = False  # the test split repeats questions of the train split
-    weight: int | None = None  # of every criterion, where the data states none
 
 
 # The toy: problems with exact rubrics, and small models that can do right when told how and do not
@@ -1975,7 +1972,6 @@ DATA_SETS = {
     "openthoughts-math": DataSet(OPENTHOUGHTS, openthoughts_row, test="train"),
     "gpqa-diamond": DataSet("Idavidrein/gpqa:gpqa_diamond", gpqa_row, test="train"),
     "scibench": DataSet("xw27/scibench", scibench_row, test="train"),
-    "researchqa": DataSet("realliyifei/ResearchQA", researchqa_row, train="valid", weight=1),
 }
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 
@@ -2028,7 +2024,7 @@ def read_row(raw, source):
     if not isinstance(row["question"], str) or not row["question"]:
         raise ValueError("the question is empty, or no text")
     rubrics = [raw[name] for name in RUBRIC_COLUMNS if as_text(raw.get(name))]
-    row["rubric"] = read_rubric(rubrics[0], source.weight) if rubrics else None
+    row["rubric"] = read_rubric(rubrics[0]) if rubrics else None
     return row
 
 
@@ -2222,13 +2218,10 @@ class Train(Teaching):
     save_every: Count = 50  # Steps between two checkpoints.
     lr: Real = 5e-6  # Learning rate at its highest.
     warmup: Size = 5  # Steps of linear warm-up.
-    schedule: Literal["constant", "cosine"] = "constant"  # Learning rate after the warm-up.
     divergence: Literal[(*DIVERGENCES, "sampled")] = "forward"  # Per-token signal.
-    beta: Share = 0.5  # The teacher's share of the mixture in jsd.
     support: Size = 0  # Compare on so many of the teacher's likeliest tokens; 0 is all.
     tail: bool = False  # With --support: one more bucket holds the rest of the mass.
-    clip: Literal["none", "entry", "token"] = "none"  # Cap each vocabulary entry, or their sum.
-    clip_at: Real = 0.05  # Where --clip caps, in nats.
+    clip: Literal["none", "entry", "token"] = "none"  # Cap each entry, or their sum, at .05.
     loss_temperature: Real = 1.0  # Divides both logits in the divergence.
     teacher: Literal["fixed", "ema", "live"] = "fixed"  # The teacher's weights.
     ema_decay: Share = 0.99  # Decay of --teacher ema, per step.
@@ -2236,7 +2229,6 @@ class Train(Teaching):
     truncated: Literal["keep", "mask"] = "keep"  # Completions that were cut off: learn from them?
     skip_thinking: bool = False  # No loss on the tokens up to </think>.
     token_budget: Count = 8192  # Tokens of a micro-batch, padding included.
-    max_grad_norm: Real = 1.0  # The gradient is clipped to this norm.
     lora_rank: Size = 0  # Train adapters of this rank (by peft); 0 is all weights.
     shard: bool = False  # Cut the decoder layers among torchrun's processes (FSDP2).
     gradient_checkpointing: bool = False  # Take less memory and more time.
@@ -2527,12 +2519,10 @@ def training_loss(args):
         token_loss,
         signal=args.divergence if signal == "divergence" else signal,
         kl=args.kl,
-        beta=args.beta,
         top_k=args.support,
         tail=args.tail,
         temperature=args.loss_temperature,
         clip=args.clip,
-        clip_at=args.clip_at,
     )
 
 
@@ -2555,7 +2545,8 @@ def log_step(out, step, episodes, figures, sampled):
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
     shown = []
-    names = ("step", "loss", "divergence", "entropy", "length", "accuracy", "rubric_score", "recall")
+    names = ("step", "loss", "divergence", "entropy", "length")
+    names += ("accuracy", "rubric_score", "recall")
     for name in names:
         if metrics.get(name) is not None:
             shown.append(f"{name} {metrics[name]:<7.4g}")
@@ -2582,17 +2573,16 @@ def cmd_train(args):
     write = training_writer(args, writer.sample, tokenizer)
     loss = training_loss(args)
     kept["data_seen"] = crc32(repr(examples).encode())
-    same = state.get("data_seen", kept["data_seen"]) == kept["data_seen"]
+    same = state.get("data_seen") in (None, kept["data_seen"])
     require(same, f"--out {out} holds a run on other data or prompts; choose another --out.")
     if RANK == 0:
         begin_run(out, kept, history)
     for step in progress(range(start, args.steps), "train", initial=start, total=args.steps):
         torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
-        lr = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
+        lr = learning_rate(step, args.steps, args.lr, args.warmup)
         episodes, figures = train_step(
             student, teacher, step_rows(examples, step, args.batch, args.seed), write, loss,
-            [optimizer], lr, args.token_budget, args.max_grad_norm, my_micro_batches,
-            sum_over_processes,
+            [optimizer], lr, args.token_budget, split=my_micro_batches, combine=sum_over_processes,
         )
         last = max(start, step - step % args.save_every)
         require(
@@ -2703,7 +2693,10 @@ def toy_system(args, seed, name, flags):
 
     def call(command, kind, **flags):
         flags = {"data": "toy", "seed": seed, "limit": args.limit} | flags
-        shown = [f"--{k.replace('_', '-')} {v}".removesuffix(" True") for k, v in flags.items()]
+        shown = []
+        for name, value in flags.items():
+            word = f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+            shown.append(word.removesuffix(" True"))
         say(f"\n$ python rsd.py {kind.__name__.lower()}", *shown)
         return command(settle(kind, **flags))
 
