@@ -1396,10 +1396,9 @@ def test_what_cannot_be_read_is_refused(value):
         rsd.read_rubric(value)
 
 
-def test_a_format_without_weights_gets_the_callers():
-    assert [c["weight"] for c in rsd.read_rubric([{"rubric_item": "X", "type": ["t"]}, "Says so."],
-        weight=1)] == [1, 1]
-    assert rsd.read_rubric([]) is rsd.read_rubric(" ") is rsd.read_rubric(None) is rsd.read_rubric({"rubrics": []} and None) is None
+def test_no_criteria_are_no_rubric_and_a_check_is_kept():
+    for nothing in ([], " ", None):
+        assert rsd.read_rubric(nothing) is None
     assert rsd.read_rubric([LAW | {"check": "4 m"}]) == [LAW | {"check": "4 m"}]
 
 
@@ -4292,29 +4291,6 @@ HUB = {
             "solution": "",
         },
         {"reference_answer": "6.6 $10^{-19} \\mathrm{~J}$", "rubric": None},
-    ),
-    "researchqa": Schema(
-        "realliyifei/ResearchQA", None, "test", "query",
-        {
-            "id": "1",
-            "general_domain": "g",
-            "subdomain": "s",
-            "field": "f",
-            "query": "Why?",
-            "date": "d",
-            "rubric": [
-                {
-                    "citation_metadata": {"a": 1},
-                    "rubric_item": "Does it say so?",
-                    "type": ["t"],
-                }
-            ],
-        },
-        {
-            "question": "Why?",
-            "reference_answer": "",
-            "rubric": [{"title": "", "description": "Does it say so?", "weight": 1}],
-        },
     ),
 }
 
