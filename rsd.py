@@ -153,19 +153,35 @@ def as_text(cell):
 CUT = "\ufdd0"
 
 
+VOCABULARY_NAMES = ("<s>", "</s>", "<pad>", "<mask>", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+
+
 @functools.cache
-def control_token_names(tokenizer):
-    """A pattern of all names of added tokens, the longest first."""
-    names = filter(str.strip, tokenizer.get_added_vocab())
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "$^")
+def control_tokens(tokenizer):
+    """A pattern of the names of control tokens, the longest first, and the set of their ids."""
+    added = tokenizer.get_added_vocab().items()
+    known = {name: i for name, i in added if name.strip("▁ \t\r\n")}  # runs of blanks are none
+    vocabulary = tokenizer.get_vocab()
+    known |= {name: vocabulary[name] for name in VOCABULARY_NAMES if name in vocabulary}
+    longest_first = sorted(known, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "$^")
+    return pattern, set(known.values()) - {tokenizer.unk_token_id}
 
 
 def hide_control_tokens(tokenizer, text):
-    """The text with a CUT inside every name of a control token."""
-    text = text.replace(CUT, "\ufffd")
-    names = control_token_names(tokenizer)
-    return names.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
+    """The text with a CUT inside every name of a control token. Where only the tokenizer's own
+    normalising makes one of it, or it is one character, there is a CUT behind every character."""
+    names, control_ids = control_tokens(tokenizer)
+    text = names.sub(lambda match: match[0][0] + CUT + match[0][1:], text.replace(CUT, "\ufffd"))
+
+    def is_control(piece):
+        return control_ids.intersection(tokenizer.encode(piece, add_special_tokens=False))
+
+    pieces = text.split(CUT)
+    for k, piece in enumerate(pieces):
+        if is_control(piece):
+            pieces[k] = CUT.join("\ufffd" if is_control(char) else char for char in piece)
+    return CUT.join(pieces)
 
 
 def encode(tokenizer, text):
@@ -1793,15 +1809,14 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
         return logits_of(model, hidden).float().log_softmax(-1)  # [T, V]
 
     own = log_probs(student, rescore(student, [prompt], [completion]))
-    views = [context, *without]
-    hidden = rescore(teacher, views, [completion] * len(views)).split(len(ids))
     said, apart = [], []
-    for view in hidden:  # one [T, V] at a time
-        seen = log_probs(teacher, view)
+    for view in [context, *without]:  # one [T, V] at a time
+        seen = log_probs(teacher, rescore(teacher, [view], [completion]))
+        if not said:
+            teacher_top = seen.exp().topk(top)
         said.append(log_prob(seen, ids))
         apart.append(kl_terms(seen, own).sum(-1))
     student_top = own.exp().topk(top)
-    teacher_top = log_probs(teacher, hidden[0]).exp().topk(top)
     said, apart = torch.stack(said), torch.stack(apart)
     return {
         "gap": said[0] - log_prob(own, ids),

@@ -35,6 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 import huggingface_hub
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -210,6 +211,44 @@ def test_control_tokens_in_data_stay_text(tok):
     control = [i for i in solution.completion_ids if i in tok.added_tokens_decoder]
     assert control == [tok.eos_token_id]
     assert tok.decode(solution.completion_ids) == data + "<|im_end|>"
+
+
+def tokenizer_of(names, vocabulary=(), normalizer=None, special=True):
+    """A tokenizer of single characters with these added tokens."""
+    characters = [chr(i) for i in range(32, 127)] + ["▁", "＜", "＞"]
+    words = {c: i for i, c in enumerate(["<unk>", *vocabulary, *characters])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    if normalizer:
+        inner.normalizer = normalizer
+    plain = normalizer is None
+    added = [tokenizers.AddedToken(n, special=special, normalized=not plain) for n in names]
+    inner.add_tokens(added)
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return made
+
+
+@pytest.mark.parametrize(
+    "names, attack, normalizer",
+    [
+        (["<|a|>", "|a|>"], "x<|a|>y", None), (["<|a|>", "<"], "<|a|><", None), (["§"], "a§b", None),
+        (["<a>", "a>b"], "<a>b", None), (["[inst]"], "[INST]", tokenizers.normalizers.Lowercase()),
+        (["<s>"], "＜s＞", tokenizers.normalizers.NFKC()), ([" <x> "], "a <x> <x> b", None),
+        (["<|a|>"], "<\u200b|a|>", tokenizers.normalizers.Replace("\u200b", "")),
+    ],
+)
+def test_no_spelling_of_a_control_token_passes(names, attack, normalizer):
+    tok = tokenizer_of(names, normalizer=normalizer)
+    ids = rsd.context_ids(tok, "Q {question} E", {"question": attack})
+    assert set(ids).isdisjoint(tok.get_added_vocab().values())
+    (own,) = rsd.context_ids(tok, names[0], {})[:1]
+    assert own in tok.get_added_vocab().values() or names[0][0] == " "  # in a prompt file it is one
+
+
+def test_runs_of_blanks_that_are_tokens_stay_whole():
+    tok = tokenizer_of(["▁▁"], normalizer=tokenizers.normalizers.Replace(" ", "▁"), special=False)
+    blanks = tok.convert_tokens_to_ids("▁▁")
+    assert rsd.context_ids(tok, "{question}", {"question": "a  b"}).count(blanks) == 1
 
 
 def test_context_without_control_tokens_equals_the_librarys_own_encoding(tok):
