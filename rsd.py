@@ -2036,8 +2036,9 @@ def read_row(raw, source):
     row |= source.to_row(as_text(raw))
     if raw.get("text", "") is None:  # a server refused the question: no answer to judge
         row["response"] = ""
-    if not isinstance(row["question"], str) or not row["question"]:
-        raise ValueError("the question is empty, or no text")
+    texts = [row[name] for name in ("question", "reference_answer", "solution", "response")]
+    if not row["question"] or not all(isinstance(text, str) for text in texts):
+        raise ValueError("the question is empty, or what has to be a text is none")
     rubrics = [raw[name] for name in RUBRIC_COLUMNS if as_text(raw.get(name))]
     row["rubric"] = read_rubric(rubrics[0]) if rubrics else None
     return row

@@ -4902,3 +4902,48 @@ def test_the_toys_defaults_come_with_its_data():
         assert getattr(toy, name) == getattr(named, name) == value
         assert getattr(real, name) == getattr(rsd.Train(), name) != value
     assert own.lr == 1e-4
+
+
+# -- a user's mistakes: one sentence, never a traceback
+
+ODD = [  # values that real cells hold where a text, a list or a number is expected
+    None, "", " ", 0, -1, 1e308, True, [], {}, [[]], [{}], [None], {"a": {"b": []}}, "\ud83d", "x" * 3000,
+    float("nan"), [1, "a"], "[" * 2000, '{"rubrics": [', {"text": 3}, [{"role": "user"}], [{"type": "text"}],
+    {"type": "text"}, [{"role": None, "content": None}], "\x00", "{question}", 10**400,
+]
+FLAGS = [
+    ["--limit", "0"], ["--split", "nope"], ["--prompts", "nowhere"], ["--writer", "nope"],
+    ["--against", "nothing.jsonl"], ["--against", "bad.jsonl"], ["--out", "."], ["--out", "/dev/full"],
+    ["--k", "3"], ["--judge", "nope"], ["--data", "nope"], ["--data", "."], ["--model", "."],
+    ["--model", "@http://"], ["--top-k", "0"], ["--temperature", "0"], ["--model", ""],
+]
+
+
+@pytest.mark.parametrize("seed", [*range(40), 194, 289])
+def test_a_users_mistake_is_one_sentence(seed, base, tok, tmp_path, monkeypatch, capsys):
+    """Rows, rubrics and flags with faults drawn at random: exit 0 or 2, whatever they are."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(3):
+        criterion = {"title": "Law", "description": "States it.", "weight": 5, "check": "a"}
+        row = {"question": f"q{number}", "reference_answer": "4 m", "rubric": [criterion]}
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            place = rng.choice([row, row, criterion])
+            place[rng.choice(list(place))] = rng.choice(ODD)
+        rows.append(row)
+    lines = [json.dumps(row) for row in rows]
+    if rng.random() < 0.2:
+        lines[1] = lines[1][: rng.randrange(len(lines[1]))]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
+    (tmp_path / "bad.jsonl").write_text('{"question": 3}\n')
+    monkeypatch.chdir(tmp_path)
+    command = rng.choice(["eval", "generate", "judge"])
+    words = [command, "--model", str(base), "--data", "d.jsonl", "--max-new-tokens", "3"]
+    words += ["--prompts", str(REPO / "prompts" / rng.choice(["", "toy"])), "--limit", "2"]
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        words += rng.choice(FLAGS)
+    try:
+        code = rsd.main(words)
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    assert code in (0, 2), words
