@@ -134,21 +134,21 @@ def as_text(cell):
         return ""
     if isinstance(cell, dict):
         is_part = cell.get("type") == "text"  # of a message's content
-        return as_text(cell["text"]) if is_part else {k: as_text(x) for k, x in cell.items()}
+        return as_text(cell.get("text")) if is_part else {k: as_text(x) for k, x in cell.items()}
     if not isinstance(cell, list):
         return valid_unicode(str(cell)).strip()
     parts = [as_text(part) for part in cell]
     if len(parts) == 1 and isinstance(parts[0], dict):
         return parts[0].get("content", parts[0])
     for i, part in enumerate(parts):
-        if isinstance(part, dict) and "content" in part:
+        if isinstance(part, dict) and part.keys() >= {"role", "content"}:
             parts[i] = f"{part['role'].capitalize()}: {part['content']}"
     return "\n\n".join(map(str, parts))
 
 
 # A question may contain "<|im_end|>", by chance or by malice. Encoded as it stands, it would end
 # the user's turn, and the rest of the data would speak as the assistant. So each name of a control
-# token in the data is cut in two by a code point that Unicode reserves for private use, and the
+# token in the data is cut in two by a code point that stands for no character, and the
 # text is encoded piece by piece: no piece contains a whole name.
 CUT = "\ufdd0"
 
@@ -164,7 +164,7 @@ def control_tokens(tokenizer):
     vocabulary = tokenizer.get_vocab()
     known |= {name: vocabulary[name] for name in VOCABULARY_NAMES if name in vocabulary}
     longest_first = sorted(known, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or "$^")
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     return pattern, set(known.values()) - {tokenizer.unk_token_id}
 
 
@@ -196,13 +196,13 @@ def render_chat(tokenizer, chat, **options):
     """A chat as the model's template writes it. Where it writes the date, that is always the same,
     so that prompts do not change with the day. UserError: the template raises."""
 
-    def fixed_day(pattern):
-        return date(2026, 1, 1).strftime(pattern)
+    def fixed_day(call):
+        return repr(date(2026, 1, 1).strftime(call[2]))
 
     try:
-        return tokenizer.apply_chat_template(
-            chat, tokenize=False, strftime_now=fixed_day, **options
-        )
+        template = tokenizer.get_chat_template()
+        dated = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", fixed_day, template)
+        return tokenizer.apply_chat_template(chat, chat_template=dated, tokenize=False, **options)
     except Exception as error:  # of jinja, or the template's own
         raise UserError(f"the model's chat template fails ({error!r:.150}).") from error
 
@@ -2321,7 +2321,8 @@ def prompt_files(args, *names):
         require(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
         file = f"{args.prompts}/{name}.txt"
         require("{question}" in prompts[name], f"{file}: it has no {{question}}.")
-        begun = re.search(r"\{(question|answer|solution|rubric|response)\b(?!\})", prompts[name])
+        known = "question|answer|solution|rubric|rubric_json|response|statements|fence"
+        begun = re.search(rf"\{{({known})\b(?!\}})", prompts[name])
         require(not begun, f"{file}: the brace of {begun and begun[0]} is not closed.")
     return [prompts[name] for name in names]
 

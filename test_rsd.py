@@ -5,6 +5,7 @@ Pitfall numbers are those of the list in README.md. Tiny random models, no netwo
 import ast
 import contextlib
 import copy
+import datetime
 import doctest
 import functools
 import html
@@ -4150,6 +4151,38 @@ def test_families_of_models_go_through(family, tok, tmp_path):
         torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0
     )
     assert tok.decode(out[0, len(ids) :], skip_special_tokens=True) == line["text"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}",
+        '{%- if strftime_now is defined %}{% set today = strftime_now("%Y-%m-%d") %}'
+        "{%- else %}{% set today = '26 Jul 2024' %}{% endif %}"
+        "{{ today }} {{ messages[0].content }}",
+    ],
+)
+def test_a_template_that_prints_the_date_gives_the_same_prompt_on_every_day(
+    template, tok, tmp_path, monkeypatch
+):
+    other = copy.deepcopy(tok)
+    other.chat_template = template
+    _, other = rsd.load_model(saved(tmp_path, tiny(tok), other))
+    chat = [{"role": "user", "content": "Why?"}]
+    rendered, ours = set(), set()
+    for day in (1, 2):
+
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(2031, 5, day)
+
+        monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
+        rendered.add(other.apply_chat_template(chat, tokenize=False))
+        ours.add(tuple(rsd.context_ids(other, "{question}", {"question": "Why?"})))
+    assert len(rendered) == 2
+    assert len(ours) == 1
+    assert re.search(r"20\d\d.* Why\?$", other.decode(ours.pop()))
 
 
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
