@@ -6,10 +6,11 @@ plays two parts, and one step of training is this:
 
   1. The student reads the bare question x and samples a completion y ~ p_S(. | x).
   2. The teacher, the same network with the rubric r in its context, re-scores every token of y.
+     Its weights are a frozen copy of those that the student began with, unless one asks for others.
   3. The student re-scores y as well, from the question alone.
   4. At every position t of y the two next-token distributions are compared:
          loss = 1/N * sum over t of D( p_T(. | x, r, y_<t) || p_S(. | x, y_<t) )
-     The gradient flows through the student only; N counts the completion tokens of the whole step.
+     The gradient flows through the student only; N counts the trained tokens of the whole step.
   5. The optimizer takes one step. After training the student needs no rubric.
 
 `train_step`, at the end of section 4, is these five steps as code. Stop there and you know the
@@ -148,11 +149,9 @@ def as_text(cell):
 
 # A question may contain "<|im_end|>", by chance or by malice. Encoded as it stands, it would end
 # the user's turn, and the rest of the data would speak as the assistant. So each name of a control
-# token in the data is cut in two by a code point that stands for no character, and the
-# text is encoded piece by piece: no piece contains a whole name.
+# token in the data is cut in two by a code point that stands for no character, and the text is
+# encoded piece by piece: no piece contains a whole name.
 CUT = "\ufdd0"
-
-
 VOCABULARY_NAMES = ("<s>", "</s>", "<pad>", "<mask>", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 
 
@@ -169,8 +168,9 @@ def control_tokens(tokenizer):
 
 
 def hide_control_tokens(tokenizer, text):
-    """The text with a CUT inside every name of a control token. Where only the tokenizer's own
-    normalising makes one of it, or it is one character, there is a CUT behind every character."""
+    """The text with a CUT inside every name of a control token. A piece that still gives one, since
+    the tokenizer normalises it to one or it is a single character, is cut at every character, and a
+    character that is one becomes U+FFFD."""
     names, control_ids = control_tokens(tokenizer)
     text = names.sub(lambda match: match[0][0] + CUT + match[0][1:], text.replace(CUT, "\ufffd"))
 
@@ -344,8 +344,8 @@ def on_top_k(s, t, k, tail):
 def divergence_terms(
     student, teacher, beta=0.0, top_k=0, tail=False, temperature=1.0, centred=True
 ):
-    """The entries of `divergence`, before they are summed over the vocabulary: [N, V], or [N,
-    k]."""
+    """The entries of `divergence`, before they are summed over the vocabulary: [N, V]; with top_k
+    [N, k], and with tail [N, k + 1]."""
     s = (student.float() / temperature).log_softmax(-1)
     t = (teacher.float() / temperature).log_softmax(-1)
     if 0 < top_k < s.shape[-1]:
@@ -373,7 +373,7 @@ def clipped_sum(terms, clip, at):
 
 
 def divergence(student, teacher, clip="none", clip_at=0.05, **options):
-    """D(teacher, student) per token: logits or log-probs [N, V] twice -> [N], in float32.
+    """D(T, S) of teacher T and student S, per token: logits or log-probs [N, V] twice -> [N], in float32.
 
     beta 0 is the forward KL(T || S), the paper's choice; beta 1 the reverse KL(S || T); between
     them beta KL(T || m) + (1 - beta) KL(S || m) with m = beta T + (1 - beta) S. Mind the jump: that
@@ -448,6 +448,7 @@ def backward_in_chunks(
 
     Here the heads run on `chunk` logits at a time. The gradient takes the logits' place and goes by
     hand into the head's weight, since autograd would build a second matrix of its size per chunk.
+    On a GPU `chunk` is four times as large, and the loss takes it whole.
     """
     head = student.get_output_embeddings()
     weight = head.weight
@@ -481,7 +482,8 @@ def backward_in_chunks(
 # ---- 4. One step: methods as choices in one pipeline ---------------------------------------------
 
 METHODS = {
-    # name: (who writes, what the teacher sees, signal, reward)
+    # name: three choices and the reward: (1 who writes, 2 what the teacher sees, 3 signal, reward).
+    # "divergence" stands for the one that --divergence names; "student" for the student's prompt.
     "rsd": ("student", "rubric", "divergence", None),
     "opsd": ("student", "solution", "divergence", None),
     "grpo": ("student", "student", "advantage", "accuracy"),
@@ -530,6 +532,7 @@ def token_loss(
     `divergence` with these options. sampled: policy gradient with the advantage log p_T - log p_S.
     advantage: policy gradient with the given one (1 makes it SFT's cross-entropy), plus kl times
     the reverse KL to the teacher. It is strictly on policy: there is no importance ratio to clip.
+    The policy gradients use no options and report no divergence. KeyError: an unknown signal.
     """
     whole = clipped = torch.zeros_like(ids, dtype=torch.float32)
     if signal in DIVERGENCES:
@@ -541,6 +544,8 @@ def token_loss(
         logp = log_prob(student, ids)
         if signal == "sampled":
             advantage = (log_prob(teacher, ids) - logp).detach()
+        elif signal != "advantage":
+            raise KeyError(signal)
         loss = -advantage * logp
         if kl:
             loss = loss + kl * divergence(student, teacher, beta=1.0)
@@ -578,12 +583,12 @@ def flatten(episodes: list[Episode], device):
 
 
 def optimizer_step(optimizer, lr, max_grad_norm=1.0):
-    """Clip, step, clear -> the gradient's norm before clipping. If it is not finite nothing
-    moves."""
+    """Clip, step, clear -> the gradient's norm before clipping. If that is not finite, this
+    optimizer moves nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parameters = [p for p in parameters if p.grad is not None]
     norms = [p.grad.norm() for p in parameters]
-    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of cut weights
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of sharded weights
     norm = torch.stack(norms).norm()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=False)
     for group in optimizer.param_groups:
@@ -619,7 +624,8 @@ def train_step(
     advantage) -> {"loss": [n], ...}, as `token_loss`. teacher None: no teacher is asked. Figures
     are means per trained token, their number, the gradient's norm and seconds by part. One
     denominator serves the whole step, so any split into micro-batches gives the same gradient.
-    combine(student, sums) -> sums may add what other processes have.
+    combine(student, sums) -> sums may add gradients and figures that stand elsewhere. The seconds
+    of "s_rescoring" are the teacher's; the student's forward pass is in "s_update".
     """
     watch = Stopwatch()
     episodes = write(examples)  # 1. y ~ p_S(. | x)
@@ -630,8 +636,7 @@ def train_step(
     for batch in split(episodes, token_budget):
         completions = [e.completion_ids for e in batch]
         keep, ids, advantage = flatten(batch, student.device)
-        # Autocast's cache would hold on to the first micro-batch's copies of the weights: it is
-        # off.
+        # Autocast's cache of weights would outlive a micro-batch: it is off.
         with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
             target = None
             if teacher is not None:
@@ -880,6 +885,7 @@ def write_until_read(write, asked, read, name, tries=3):
     for attempt in range(1, tries + 1):
         if not waiting:
             break
+        unread = []
         written = write([asked[i][1] for i in waiting])
         for i, (text, tokens, stopped, refused) in zip(waiting, written):
             value, reason = (None, refused) if refused else read(text, asked[i][0])
@@ -891,8 +897,9 @@ def write_until_read(write, asked, read, name, tries=3):
                 "reason": reason,
                 "tries": attempt,
             }
-        unread = [i for i, w in zip(waiting, written) if not w.refused]
-        waiting = [i for i in unread if results[i][name] is None]
+            if value is None and not refused:
+                unread.append(i)
+        waiting = unread
     return results
 
 
@@ -963,7 +970,7 @@ SIGNS = dict(re.findall(r"(\w+) (\S)", r"""
     pm ± lor ∨ vee ∨ land ∧ wedge ∧ lnot ~ sim ~ neg ~ equiv ≡ to → rightarrow → infty ∞
     cup ∪ cap ∩"""))  # a command -> one sign
 TEX = str.maketrans({sign: f"\\{name} " for name, sign in SIGNS.items()})
-DRESS = re.findall(r'^ *(\S.*?) +=> "(.*)"$', r"""
+DRESS = re.findall(r'(?m)^ *(\S.*?) +=> "(.*)"$', r"""
     # spacing, sizes, markdown and tags
     \\\\(?=[a-z])                                             => "\\"
     \{,\}                                                     => ","
@@ -1019,7 +1026,7 @@ DRESS = re.findall(r'^ *(\S.*?) +=> "(.*)"$', r"""
     ^([^\d≈,;]*)≈                                             => "\1="
     = ?[~≈=]                                                  => "="
     ^ ?= ?                                                    => ""
-""", re.M)
+""")
 # Words become lower case; genotypes (Ddgg), formulas (NaCl) and units (Hz) do not.
 WORD = re.compile(
     r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}"
@@ -1044,12 +1051,12 @@ UNIT = (  # not one: 5 x, 2 sin, 5 or 6
     r"(?!.*\b(?:and|or)\b)(?:[A-Za-zμΩÅ°%'/·*.() ]|\^\(?[-+]?\d+\)?)+"
 )
 MEASURE = re.compile(
-    rf"""(?P<sign>[-+]?) [ ]?
+    rf"""(?x) (?P<sign>[-+]?) [ ]?
     (?:(?P<whole>\d+)[ ](?=\d+/\d))?  # the 2 of 2 1/2
     (?P<number>(?=\.?\d) (?:\d{{1,3}}(?:(?:,[ ]?|[ ])\d{{3}})+(?!\d) | \d*) (?:\.\d+)?)
     (?:(?:[eE]|(?P<apart>[ ]10[ ]?\^)[ ]?) (?P<power>[-+]?\d{{1,4}}(?!\d)))?
     (?:/\(?(?P<below>-?\d+(?:\.\d+)?)\)?)?
-    [ ]*(?P<unit>_\d+|(?:{UNIT})?)[ .]*""", re.X
+    [ ]*(?P<unit>_\d+|(?:{UNIT})?)[ .]*"""
 )
 MEASURED = re.compile(  # reference|answer: a decimal, a power of ten, a rounded 2/3
     r"(?!.*(?:%|dollar|cent).*\|)[^|]*(?:\.\d|\d[eE]|10\^|\d/\d.*\|.*\.\d)"
@@ -1317,9 +1324,8 @@ def judge(write, asked, tries=3):
 
 def judge_scores(met, row):
     """What verdicts are worth, as in HealthBench and as in Rubrics as Rewards."""
-    rubric = row["rubric"]
-    rar = rubric_score(rubric, met, rar=True)
-    return {"rubric_score": rubric_score(rubric, met), "rar_score": rar}
+    rar = rubric_score(row["rubric"], met, rar=True)
+    return {"rubric_score": rubric_score(row["rubric"], met), "rar_score": rar}
 
 
 def mean_se(values):
@@ -1411,8 +1417,11 @@ class ServerWriter:
         """One request. Errors are of many kinds: of the connection, of the server, of its JSON."""
         name, _, address = self.server.partition("@http")
         key = "".join(os.environ.get("OPENAI_API_KEY", "").split())  # a line break would be printed
-        key = key or "none"  # without one the hub's would be sent
-        client = InferenceClient(base_url="http" + address, api_key=key, timeout=self.timeout)
+        client = InferenceClient(
+            base_url=f"http{address}",
+            api_key=key or "none",  # without one the hub's would be sent
+            timeout=self.timeout,
+        )
         reply = client.chat_completion(
             [{"role": "user", "content": prompt}],
             model=name,
@@ -1525,8 +1534,10 @@ def sum_over_processes(model, sums):
         for p in model.parameters():
             if p.grad is not None and not hasattr(p, "full_tensor"):
                 torch.distributed.all_reduce(p.grad)
-    everyones = all_gather(sums)
-    return Counter({name: sum(part[name] for part in everyones) for name in sums})
+    total = Counter()
+    for part in all_gather(sums):
+        total.update(part)  # a Counter's update adds
+    return total
 
 
 def shard(model, regather):
@@ -1601,11 +1612,11 @@ def learning_rate(step, steps, peak, warmup, schedule="constant"):
 def step_rows(items, step, batch, seed):
     """The items of one step: epoch after epoch, each in an order of its own; no state to save."""
     n = len(items)
-    first, last = step * batch // n, ((step + 1) * batch - 1) // n
+    epoch, begin = divmod(step * batch, n)
     ordered = []
-    for epoch in range(first, last + 1):
+    while len(ordered) < begin + batch:
         ordered += random.Random(f"{seed} {epoch}").sample(items, n)
-    begin = step * batch - first * n
+        epoch += 1
     return ordered[begin : begin + batch]
 
 
@@ -1705,21 +1716,26 @@ def begin_run(out, settings, history):
         new.replace(out / name)
 
 
-def read_object_line(path, number, line):
-    """The object in one line of a JSON Lines file. UserError names the line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        row = error
-    require(isinstance(row, dict), f"{path}, line {number}: no JSON object ({row!r:.80}); mend it.")
-    return row
+def read_lines(path, text):
+    """The objects in the text of a JSON Lines file. UserError names a line that is none."""
+    rows = []
+    for number, line in enumerate(text.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row = error
+        is_row = isinstance(row, dict)
+        require(is_row, f"{path}, line {number}: no JSON object ({row!r:.80}); mend it.")
+        rows.append(row)
+    return rows
 
 
 def read_jsonl(path):
     """The objects of a JSON Lines file. UserError: a line is none, or there is no such file."""
     require(path.is_file(), f"{path}: there is no such file.")
-    lines = enumerate(path.read_bytes().split(b"\n"), 1)
-    return [read_object_line(path, number, line) for number, line in lines if line.strip()]
+    return read_lines(path, path.read_bytes())
 
 
 def is_cut_off(line):
@@ -1742,14 +1758,14 @@ def open_lines(path, origin):
     if not is_cut_off(last):
         whole.append(last)
         last = b""
-    lines = []
-    for number, line in enumerate(whole, 1):
-        if line.strip():
-            lines.append(read_object_line(path, number, line))
+    lines = read_lines(path, b"\n".join(whole))
     for line in lines:
         other = {name: line.get(name) for name in origin if line.get(name) != origin[name]}
-        then = f"--out {path} has lines of other settings ({other}, now {origin})"
-        require(not other, f"{then}; choose another --out.")
+        require(
+            not other,
+            f"--out {path} has lines of other settings ({other}, now {origin}); choose another "
+            "--out.",
+        )
     file.truncate(len(text) - len(last))
     if text and not last and not text.endswith(b"\n"):
         file.write(b"\n")
@@ -1765,14 +1781,13 @@ def remember(path, jobs, work, size, description, origin):
     file, old = None, []
     if path and RANK == 0:
         file, old = open_lines(Path(path), origin)
-    old = all_gather(old)[0]
     names = list(jobs[0][0])
 
     def key(line):
         return json.dumps([line.get(name, 0) for name in names])
 
-    done = {key(line): line for line in old}
-    wanted = {key(item): (item, asked) for item, asked in jobs}  # equal ones are asked once
+    done = {key(line): line for line in all_gather(old)[0]}
+    wanted = {key(job[0]): job for job in jobs}  # equal ones are asked once
     todo = [job for k, job in wanted.items() if k not in done]
     say(f"{len(todo)} of {len(jobs)} are still to do (others repeat, or are done)")
     torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
@@ -1784,8 +1799,7 @@ def remember(path, jobs, work, size, description, origin):
             if file:
                 text = json.dumps(line, ensure_ascii=False) + "\n"
                 file.write(valid_unicode(text).encode())
-        if file:
-            file.flush()
+                file.flush()
     return [done[k] for k in wanted]
 
 
@@ -1845,8 +1859,8 @@ def write_page(out, page):
     out.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps(page)
     out.with_suffix(".json").write_text(data)
-    harmless = data.replace("<", "\\u003c")  # no tag of the data can end the script
-    out.write_text(skeleton.replace("{data}", harmless), encoding="utf-8")
+    data = data.replace("<", "\\u003c")  # no tag of the data can end the script
+    out.write_text(skeleton.replace("{data}", data), encoding="utf-8")
 
 
 # ---- 11. Models and data -------------------------------------------------------------------------
@@ -1871,8 +1885,11 @@ def check_model(model, tokenizer, name):
         ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
     require(own.isfinite().all(), f"--model {name}: its weights give NaN; it is damaged.")
     same = (own - ours).abs().max() <= 0.02 * own.abs().max()
-    kind = model.config.model_type
-    require(same, f"--model {name}: {kind}'s head is more than a product and a cap: not supported.")
+    require(
+        same,
+        f"--model {name}: {model.config.model_type}'s head is more than a product and a cap: not "
+        "supported.",
+    )
     shown = render_chat(tokenizer, [{"role": "user", "content": "@@"}])
     require("@@" in shown, f"--model {name}: its chat template drops the text of the question.")
 
@@ -1893,10 +1910,11 @@ def load_model(name, dtype=torch.float32):
     source = hub_name(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, found = AutoModelForCausalLM.from_pretrained(source, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         raise UserError(
             f"--model {name}: looked for {source} here and on the hub, in vain "
@@ -1921,20 +1939,9 @@ def plain_row(cells):
     row = {"question": cells["question"], "reference_answer": cells["reference_answer"]}
     for name in ("solution", "sample"):
         row[name] = cells.get(name, "")
-    row["response"] = cells.get("text", "")
-    if cells.get("text") == "":
-        row["response"] = "(no answer)"  # which a judge grades, too
+    if "text" in cells:
+        row["response"] = cells["text"] or "(no answer)"  # which a judge grades, too
     return row
-
-
-def choice_row(question, options, right, solution=""):
-    """A multiple choice: the options in an order of the question's own; a letter is the answer."""
-    answer = options[right]
-    random.Random(question).shuffle(options)
-    lines = [f"\n{letter}. {option}" for letter, option in zip("ABCDEFGH", options)]
-    letter = "ABCDEFGH"[options.index(answer)]
-    question = question + "\n" + "".join(lines)
-    return {"question": question, "reference_answer": letter, "solution": solution}
 
 
 def rubrichub_row(cells):
@@ -1949,9 +1956,16 @@ def openthoughts_row(cells):
 
 
 def gpqa_row(cells):
-    """GPQA: four options, the first is right."""
-    names = ["Correct Answer", *(f"Incorrect Answer {k}" for k in (1, 2, 3))]
-    return choice_row(cells["Question"], [cells[n] for n in names], 0, cells["Explanation"])
+    """GPQA: four options in an order of the question's own; the answer is a letter."""
+    question, right = cells["Question"], cells["Correct Answer"]
+    options = [right, *(cells[f"Incorrect Answer {k}"] for k in (1, 2, 3))]
+    random.Random(question).shuffle(options)
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
+    return {
+        "question": "\n".join([question, "", *lines]),
+        "reference_answer": "ABCD"[options.index(right)],
+        "solution": cells["Explanation"],
+    }
 
 
 def scibench_row(cells):
@@ -1969,22 +1983,23 @@ class DataSet:
 
     hub: str  # owner/name, owner/name:config or owner/name:file
     to_row: Callable[[dict], dict] = plain_row
-    train: str = "train"  # the names of its splits
-    test: str = "test"
+    test: str = "test"  # the name of its test split
     overlap: bool = False  # the test split repeats questions of the train split
 
 
 # The toy: problems with exact rubrics, and small models that can do right when told how and do not
 # by default. Both are data, made by .ci/make_toy.py; the models are trained from nothing.
 TOY = HERE / "prompts" / "toy"
-RUBRICHUB = "sojuL/RubricHub_v1:RuRL/rurbichub_v1_Science.parquet"
-OPENTHOUGHTS = "siyanzhao/Openthoughts_math_30k_opsd"
 DATA_SETS = {
     "toy": DataSet("toy"),
     "rar-science": DataSet("ScaleAI/RaR-Science", overlap=True),
-    "rubrichub-science": DataSet(RUBRICHUB, rubrichub_row, test="train"),
+    "rubrichub-science": DataSet(
+        "sojuL/RubricHub_v1:RuRL/rurbichub_v1_Science.parquet", rubrichub_row, test="train"
+    ),
     "natural-reasoning": DataSet("facebook/natural_reasoning", test="train"),
-    "openthoughts-math": DataSet(OPENTHOUGHTS, openthoughts_row, test="train"),
+    "openthoughts-math": DataSet(
+        "siyanzhao/Openthoughts_math_30k_opsd", openthoughts_row, test="train"
+    ),
     "gpqa-diamond": DataSet("Idavidrein/gpqa:gpqa_diamond", gpqa_row, test="train"),
     "scibench": DataSet("xw27/scibench", scibench_row, test="train"),
 }
@@ -2019,7 +2034,7 @@ def read_table(data, split, limit=0):
             table = datasets.Dataset.from_parquet(data)
         else:
             where = {"data_files": part} if "." in part else {"name": part or None}
-            split = {"train": source.train, "test": source.test}.get(split, split)
+            split = source.test if split == "test" else split
             table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
         return list(itertools.islice(table, limit or None))
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
@@ -2058,8 +2073,10 @@ def load_rows(data, split, limit=0, seed=0):
         try:
             rows.append(read_row(raw, source))
         except (ValueError, re.error, LookupError, TypeError, AttributeError) as error:
-            where = f"{data}, row {number}: cannot be read ({error!r:.150})"
-            raise UserError(f"{where}; its columns are {sorted(raw)}.") from error
+            raise UserError(
+                f"{data}, row {number}: cannot be read ({error!r:.150}); its columns are "
+                f"{sorted(raw)}."
+            ) from error
     if source.overlap and split == "test":
         seen = {row["question"] for row in load_rows(data, "train")}
         new = [row for row in rows if row["question"] not in seen]
@@ -2077,9 +2094,11 @@ def with_rubrics(rows, source, folder, seed=0):
         generic = read_rubric((Path(folder) / "generic.json").read_text())
         rubrics = ablate([rubric or [] for rubric in rubrics], source, generic, seed)
     elif source not in ("data", "none"):
-        is_file = source.endswith(".jsonl") and Path(source).is_file()
-        kinds = "data, none, generic, random, noisy, reduced"
-        require(is_file, f"--rubrics {source}: no such .jsonl file, and none of {kinds}.")
+        require(
+            source.endswith(".jsonl") and Path(source).is_file(),
+            f"--rubrics {source}: no such .jsonl file, and none of data, none, generic, random, "
+            "noisy, reduced.",
+        )
         found = {row["question"]: row["rubric"] for row in load_rows(source, "")}
         rubrics = [found.get(row["question"]) for row in rows]
     return [
@@ -2131,7 +2150,7 @@ def number(kind, low, high=math.inf):
 
 
 Count, Size, Real, Share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
-LEAK = re.compile(r"\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b", re.IGNORECASE)
+LEAK = re.compile(r"(?i)\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b")
 STAGES = {  # what is learned: (the student's prompt file, the teacher's); None: as the flags say
     "reason": None,
     "rubric": ("writer+answer", "writer+answer+rubric"),  # stage 1 as in the paper's code
@@ -2260,14 +2279,14 @@ class Train(Teaching):
             self.teacher_context = "solution"
         elif sees == "student" or self.rubrics == "none":
             self.teacher_context = self.student_context
-        enough = self.rollouts > 1 or not reward
-        require(enough, f"--method {self.method}: needs --rollouts 2 or more.")
+        group = self.rollouts > 1 or not reward
+        require(group, f"--method {self.method}: needs --rollouts 2 or more.")
         require(self.loss_temperature > 0, "--loss-temperature: has to be above 0.")
         require(self.support or not self.tail, "--tail: needs a --support.")
         enough = self.batch >= WORLD_SIZE
         require(enough, f"--batch {self.batch}: each of {WORLD_SIZE} processes needs a prompt.")
-        enough = WORLD_SIZE > 1 or not self.shard
-        require(enough, "--shard: takes torchrun and two processes or more.")
+        is_alone = self.shard and WORLD_SIZE == 1
+        require(not is_alone, "--shard: takes torchrun and two processes or more.")
 
 
 @dataclass
@@ -2352,9 +2371,9 @@ def model_writer(args, model, tokenizer):
     """The writer that samples from this model, each process a share."""
     stop = stop_ids(model, tokenizer)
     sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
-    together = functools.partial(sample_together, sample)
+    sample = functools.partial(sample_together, sample)
     longest = getattr(model.config, "max_position_embeddings", math.inf)
-    return ModelWriter(together, tokenizer, longest - args.max_new_tokens, args.thinking == "on")
+    return ModelWriter(sample, tokenizer, longest - args.max_new_tokens, args.thinking == "on")
 
 
 def open_writer(args):
@@ -2371,19 +2390,21 @@ def write_lines(args, name, columns, ask, rate, k=1):
     """What generate, eval and judge have in common: they let a model write what --out lacks, k
     times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
     prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
-    (template,) = prompt_files(args, args.writer)
+    templates = prompt_files(args, args.writer)
     others = read_jsonl(Path(args.against)) if args.against else []
     rows = load_questions(args)
     writer = open_writer(args)
     jobs = []
-    for example, number in itertools.product(make_examples(rows, [template], writer), range(k)):
+    for example, number in itertools.product(make_examples(rows, templates, writer), range(k)):
         row = example[0]
         item = {column: row.get(column) for column in columns}
         item["sample"] = (row["sample"] or 0) if name == "judge" else number
         jobs.append((item, example))
-    weights = [file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")]
-    origin = {"model": args.model, "saved": max(weights, default=0.0), "writer": args.writer}
-    origin |= {"prompt": crc32(template.encode()), "thinking": args.thinking, **sampling_of(args)}
+    saved = [file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")]
+    origin = {
+        "model": args.model, "saved": max(saved, default=0.0), "writer": args.writer,
+        "prompt": crc32(templates[0].encode()), "thinking": args.thinking, **sampling_of(args)
+    }
     del origin["batch_size"]  # it shapes nothing
     seed_process(args.seed)
     work = functools.partial(ask, writer)
@@ -2417,15 +2438,10 @@ def report(lines, others, name, row_of, rate):
         summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
         shown = "n/a"
         if n:
-            low, high = mean - 1.96 * se, mean + 1.96 * se
-            shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n}), 95 %: {low:.3f} to {high:.3f}"
+            interval = f"{mean - 1.96 * se:.3f} to {mean + 1.96 * se:.3f}"
+            shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n}), 95 %: {interval}"
         say(f"{figure:18s} {shown}")
     return summary
-
-
-def take_text(text, row):
-    """For `write_until_read`: any text will do."""
-    return text, ""
 
 
 def tries_of(args):
@@ -2445,7 +2461,7 @@ def cmd_generate(args):
 def cmd_eval(args):
     """Answer held-out questions and grade the answers."""
     require(not args.judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
-    ask = functools.partial(write_until_read, read=take_text, name="text")
+    ask = functools.partial(write_until_read, read=lambda text, row: (text, ""), name="text")
     columns = ("question", "reference_answer", "rubric")
     summary = write_lines(args, "text", columns, ask, score, args.k)
     if all_gather(args.judge)[0]:  # once the first process has written the answers
@@ -2483,9 +2499,9 @@ def training_writer(args, sample, tokenizer):
             else:
                 e.scores = score_rubric(parse_rubric(text)[0], e.row)
             e.scores["leak"] = float(bool(LEAK.search(text)))
-            if args.skip_thinking:
-                thought = [*e.completion_ids, end_thinking].index(end_thinking) + 1
-                e.train_from = min(thought, len(e.completion_ids))  # unfinished: all of it
+            if args.skip_thinking:  # all of it, where it is unfinished
+                ids = [*e.completion_ids[:-1], end_thinking]
+                e.train_from = ids.index(end_thinking) + 1
             if args.truncated == "mask" and not e.stopped:
                 e.train_from = len(e.completion_ids)
         if reward:
@@ -2548,11 +2564,18 @@ def log_step(out, step, episodes, figures, sampled):
     n = len(episodes)
     tokens = sum(len(e.completion_ids) for e in episodes)
     seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-    metrics = {"step": step + 1} | figures
-    metrics |= {k: mean_se([e.scores[k] for e in episodes])[0] for k in episodes[0].scores}
-    metrics |= {"length": tokens / n, "truncated": sum(not e.stopped for e in episodes) / n}
-    metrics |= {"rollouts": n * sampled, "sampled": tokens * sampled}
-    metrics |= {"seconds": seconds, "tokens_per_s": tokens / seconds}
+    scores = {k: mean_se([e.scores[k] for e in episodes])[0] for k in episodes[0].scores}
+    metrics = {
+        "step": step,
+        **figures,
+        **scores,
+        "length": tokens / n,
+        "truncated": sum(not e.stopped for e in episodes) / n,
+        "rollouts": n * sampled,
+        "sampled": tokens * sampled,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+    }
     if RANK == 0:
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -2585,8 +2608,7 @@ def cmd_train(args):
     needs = {reward, "solution" if who == "reference" else None} - {None}
     examples = [Episode(*e) for e in make_examples(rows, templates, writer, needs)]
     for name in ("prompt_ids", "teacher_ids"):
-        text = tokenizer.decode(getattr(examples[0], name))
-        say(f"--- {name} of the first row ---\n{text}")
+        say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     write = training_writer(args, writer.sample, tokenizer)
     loss = training_loss(args)
     kept["data_seen"] = crc32(repr(examples).encode())
@@ -2595,25 +2617,26 @@ def cmd_train(args):
     if RANK == 0:
         begin_run(out, kept, history)
     for step in progress(range(start, args.steps), "train", initial=start, total=args.steps):
+        done = step + 1
         torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
         lr = learning_rate(step, args.steps, args.lr, args.warmup)
         episodes, figures = train_step(
             student, teacher, step_rows(examples, step, args.batch, args.seed), write, loss,
             [optimizer], lr, args.token_budget, split=my_micro_batches, combine=sum_over_processes,
         )
-        last = max(start, step - step % args.save_every)
+        saved = max(start, step - step % args.save_every)
         require(
             math.isfinite(figures["loss"] + figures["grad_norm"]),
-            f"step {step + 1}: loss {figures['loss']}, norm {figures['grad_norm']}; stopped before "
-            f"the weights moved; {out} holds step {last or 'none'}.",
+            f"step {done}: loss {figures['loss']}, norm {figures['grad_norm']}; stopped before "
+            f"the weights moved; {out} holds step {saved or 'none'}.",
         )
         if args.teacher == "ema":
             ema_update(teacher, student, args.ema_decay)
-        is_last = step + 1 == args.steps
-        history.append(log_step(out, step, episodes, figures, who == "student"))
-        if step == start or is_last or (step + 1) % 5 == 0:
+        history.append(log_step(out, done, episodes, figures, who == "student"))
+        is_last = done == args.steps
+        if step == start or is_last or done % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
-        if is_last or (step + 1) % args.save_every == 0:
+        if is_last or done % args.save_every == 0:
             save_checkpoint(out, student, teacher, optimizer, tokenizer, kept, history)
     say(f"saved {out}; python rsd.py eval --model {out}")
     sums = ("rollouts", "sampled", "trained", "seconds")
@@ -2649,24 +2672,25 @@ def inspect_rollouts(args):
     writer = model_writer(args, teacher, tokenizer)
     examples = [Episode(*e) for e in make_examples(rows, templates, writer, ["rubric"])]
     seed_process(args.seed)
-    written = []
-    for student in students.values():
-        written.append(student_writes(model_writer(args, student, tokenizer).sample, examples))
+    writers = [model_writer(args, student, tokenizer) for student in students.values()]
+    written = [student_writes(writer.sample, examples) for writer in writers]
     rollouts, text = [], {}
     for episodes in progress(list(zip(*written)), "credit"):  # of one question
         row = episodes[0].row
+        rubric = row["rubric"]
         without = []
-        for k in range(len(row["rubric"])):
-            others = row["rubric"][:k] + row["rubric"][k + 1 :]
+        for k in range(len(rubric)):
+            others = rubric[:k] + rubric[k + 1 :]
             fields_left = {"rubric": "-"} | row_fields(row | {"rubric": others})
             without.append(writer.prompt(templates[1], fields_left))
         for (name, student), e in zip(students.items(), episodes):
-            contexts = (e.prompt_ids, e.teacher_ids, without, e.completion_ids)
-            credit = {k: x.tolist() for k, x in token_credit(student, teacher, *contexts).items()}
-            likely = itertools.chain(*credit["student_ids"], *credit["teacher_ids"])
-            text |= {i: tokenizer.decode([i]) for i in {*e.completion_ids, *likely}}
-            about = {"student": name, "question": row["question"], "criteria": row["rubric"]}
-            rollouts.append(credit | about | {"tokens": e.completion_ids})
+            ids = e.completion_ids
+            credit = token_credit(student, teacher, e.prompt_ids, e.teacher_ids, without, ids)
+            rollout = {figure: values.tolist() for figure, values in credit.items()}
+            likely = itertools.chain(*rollout["student_ids"], *rollout["teacher_ids"])
+            text |= {i: tokenizer.decode([i]) for i in {*ids, *likely}}
+            rollout |= {"student": name, "question": row["question"], "criteria": rubric}
+            rollouts.append(rollout | {"tokens": ids})
     return {"rollouts": rollouts, "text": text}
 
 
@@ -2678,6 +2702,7 @@ DEMO = {  # a row of its table -> its flags (see toy_system)
     "student after": {"rubrics": "zero-shot"},
 }
 GRPO = {"rollouts": 4, "batch": 8, "kl": 0.02, "lr": 1e-4}
+SOURCES = ("learned", "zero-shot", "generic", "random", "noisy", "reduced", "none")
 COMPARE = {
     "base": {},
     "sft": {"method": "sft"},
@@ -2685,13 +2710,7 @@ COMPARE = {
     "grpo-rubric reward": {"method": "grpo-rubric", **GRPO},
     "opsd": {"method": "opsd"},
     "rsd": {"method": "rsd"},
-    "rsd learned rubrics": {"rubrics": "learned"},
-    "rsd zero-shot rubrics": {"rubrics": "zero-shot"},
-    "rsd generic rubrics": {"rubrics": "generic"},
-    "rsd random rubrics": {"rubrics": "random"},
-    "rsd noisy rubrics": {"rubrics": "noisy"},
-    "rsd reduced rubrics": {"rubrics": "reduced"},
-    "rsd none rubrics": {"rubrics": "none"},
+    **{f"rsd {source} rubrics": {"rubrics": source} for source in SOURCES},
     "rsd reverse divergence": {"divergence": "reverse"},
     "rsd jsd divergence": {"divergence": "jsd"},
     "rsd sampled divergence": {"divergence": "sampled"},
@@ -2732,8 +2751,9 @@ def toy_system(args, seed, name, flags):
         flags = flags | {"rubrics": file}
     if flags and "writer" not in flags:
         model, figures = train(name, **{"steps": args.steps, "max_new_tokens": 80} | flags)
-    test = {"limit": args.n, "max_new_tokens": 80, "writer": flags.get("writer", "student")}
-    return figures | call(cmd_eval, Eval, model=model, **test)
+    writer = flags.get("writer", "student")
+    test = call(cmd_eval, Eval, model=model, limit=args.n, max_new_tokens=80, writer=writer)
+    return figures | test
 
 
 def table(results):
@@ -2793,22 +2813,21 @@ COMMANDS = {
 
 def add_flags(parser, kind):
     """A flag for each field of the settings of this kind; a bool is a switch."""
-    types, texts = get_type_hints(kind), {}
+    texts = {}
     source = Path(__file__).read_text(encoding="utf-8")
     for parent in reversed(kind.__mro__[:-1]):
         body = source.partition(f"\nclass {parent.__name__}")[2].partition("\n\n\n")[0]
-        texts |= re.findall(r"^    (\w+): .*  # (.*)$", body, re.MULTILINE)
-    for name, default in vars(kind()).items():
-        options = {"type": types[name]}
-        if get_args(types[name]):
-            options = {"choices": get_args(types[name])}
-        elif types[name] is bool:
+        texts |= re.findall(r"(?m)^    (\w+): .*  # (.*)$", body)
+    for name, hint in get_type_hints(kind).items():
+        options = {"type": hint}
+        if get_args(hint):
+            options = {"choices": get_args(hint)}
+        elif hint is bool:
             options = {"action": "store_true"}
-        text = texts[name]
-        if default != "" and name in TOY_DEFAULTS:
-            text += f" (default: {default}; toy: {TOY_DEFAULTS[name]})"
-        elif default != "":
-            text += f" (default: {default})"
+        default = str(getattr(kind, name))
+        if default and name in TOY_DEFAULTS:
+            default += f"; toy: {TOY_DEFAULTS[name]}"
+        text = f"{texts[name]} (default: {default})" if default else texts[name]
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
 
