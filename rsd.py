@@ -373,7 +373,8 @@ def clipped_sum(terms, clip, at):
 
 
 def divergence(student, teacher, clip="none", clip_at=0.05, **options):
-    """D(T, S) of teacher T and student S, per token: logits or log-probs [N, V] twice -> [N], in float32.
+    """D(T, S) of teacher and student per token: logits or log-probs [N, V] twice -> [N], in
+    float32.
 
     beta 0 is the forward KL(T || S), the paper's choice; beta 1 the reverse KL(S || T); between
     them beta KL(T || m) + (1 - beta) KL(S || m) with m = beta T + (1 - beta) S. Mind the jump: that
@@ -588,7 +589,7 @@ def optimizer_step(optimizer, lr, max_grad_norm=1.0):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parameters = [p for p in parameters if p.grad is not None]
     norms = [p.grad.norm() for p in parameters]
-    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of sharded weights
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # if sharded
     norm = torch.stack(norms).norm()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=False)
     for group in optimizer.param_groups:
@@ -2165,8 +2166,8 @@ class Sampling:
     """What every command has that lets a model write."""
 
     seed: int = 0  # Seed of data and sampling, and which of the toy's two models.
-    model: str = "toy"  # Directory, hub name, or NAME@URL of a server.
-    data: str = ""  # Name of a data set, hub id, or file; else toy, with --model rar-science.
+    model: str = "toy"  # Directory or hub name; NAME@URL of a server for generate, eval, judge.
+    data: str = ""  # Data set's name, hub id, or file; without it toy, or with --model rar-science.
     split: str = "test"  # Split of the data.
     limit: Size = 0  # Rows of the data, at most; 0 is all.
     prompts: str = str(HERE / "prompts")  # Directory of the prompt files.

@@ -11,6 +11,7 @@ import functools
 import html
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -2663,8 +2665,7 @@ def error_of(words, capsys):
 
 def torchrun(*words, cwd, script=REPO / "rsd.py"):
     """Two processes that run a script, without a GPU; they are on their way when it returns."""
-    paths = os.pathsep.join([str(REPO), str(Path(__file__).parent)])
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
         [*launcher, "--nproc-per-node", "2", str(script), *map(str, words)],
@@ -2887,8 +2888,9 @@ def check_shares(dtype):
     trained = [p for p in student.parameters() if p.requires_grad]
     examples = [rsd.Episode({}, prompt, [9, *prompt]) for prompt in ([1, 2, 3], [4, 5], [6, 7, 8])]
     _, figures = rsd.train_step(
-        student, teacher, examples, write, loss_of(), [Checked(trained, fused=False)], 1e-3,
-        token_budget=8, split=split, combine=rsd.sum_over_processes,
+        student, teacher, examples, write, functools.partial(rsd.token_loss, signal="forward"),
+        [Checked(trained, fused=False)], 1e-3, token_budget=8, split=split,
+        combine=rsd.sum_over_processes,
     )
     assert len(turns) == 2
     assert bool(turns[1][0].trained_tokens) == (rsd.RANK == 0)  # the last turn has a row for one
@@ -2903,12 +2905,21 @@ def check_shares(dtype):
 
 
 SHARES = f"""
-import torch, rsd, {__name__} as tests
+import functools
 
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import rsd
+
+{inspect.getsource(numbers_held)}
+{inspect.getsource(tiny_gemma)}
+{inspect.getsource(check_shares)}
 rsd.start_processes()
-tests.check_shares(torch.float32)
-if tests.HAS_PEFT:
-    tests.check_shares(torch.bfloat16)
+check_shares(torch.float32)
+if {HAS_PEFT}:
+    check_shares(torch.bfloat16)
 rsd.leave(0)
 """
 
@@ -3629,16 +3640,9 @@ def test_sparse_rows_of_the_embedding_give_the_same_gradient(tie, tok):
     torch.testing.assert_close(*found)
 
 
-def lora_model(tok, seed=0):
-    model = tiny(tok, seed)
-    torch.manual_seed(7)
-    rsd.add_lora(model, 4)
-    return model
-
-
 def test_adapters_stand_on_all_linear_layers(tok):
     pytest.importorskip("peft")
-    model = lora_model(tok)
+    model = adapted(tok)
     assert model.peft_config["default"].lora_alpha == 8
     trained = [name.split(".") for name, p in model.named_parameters() if p.requires_grad]
     assert {name[-2] for name in trained} == {"default"}
@@ -3661,7 +3665,7 @@ def test_a_model_that_takes_no_adapters_is_one_sentence():
 
 def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
     pytest.importorskip("peft")
-    plain, model, episodes = tiny(tok), lora_model(tok), random_episodes(tok)
+    plain, model, episodes = tiny(tok), adapted(tok), random_episodes(tok)
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
     assert rsd.make_teacher(model, "live") is model
     for own, taught in zip(model.parameters(), fixed.parameters(), strict=True):
@@ -4585,7 +4589,8 @@ def test_generate_writes_a_rubric_or_a_reason_and_goes_on(base, tmp_path, monkey
 
 @pytest.mark.slow
 def test_the_real_command_line_trains_and_evaluates(base, tmp_path):
-    rows = [row | {"reference_answer": "", "rubric": [GOOD]} for row in toy_rows("train", 12)]
+    rows = rsd.load_rows("toy", "train", 12)  # those of the command
+    rows = [row | {"reference_answer": "", "rubric": [GOOD]} for row in rows]
     write_lines(tmp_path / "r.jsonl", rows[:9])
     run = cli(*train_args(base, "out", "--rubrics", "r.jsonl"), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -4765,15 +4770,18 @@ def test_every_row_of_a_comparison_is_filled_once(command, tmp_path, monkeypatch
 
 def test_the_demo_writes_rubrics_trains_on_them_and_tests_that(tmp_path, monkeypatch):
     calls = Calls(monkeypatch)
-    assert rsd.main(["demo", "--out", str(tmp_path / "c")]) == 0
-    before, teacher, generate, train, after = calls.made
+    assert rsd.main(["demo", "--out", str(tmp_path / "c"), "--seeds", "2"]) == 0
     kinds = [rsd.Eval, rsd.Eval, rsd.Generate, rsd.Train, rsd.Eval]
-    assert [type(args) for args in calls.made] == kinds
-    writers = [args.writer for args in (before, teacher, generate, after)]
-    assert writers == ["student", "rubric+answer", "writer+answer", "student"]
-    assert before.model == teacher.model == generate.model == f"{TOY}/base-0"
-    assert train.rubrics == generate.out
-    assert after.model == train.out
+    for seed in (0, 1):
+        made = calls.of(object, seed)
+        assert [type(args) for args in made] == kinds
+        before, teacher, generate, train, after = made
+        writers = [args.writer for args in (before, teacher, generate, after)]
+        assert writers == ["student", "rubric+answer", "writer+answer", "student"]
+        for args in (before, teacher, generate, train):
+            assert args.model == f"{TOY}/base-{seed}"
+        assert train.rubrics == generate.out
+        assert after.model == train.out
 
 
 def test_learned_rubrics_are_those_of_a_writer_that_stage_one_trained(tmp_path, monkeypatch):
@@ -4803,18 +4811,49 @@ def test_the_commands_of_a_comparison_can_be_typed_as_they_are_shown(
 KINDS = {kind.__name__.lower(): kind for kind in rsd.COMMANDS}
 
 
+def comments_of(kind):
+    """The comment behind each field of a settings class, its parents' too, as Python's own
+    tokenizer sees it."""
+    source = Path(rsd.__file__).read_text(encoding="utf-8")
+    line_of = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line_of[token.start[0]] = token.string.removeprefix("# ")
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    comments = {}
+    for parent in reversed(kind.__mro__[:-1]):
+        for field in classes[parent.__name__].body:
+            if isinstance(field, ast.AnnAssign):
+                comments[field.target.id] = line_of.get(field.end_lineno, "")
+    return comments
+
+
 @pytest.mark.parametrize("command", KINDS)
-def test_help_explains_every_flag_and_its_default(command, capsys):
+def test_help_of_every_flag_is_the_comment_behind_its_setting(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # so that nothing is wrapped
     with pytest.raises(SystemExit) as stop:
         rsd.main([command, "--help"])
     assert stop.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    for name, default in vars(KINDS[command]()).items():
-        flag = "--" + name.replace("_", "-")
-        explained = re.search(rf"(?<=[\] ]){flag}(?: \S+| \{{[^}}]*\}})? ([A-Z][^-]+)", said)
-        assert explained, flag
-        if isinstance(default, (int, float)) and not isinstance(default, bool):
-            assert re.search(rf"{flag} .*?\(default: {re.escape(str(default))}[);]", said), flag
+    options = capsys.readouterr().out.partition("\noptions:\n")[2]
+    said = {}
+    for line in re.sub(r"\n {8,}", "  ", options).splitlines():  # a long flag stands by itself
+        match = re.fullmatch(r"  (--[\w-]+)(?: \S+| \{.*?\})?  +(.+)", line)
+        if match:
+            said[match[1]] = match[2]
+
+    kind = KINDS[command]
+    comments, defaults = comments_of(kind), vars(kind())
+    assert comments.keys() == defaults.keys()
+    assert said.keys() == {"--" + name.replace("_", "-") for name in defaults}
+    for name, default in defaults.items():
+        text, comment = said["--" + name.replace("_", "-")], comments[name]
+        assert re.fullmatch(r"\S+ .*[.?]", comment), name  # a sentence
+        if default == "":
+            assert text == comment
+        elif name in rsd.TOY_DEFAULTS:
+            assert text == f"{comment} (default: {default}; toy: {rsd.TOY_DEFAULTS[name]})"
+        else:
+            assert text == f"{comment} (default: {default})"
 
 
 @pytest.mark.parametrize("command", SYSTEMS)
@@ -4847,7 +4886,8 @@ BAD_FLAGS = [
     (["eval", "--split", "nope"], "--split nope"),
     (["train", "--stage", "rubric", "--method", "sft"], "--stage rubric"),
     (["train", "--method", "grpo"], "--rollouts"),
-    (["train", "--tail"], "--support"),
+    (["train", "--tail"], "--tail: needs a --support"),
+    (["train", "--shard"], "--shard: takes torchrun"),
     (["train", "--loss-temperature", "0"], "--loss-temperature"),
 ]
 
@@ -4889,7 +4929,8 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize("words", BAD_VALUES, ids=" ".join)
-def test_a_bad_value_exits_2_and_names_the_flag(words, capsys):
+def test_a_bad_value_exits_2_and_names_the_flag(words, capsys, monkeypatch):
+    monkeypatch.setattr(rsd, "COMMANDS", dict.fromkeys(rsd.COMMANDS, print))  # nothing is run
     with pytest.raises(SystemExit) as stop:
         rsd.main(words)
     assert stop.value.code == 2
@@ -4897,9 +4938,9 @@ def test_a_bad_value_exits_2_and_names_the_flag(words, capsys):
 
 
 @pytest.mark.parametrize("words", [["nope"], [], ["train", "--nope"], ["train", "--step", "3"]])
-def test_unknown_words_exit_2(words, capsys):
+def test_unknown_words_exit_2(words):
     with pytest.raises(SystemExit) as stop:
-        rsd.main(words)
+        rsd.parse_args(words)
     assert stop.value.code == 2
 
 
