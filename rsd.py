@@ -373,8 +373,7 @@ def clipped_sum(terms, clip, at):
 
 
 def divergence(student, teacher, clip="none", clip_at=0.05, **options):
-    """D(T, S) of teacher and student per token: logits or log-probs [N, V] twice -> [N], in
-    float32.
+    """D(T, S) per token: logits or log-probs [N, V] of student and teacher -> [N], in float32.
 
     beta 0 is the forward KL(T || S), the paper's choice; beta 1 the reverse KL(S || T); between
     them beta KL(T || m) + (1 - beta) KL(S || m) with m = beta T + (1 - beta) S. Mind the jump: that
@@ -2280,8 +2279,8 @@ class Train(Teaching):
             self.teacher_context = "solution"
         elif sees == "student" or self.rubrics == "none":
             self.teacher_context = self.student_context
-        group = self.rollouts > 1 or not reward
-        require(group, f"--method {self.method}: needs --rollouts 2 or more.")
+        has_groups = self.rollouts > 1 or not reward
+        require(has_groups, f"--method {self.method}: needs --rollouts 2 or more.")
         require(self.loss_temperature > 0, "--loss-temperature: has to be above 0.")
         require(self.support or not self.tail, "--tail: needs a --support.")
         enough = self.batch >= WORLD_SIZE
