@@ -46,6 +46,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -63,8 +64,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import InferenceClient
-from torch.distributed import fsdp
-from torch.distributed.checkpoint import state_dict as states
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -207,7 +207,7 @@ def render_chat(tokenizer, chat, **options):
         raise UserError(f"the model's chat template fails ({error!r:.150}).") from error
 
 
-def context_ids(tokenizer, template: str, fields: dict[str, str], thinking=False):
+def context_ids(tokenizer, template, fields, thinking=False):
     """One prompt file and one row's fields -> the ids [P] of a chat prompt.
 
     This is the only builder of prompts, for training and for evaluation, for student and teacher.
@@ -239,7 +239,7 @@ def stop_ids(model, tokenizer):
 
 @torch.no_grad()
 def sample_completions(
-    model, prompts: list[list[int]], stop: set[int], max_new_tokens=512, batch_size=64,
+    model, prompts, stop, max_new_tokens=512, batch_size=64,
     temperature=1.0, top_p=1.0, top_k=0,
 ):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped), in the order of the prompts.
@@ -278,7 +278,7 @@ def sample_completions(
 # ---- 3. Re-scoring and the per-token loss --------------------------------------------------------
 
 
-def rescore(model, contexts: list[list[int]], completions: list[list[int]]):
+def rescore(model, contexts, completions):
     """The hidden states [N, H] that predict each completion token, one sequence after the other.
     `logits_of` turns them into logits. Padding is on the right, where a causal model never looks.
     """
@@ -489,15 +489,19 @@ METHODS = {
     "grpo": ("student", "student", "advantage", "accuracy"),
     "grpo-rubric": ("student", "student", "advantage", "rubric_score"),
     "sft": ("reference", "student", "advantage", None),
+    "sft-teacher": ("teacher", "rubric", "advantage", None),  # of the teacher's own completions
+    "rsd-teacher": ("teacher", "rubric", "divergence", None),
+    "rsd-reference": ("reference", "rubric", "divergence", None),
+    "rsd-grpo": ("student", "rubric", "advantage", "rubric_score"),  # and --kl to that teacher
 }
 DIVERGENCES = ("forward", "reverse", "jsd")
 
 
-def student_writes(sample, examples, rollouts=1):
-    """Choice 1, who writes: `sample` (prompts of ids -> pairs of ids and stopped), so many times
-    per example."""
+def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
+    """Choice 1, who writes: the student, or the teacher from its own context "teacher_ids".
+    `sample` (prompts of ids -> pairs of ids and stopped) writes so many times per example."""
     examples = [e for e in examples for _ in range(rollouts)]
-    outputs = sample([e.prompt_ids for e in examples])
+    outputs = sample([getattr(e, context) for e in examples])
     return [replace(e, completion_ids=ids, stopped=s) for e, (ids, s) in zip(examples, outputs)]
 
 
@@ -515,8 +519,8 @@ def reference_writes(tokenizer, examples):
 def group_advantages(rewards, group, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
-    differs = (r != r[:, :1]).any(1, keepdim=True)  # a mean of floats need not be one of them
-    centred = differs * (r - r.mean(1, keepdim=True))
+    r = r - r[:, :1]  # or the mean of equal ones could differ from them in the last digit
+    centred = r - r.mean(1, keepdim=True)
     std = r.std(1, correction=0, keepdim=True)
     return (centred / (std + eps)).flatten().tolist()
 
@@ -552,7 +556,7 @@ def token_loss(
     return {"loss": loss, "divergence": whole, "clipped": clipped, "entropy": entropy(student)}
 
 
-def micro_batches(episodes: list[Episode], token_budget: int, devices=1):
+def micro_batches(episodes, token_budget, devices=1):
     """Episodes from the widest to the narrowest, cut so that the padded rows x width of a micro-
     batch stay within the budget (of each device)."""
 
@@ -568,7 +572,7 @@ def micro_batches(episodes: list[Episode], token_budget: int, devices=1):
     return batches
 
 
-def flatten(episodes: list[Episode], device):
+def flatten(episodes, device):
     """The completions one after the other -> keep [all tokens], a mask of those that carry a loss;
     and of the N that do, ids [N] and advantage [N]."""
     ids, advantage, keep = [], [], []
@@ -587,9 +591,7 @@ def optimizer_step(optimizer, lr, max_grad_norm=1.0):
     optimizer moves nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parameters = [p for p in parameters if p.grad is not None]
-    norms = [p.grad.norm() for p in parameters]
-    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # if sharded
-    norm = torch.stack(norms).norm()
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=False)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -848,18 +850,24 @@ def read_rubric(value):
     return rubric
 
 
+MET = {True: "met", False: "not met", None: "not checked"}
+
+
 def row_fields(row):
-    """What a row can put into the placeholders of a prompt file; what it lacks is left out."""
+    """What a row can put into the placeholders of a prompt file; what it lacks is left out. "met"
+    says which criteria a completion meets, for {feedback}."""
     rubric = row.get("rubric") or []
-    lines = []
-    for c in rubric:
+    lines, feedback = [], []
+    for c, met in zip(rubric, row.get("met") or [None] * len(rubric)):
         title = f"{c['title']}: " if c["title"] else ""
         lines.append(f"- {title}{c['description']} ({signed_weight(c):g})")
+        feedback.append(f"{lines[-1]}: {MET[met]}")
     plain = [{name: c[name] for name in FIELD_NAMES} for c in rubric]
     response = row.get("response", "")
     fields = row | {
         "answer": row.get("reference_answer"),
         "rubric": "\n".join(lines),
+        "feedback": "\n".join(feedback),
         "rubric_json": json.dumps(plain, ensure_ascii=False) if plain else "",
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
         "fence": hashlib.sha256(response.encode()).hexdigest()[:16],
@@ -908,27 +916,6 @@ def generate_rubrics(write, asked, parse, tries=3):
     section 7, `parse` is `parse_rubric`; {"rubric": None, "reason": why} where no try could be
     read."""
     return write_until_read(write, asked, parse, "rubric", tries)
-
-
-def ablate(rubrics, source, generic=None, seed=0):
-    """The rubrics of an ablation in place of each question's own: generic (the same for all),
-    random (another question's), noisy (every second criterion is another's) or reduced (half of
-    them)."""
-    rng = random.Random(f"rubrics {seed}")
-    n = len(rubrics)
-    changed = []
-    for i, own in enumerate(rubrics):
-        other = rubrics[(i + rng.randrange(1, max(2, n))) % n]
-        if source == "generic":
-            own = generic
-        elif source == "random":
-            own = other
-        elif source == "reduced":
-            own = rng.sample(own, (len(own) + 1) // 2)
-        else:
-            own = [rng.choice(other) if other and k % 2 else c for k, c in enumerate(own, i)]
-        changed.append(own)
-    return changed
 
 
 # ---- 6. Grading: one grader for rewards and for results ------------------------------------------
@@ -1337,6 +1324,17 @@ def mean_se(values):
     return x.mean().item(), se, len(x)
 
 
+def interval(mean, se, n):
+    """Wilson's 95 % interval of a share; of the mean of other values in [0, 1] the interval of as
+    many yes and no as have this standard error."""
+    if se:
+        n = mean * (1 - mean) / se**2 * n / (n - 1)
+    z2 = 1.96**2 / n
+    middle = mean + z2 / 2
+    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4)
+    return max(0.0, (middle - half) / (1 + z2)), (middle + half) / (1 + z2)
+
+
 def question_figures(scores):
     """The scores of k answers to one question -> the mean of each; with k > 1 also the unbiased
     pass@m = 1 - C(wrong, m) / C(k, m) (arXiv 2107.03374)."""
@@ -1349,19 +1347,12 @@ def question_figures(scores):
     return figures
 
 
-def evaluate(samples, against = None):
-    """(question, scores), k times a question -> {question: its figures}. against: another model's
-    {question: figures}; then the paired gain over it is among them."""
+def evaluate(samples):
+    """(question, scores), k times a question -> {question: its figures}."""
     scores = {}
     for question, score_of_answer in samples:
         scores.setdefault(question, []).append(score_of_answer)
-    figures = {question: question_figures(group) for question, group in scores.items()}
-    for question, theirs in (against or {}).items():
-        own = figures.get(question, {})
-        for name, other in theirs.items():
-            if own.get(name) is not None and other is not None:
-                own[f"{name} gain"] = own[name] - other
-    return figures
+    return {question: question_figures(group) for question, group in scores.items()}
 
 
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
@@ -1387,6 +1378,84 @@ class ModelWriter:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             written.append(Written(text, len(ids), stopped))
         return written
+
+
+class VllmSampler:
+    """vLLM in the place of `sample_completions`: prompts of ids in, pairs of ids and stopped out.
+
+    `load` gives it a model's weights; `gap` compares its log-probs with that model's, since an
+    engine with old or other weights would spoil every on-policy method in silence.
+    """
+
+    def __init__(self, model, stop, memory, max_new_tokens, batch_size, **sampling):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm  # optional; main says how to get it
+
+        self.sampling = {"max_tokens": max_new_tokens, "stop_token_ids": sorted(stop), **sampling}
+        self.dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+        self.folder = tempfile.TemporaryDirectory()
+        self.save(model)
+        self.llm = vllm.LLM(
+            self.folder.name,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # the model's own defaults are set aside
+            dtype=self.dtype,
+            max_model_len=-1,  # as much as the memory holds
+            max_num_seqs=batch_size,
+            gpu_memory_utilization=memory,
+            enforce_eager=self.dtype == torch.float32,
+        )
+
+    def save(self, model):
+        """Write the weights where the engine reads them, a LoRA's adapters added in; the head apart
+        from the embeddings, since vLLM (0.32, on CPUs) reloads only these if they are one."""
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = False
+        config.save_pretrained(self.folder.name)
+        weights = {}
+        for name, x in model.state_dict().items():
+            if "lora_" not in name:
+                weights[name.replace(".base_layer", "")] = x.to("cpu", self.dtype, copy=True)
+        for name, module in model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                weights[f"{name}.weight"] += module.get_delta_weight("default").cpu()
+        save_file(weights, f"{self.folder.name}/model.safetensors")
+
+    def load(self, model):
+        """Take over the model's weights, and forget what the old ones computed."""
+        self.save(model)
+        where = {"weights_path": self.folder.name}
+        self.llm.collective_rpc("reload_weights", kwargs=where)
+        self.llm.reset_prefix_cache()
+
+    def __call__(self, prompts):
+        from vllm import SamplingParams, TokensPrompt
+
+        seed = torch.randint(2**31, ()).item()  # it follows torch's
+        asked, how = [], []
+        for i, ids in enumerate(prompts):
+            asked.append(TokensPrompt(prompt_token_ids=ids))
+            how.append(SamplingParams(seed=seed + i, logprobs=0, detokenize=False, **self.sampling))
+        written = [out.outputs[0] for out in self.llm.generate(asked, how)]
+        self.last = list(zip(prompts, written))
+        return [(list(out.token_ids), out.finish_reason == "stop") for out in written]
+
+    @torch.no_grad()
+    def gap(self, model, n=4):
+        """The mean distance in nats between the log-probs of the tokens of the first n completions
+        and the model's own. UserError: these are other weights."""
+        contexts, completions, theirs = [], [], []
+        for prompt, out in self.last[:n]:
+            contexts.append(prompt)
+            completions.append(list(out.token_ids))
+            theirs += [x[i].logprob for i, x in zip(out.token_ids, out.logprobs)]
+        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+            logits = logits_of(model, rescore(model, contexts, completions))
+        ids = torch.tensor(sum(completions, []), device=model.device)
+        gap = (log_prob(logits, ids).cpu() - torch.tensor(theirs)).abs().mean().item()
+        bound = 1e-4 if self.dtype == torch.float32 else 0.1
+        require(gap < bound, f"--engine vllm: it is {gap:.3g} nats a token off; stopped.")
+        return gap
 
 
 @dataclass
@@ -1518,42 +1587,21 @@ def sample_together(sample, prompts):
 
 
 def my_micro_batches(episodes, token_budget):
-    """This process's part of each micro-batch. All have the same number of them, since the layers
-    of a sharded model are gathered in step: one without rows takes a row that carries no loss."""
-    mine = []
-    for batch in micro_batches(episodes, token_budget, devices=WORLD_SIZE):
-        first = batch[0]
-        idle = replace(first, train_from=len(first.completion_ids))
-        mine.append(batch[RANK::WORLD_SIZE] or [idle])
-    return mine
+    """This process's part of each micro-batch."""
+    batches = micro_batches(episodes, token_budget, devices=WORLD_SIZE)
+    return [batch[RANK::WORLD_SIZE] for batch in batches if len(batch) > RANK]
 
 
 def sum_over_processes(model, sums):
-    """Add up the gradients (FSDP2 has done so with those of its layers) and the figures."""
+    """Add up the gradients and the figures."""
     if WORLD_SIZE > 1:
         for p in model.parameters():
-            if p.grad is not None and not hasattr(p, "full_tensor"):
+            if p.grad is not None:
                 torch.distributed.all_reduce(p.grad)
     total = Counter()
     for part in all_gather(sums):
         total.update(part)  # a Counter's update adds
     return total
-
-
-def shard(model, regather):
-    """FSDP2: cut the decoder layers' weights among the processes; embeddings, norm, head stay
-    whole. A layer is gathered for a forward pass, and let go in the backward one, or at once
-    (regather)."""
-    lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
-    layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-    half = torch.bfloat16 if model.device.type == "cuda" else None
-    policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        fsdp.fully_shard(layer, reshard_after_forward=regather, mp_policy=policy)
-        layer.set_gradient_divide_factor(1.0)  # a sum: the denominator is that of all processes
-        layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
-    rest = {*model.base_model.parameters()} - {*layers.parameters()}
-    fsdp.fully_shard(model.base_model, ignored_params=rest)  # frees summed gradients at once
 
 
 # ---- 9. Runs: teachers, adapters, schedule, files that survive a crash ---------------------------
@@ -1600,13 +1648,9 @@ def add_lora(model, rank):
             p.data = p.data.float()
 
 
-def learning_rate(step, steps, peak, warmup, schedule="constant"):
-    """Linear warm-up, then constant, or cosine down to 0 at `steps`; step counts from 0."""
-    rate = peak * min(1.0, (step + 1) / max(1, warmup))
-    if schedule == "constant":
-        return rate
-    done = max(0, step - warmup) / max(1, steps - warmup)
-    return rate * 0.5 * (1 + math.cos(math.pi * done))
+def learning_rate(step, peak, warmup):
+    """Linear warm-up over so many steps, then constant; step counts from 0."""
+    return peak * min(1.0, (step + 1) / max(1, warmup))
 
 
 def step_rows(items, step, batch, seed):
@@ -1647,24 +1691,26 @@ def finish_save(out):
         shutil.rmtree(ready)
 
 
-def save_checkpoint(out, model, teacher, optimizer, tokenizer, settings, metrics):
+def save_checkpoint(out, model, teacher, optimizer, tokenizer, metrics):
     """Write a checkpoint into `out`; every process calls it. A crash at any moment leaves the last
     one whole (`open_run` finishes the move). UserError: it cannot be written."""
-    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=settings["shard"])
-    trained_only = replace(whole, ignore_frozen_params=True)
-    weights, moments = states.get_state_dict(model, optimizer, options=trained_only)
-    taught = {}
-    if teacher is not None and teacher is not model:
-        taught = states.get_model_state_dict(teacher, options=whole)
     if RANK > 0:
         return
-    taught = {name: x for name, x in taught.items() if name in moments["state"]}
+    taught = {}
+    if teacher is not None and teacher is not model:
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        taught = {name: p for name, p in teacher.named_parameters() if name in trained}
+    state = {
+        "step": len(metrics),
+        "metrics": metrics,
+        "optimizer": optimizer.state_dict(),
+        "teacher": taught,
+    }
     new = out / ".rsd-new"
     shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(new, state_dict=weights)  # of a LoRA, the adapters
+        model.save_pretrained(new)  # of a LoRA, the adapters
         tokenizer.save_pretrained(new)
-        state = {"step": len(metrics), "metrics": metrics, "optimizer": moments, "teacher": taught}
         torch.save(state, new / "trainer.pt")
     except Exception as error:  # of safetensors, torch and the disk
         shutil.rmtree(new, ignore_errors=True)
@@ -1950,11 +1996,6 @@ def rubrichub_row(cells):
     return {"question": cells["prompt"], "reference_answer": answer}
 
 
-def openthoughts_row(cells):
-    """OpenThoughts, mathematics, with solutions."""
-    return plain_row(cells | {"question": cells["problem"], "reference_answer": cells["Answer"]})
-
-
 def gpqa_row(cells):
     """GPQA: four options in an order of the question's own; the answer is a letter."""
     question, right = cells["Question"], cells["Correct Answer"]
@@ -1995,10 +2036,6 @@ DATA_SETS = {
     "rar-science": DataSet("ScaleAI/RaR-Science", overlap=True),
     "rubrichub-science": DataSet(
         "sojuL/RubricHub_v1:RuRL/rurbichub_v1_Science.parquet", rubrichub_row, test="train"
-    ),
-    "natural-reasoning": DataSet("facebook/natural_reasoning", test="train"),
-    "openthoughts-math": DataSet(
-        "siyanzhao/Openthoughts_math_30k_opsd", openthoughts_row, test="train"
     ),
     "gpqa-diamond": DataSet("Idavidrein/gpqa:gpqa_diamond", gpqa_row, test="train"),
     "scibench": DataSet("xw27/scibench", scibench_row, test="train"),
@@ -2085,32 +2122,25 @@ def load_rows(data, split, limit=0, seed=0):
     return rows
 
 
-def with_rubrics(rows, source, folder, seed=0):
-    """Rows with the rubric from `source`: data, none (no teacher sees it), a .jsonl file of
-    generate, or for ablation generic, random, noisy, reduced. The row's own, own_rubric, alone
-    grades."""
+def with_rubrics(rows, source):
+    """Rows with the rubric from `source`: data, none (no teacher sees it), or a .jsonl file of
+    generate. The row's own, own_rubric, alone grades."""
     rubrics = [row["rubric"] for row in rows]
-    if source in ("generic", "random", "noisy", "reduced"):
-        generic = read_rubric((Path(folder) / "generic.json").read_text())
-        rubrics = ablate([rubric or [] for rubric in rubrics], source, generic, seed)
-    elif source not in ("data", "none"):
-        require(
-            source.endswith(".jsonl") and Path(source).is_file(),
-            f"--rubrics {source}: no such .jsonl file, and none of data, none, generic, random, "
-            "noisy, reduced.",
-        )
+    if source not in ("data", "none"):
+        is_file = source.endswith(".jsonl") and Path(source).is_file()
+        require(is_file, f"--rubrics {source}: no such .jsonl file, and neither data nor none.")
         found = {row["question"]: row["rubric"] for row in load_rows(source, "")}
         rubrics = [found.get(row["question"]) for row in rows]
-    return [
-        row | {"rubric": rubric or None, "own_rubric": row["rubric"]}
-        for row, rubric in zip(rows, rubrics)
-    ]
+    changed = []
+    for row, rubric in zip(rows, rubrics):
+        changed.append(row | {"rubric": rubric, "own_rubric": row["rubric"]})
+    return changed
 
 
-def make_examples(rows, templates, writer, needs=()):
-    """Rows and prompt files -> [(row, a prompt for each file)].
+def make_examples(rows, templates, writers, needs=()):
+    """Rows, prompt files and who reads each of them -> [(row, a prompt for each file)].
 
-    A row that lacks a field (or a score, named in `needs`), or has a prompt for which the writer
+    A row that lacks a field (or a score, named in `needs`), or has a prompt for which its reader
     has no room, is left out, never cut, and counted. UserError: nothing is left.
     """
     wanted = {*needs, *PLACEHOLDER.findall("".join(templates))}
@@ -2122,8 +2152,8 @@ def make_examples(rows, templates, writer, needs=()):
         if missing:
             dropped[f"no {missing[0]}"] += 1
             continue
-        prompts = [writer.prompt(template, fields) for template in templates]
-        if max(map(len, prompts)) > writer.room:
+        prompts = [writer.prompt(text, fields) for text, writer in zip(templates, writers)]
+        if max(map(len, prompts)) > writers[0].room:
             dropped["context too long for the model"] += 1
             continue
         examples.append((row, *prompts))
@@ -2171,6 +2201,8 @@ class Sampling:
     limit: Size = 0  # Rows of the data, at most; 0 is all.
     prompts: str = str(HERE / "prompts")  # Directory of the prompt files.
     thinking: Literal["off", "on"] = "off"  # What the chat template is told about thinking.
+    engine: Literal["transformers", "vllm"] = "transformers"  # What samples the completions.
+    engine_memory: Share = 0.3  # Share of the GPU's memory that vllm takes.
     batch_size: Count = 64  # Completions that are sampled at a time.
     max_new_tokens: Count = 4096  # Tokens of a completion, at most.
     temperature: Real = 0.7  # Sampling temperature; 0 takes the likeliest token.
@@ -2184,7 +2216,6 @@ class Writing(Sampling):
 
     writer: str = "student"  # Prompt file that the writing model sees.
     out: str = ""  # JSON Lines file; what it holds already is not asked again.
-    against: str = ""  # Another model's --out: report the gain over it, question by question.
     tries: Count = 3  # Draws, at most, until what is written can be read.
 
 
@@ -2203,7 +2234,6 @@ class Eval(Writing):
     """eval"""
 
     k: Count = 1  # Answers to each question, for their mean and pass@m.
-    judge: str = ""  # A model or NAME@URL that grades the answers by their rubrics.
 
 
 @dataclass
@@ -2220,9 +2250,10 @@ class Judge(Writing):
 class Teaching(Sampling):
     """What the commands have in which a teacher looks on."""
 
-    rubrics: str = "data"  # data, none, generic, random, noisy, reduced, or a .jsonl file.
+    rubrics: str = "data"  # data, none, or a .jsonl file of generate.
     student_context: str = "student"  # Prompt file that the student sees.
     teacher_context: str = "rubric"  # Prompt file that the teacher of rsd sees.
+    teacher_thinking: Literal["", "off", "on"] = ""  # The same for its template, if it is another.
     temperature: Real = 1.0  # Sampling temperature; 0 takes the likeliest token.
     top_p: Share = 1.0  # Sample from the likeliest tokens of this mass; 1 is all.
     top_k: Size = 0  # Sample from this many of the likeliest tokens; 0 is all.
@@ -2236,6 +2267,9 @@ class Inspect(Teaching):
     compare: str = ""  # A trained model to show beside the student.
     run: str = ""  # Directory of a run whose curves are drawn.
     out: str = "runs/credit.html"  # The page; its figures go to .json beside it.
+
+    def __post_init__(self):
+        require(self.engine == "transformers", "--engine vllm: not for inspect.")
 
 
 @dataclass
@@ -2261,11 +2295,9 @@ class Train(Teaching):
     teacher: Literal["fixed", "ema", "live"] = "fixed"  # The teacher's weights.
     ema_decay: Share = 0.99  # Decay of --teacher ema, per step.
     kl: Real = 0.0  # Weight of the reverse KL to the teacher in GRPO.
-    truncated: Literal["keep", "mask"] = "keep"  # Completions that were cut off: learn from them?
     skip_thinking: bool = False  # No loss on the tokens up to </think>.
     token_budget: Count = 8192  # Tokens of a micro-batch, padding included.
     lora_rank: Size = 0  # Train adapters of this rank (by peft); 0 is all weights.
-    shard: bool = False  # Cut the decoder layers among torchrun's processes (FSDP2).
     gradient_checkpointing: bool = False  # Take less memory and more time.
 
     def __post_init__(self):
@@ -2281,33 +2313,28 @@ class Train(Teaching):
             self.teacher_context = self.student_context
         has_groups = self.rollouts > 1 or not reward
         require(has_groups, f"--method {self.method}: needs --rollouts 2 or more.")
+        require(
+            self.kl > 0 or self.method != "rsd-grpo", "--method rsd-grpo: needs a --kl above 0."
+        )
         require(self.loss_temperature > 0, "--loss-temperature: has to be above 0.")
         require(self.support or not self.tail, "--tail: needs a --support.")
         enough = self.batch >= WORLD_SIZE
         require(enough, f"--batch {self.batch}: each of {WORLD_SIZE} processes needs a prompt.")
-        is_alone = self.shard and WORLD_SIZE == 1
-        require(not is_alone, "--shard: takes torchrun and two processes or more.")
+        if self.divergence == "reverse" and self.support and not self.tail:
+            say("warning: the reverse KL on a --support goes wrong without --tail")
+        if self.thinking == "on" and self.max_new_tokens < 2048:
+            say("warning: --max-new-tokens will cut most of the thinking off")
 
 
 @dataclass
 class Demo:
-    """demo, and what compare has of it."""
+    """demo"""
 
-    seed: int = 0  # The first seed; each has its own data and sampling.
-    seeds: Count = 1  # Runs of each system.
-    steps: Count = 60  # Training steps of each system.
+    seed: int = 0  # Seed of data and sampling, and which of the toy's two models.
+    steps: Count = 60  # Training steps.
     n: Count = 200  # Held-out problems.
     limit: Count = 256  # Training problems.
     out: str = "runs/demo"  # Directory of the results.
-
-
-@dataclass
-class Compare(Demo):
-    """compare"""
-
-    seeds: Count = 3  # Runs of each system.
-    steps: Count = 40  # Training steps of each system.
-    out: str = "runs/compare"  # Directory of the results.
 
 
 TOY_DEFAULTS = {  # what other defaults --data toy brings
@@ -2349,7 +2376,7 @@ def prompt_files(args, *names):
 def load_questions(args):
     """The rows of --data, --split and --limit, with the rubrics of --rubrics."""
     rows = load_rows(args.data, args.split, args.limit, args.seed)
-    return with_rubrics(rows, getattr(args, "rubrics", "data"), args.prompts, args.seed)
+    return with_rubrics(rows, getattr(args, "rubrics", "data"))
 
 
 def load_from_flags(args, half=False):
@@ -2370,10 +2397,21 @@ def sampling_of(args):
 def model_writer(args, model, tokenizer):
     """The writer that samples from this model, each process a share."""
     stop = stop_ids(model, tokenizer)
-    sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
-    sample = functools.partial(sample_together, sample)
     longest = getattr(model.config, "max_position_embeddings", math.inf)
+    if args.engine == "vllm":
+        require(WORLD_SIZE == 1, "--engine vllm: goes with one process.")
+        sample = VllmSampler(model, stop, args.engine_memory, **sampling_of(args))
+        longest = sample.llm.llm_engine.model_config.max_model_len
+    else:
+        sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
+        sample = functools.partial(sample_together, sample)
     return ModelWriter(sample, tokenizer, longest - args.max_new_tokens, args.thinking == "on")
+
+
+def readers_of(args, writer):
+    """The writer twice: as the student's prompts are built, and as the teacher's contexts are."""
+    thinking = args.teacher_thinking or args.thinking
+    return writer, replace(writer, thinking=thinking == "on")
 
 
 def open_writer(args):
@@ -2391,11 +2429,10 @@ def write_lines(args, name, columns, ask, rate, k=1):
     times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
     prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
     templates = prompt_files(args, args.writer)
-    others = read_jsonl(Path(args.against)) if args.against else []
     rows = load_questions(args)
     writer = open_writer(args)
     jobs = []
-    for example, number in itertools.product(make_examples(rows, templates, writer), range(k)):
+    for example, number in itertools.product(make_examples(rows, templates, [writer]), range(k)):
         row = example[0]
         item = {column: row.get(column) for column in columns}
         item["sample"] = (row["sample"] or 0) if name == "judge" else number
@@ -2409,37 +2446,33 @@ def write_lines(args, name, columns, ask, rate, k=1):
     seed_process(args.seed)
     work = functools.partial(ask, writer)
     lines = remember(args.out, jobs, work, 2 * args.batch_size * WORLD_SIZE, name, origin)
-    return report(lines, others, name, {row["question"]: row for row in rows}, rate)
+    return report(lines, name, {row["question"]: row for row in rows}, rate)
 
 
-def report(lines, others, name, row_of, rate):
+def report(lines, name, row_of, rate):
     """Print and return the mean of each figure of these lines over the questions, its standard
-    error (NAME_se) and the number of questions that have it (NAME_n); and of the gain over another
-    model's lines. UserError: the others are not of these questions."""
+    error (NAME_se) and the number of questions that have it (NAME_n)."""
     lost = Counter(line["reason"] for line in lines if line[name] is None)
     if lost:
         say(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
 
-    def samples(lines):
-        for line in lines:
-            row = row_of.get(line.get("question"))
-            known = {name, "text", "tokens", "truncated"} <= line.keys()
-            if row and known and line["text"] is not None:  # the server did not refuse it
-                scores = rate(line[name], row | line)
-                scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
-                yield (row["question"], line.get("reference_answer")), scores
-
-    theirs = evaluate(samples(others))
-    require(theirs or not others, f"--against: it has no {name} to these questions.")
-    figures = evaluate(samples(lines), theirs).values()
+    samples = []
+    for line in lines:
+        if line["text"] is not None:  # the server did not refuse it
+            scores = rate(line[name], row_of[line["question"]] | line)
+            scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
+            samples.append(((line["question"], line.get("reference_answer")), scores))
+    figures = evaluate(samples).values()
     summary = {"n": len(figures)}
     for figure in dict.fromkeys(itertools.chain(*figures)):
         mean, se, n = mean_se([f.get(figure) for f in figures])
         summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
         shown = "n/a"
         if n:
-            interval = f"{mean - 1.96 * se:.3f} to {mean + 1.96 * se:.3f}"
-            shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n}), 95 %: {interval}"
+            shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})"
+            if figure not in ("tokens", "criteria"):
+                low, high = interval(mean, se, n)
+                shown += f", 95 %: {low:.3f} to {high:.3f}"
         say(f"{figure:18s} {shown}")
     return summary
 
@@ -2451,8 +2484,6 @@ def tries_of(args):
 
 def cmd_generate(args):
     """Write a rubric for every question."""
-    if args.writer == "judge":
-        return cmd_judge(args)
     ask = functools.partial(generate_rubrics, parse=parse_rubric, tries=tries_of(args))
     columns = ("question", "reference_answer", "solution")
     return write_lines(args, "rubric", columns, ask, score_rubric)
@@ -2460,15 +2491,9 @@ def cmd_generate(args):
 
 def cmd_eval(args):
     """Answer held-out questions and grade the answers."""
-    require(not args.judge or args.out.endswith(".jsonl"), "--judge: needs --out FILE.jsonl.")
     ask = functools.partial(write_until_read, read=lambda text, row: (text, ""), name="text")
     columns = ("question", "reference_answer", "rubric")
-    summary = write_lines(args, "text", columns, ask, score, args.k)
-    if all_gather(args.judge)[0]:  # once the first process has written the answers
-        out, against = (re.sub(r"\.jsonl$", ".judged.jsonl", p) for p in (args.out, args.against))
-        judging = settle(Judge, model=args.judge, data=args.out, out=out, against=against)
-        summary |= cmd_judge(judging)
-    return summary
+    return write_lines(args, "text", columns, ask, score, args.k)
 
 
 def cmd_judge(args):
@@ -2480,30 +2505,40 @@ def cmd_judge(args):
 # -- train
 
 
-def training_writer(args, sample, tokenizer):
-    """Step 1 of `train_step` for this method: examples -> episodes, written, graded and masked."""
+def training_writer(args, writer, reader, author):
+    """Step 1 of `train_step` for this method: examples -> episodes, written, graded and masked.
+    writer: of the completions, which the model `author` samples; reader: of teacher's contexts."""
     who, _, _, reward = METHODS[args.method]
+    tokenizer, sample = writer.tokenizer, writer.sample
+    context = "teacher_ids" if who == "teacher" else "prompt_ids"
+    teacher_template = prompt_files(args, args.teacher_context)[0]
+    has_feedback = "{feedback}" in teacher_template
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     known = end_thinking not in (None, tokenizer.unk_token_id)
     require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
 
     def write(examples):
-        if who == "student":
-            episodes = student_writes(sample, examples, args.rollouts)
-        else:
+        if args.engine == "vllm":
+            sample.load(author)
+        if who == "reference":
             episodes = reference_writes(tokenizer, examples)
+        else:
+            episodes = model_writes(sample, examples, args.rollouts, context)
+        gap = {"engine_gap": sample.gap(author)} if args.engine == "vllm" else {}
         for e in episodes:
             text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
             if args.stage == "reason":
                 e.scores = score(text, e.row)
             else:
                 e.scores = score_rubric(parse_rubric(text)[0], e.row)
-            e.scores["leak"] = float(bool(LEAK.search(text)))
+            e.scores |= gap | {"leak": float(bool(LEAK.search(text)))}
+            if has_feedback:
+                met = [check_criterion(c, text) for c in e.row["rubric"]]
+                fields = row_fields(e.row | {"met": met})
+                e.teacher_ids = reader.prompt(teacher_template, fields)
             if args.skip_thinking:  # all of it, where it is unfinished
                 ids = [*e.completion_ids[:-1], end_thinking]
                 e.train_from = ids.index(end_thinking) + 1
-            if args.truncated == "mask" and not e.stopped:
-                e.train_from = len(e.completion_ids)
         if reward:
             gains = group_advantages([e.scores[reward] for e in episodes], args.rollouts)
             for e, gain in zip(episodes, gains):
@@ -2524,7 +2559,7 @@ def set_up(args, out, state):
     if args.lora_rank:
         add_lora(student, args.lora_rank)
     teacher = None
-    if args.kl or METHODS[args.method][2] != "advantage":
+    if args.kl or METHODS[args.method][1] != "student":
         teacher = make_teacher(student, args.teacher)
     if state["step"]:
         own, _ = load_model(str(out))
@@ -2534,14 +2569,10 @@ def set_up(args, out, state):
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     student.get_input_embeddings().sparse = True  # its gradient is of a few rows
-    if args.shard:
-        for model in {student, teacher} - {None}:
-            shard(model, regather=model is not student)
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=not args.shard)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["step"]:
-        whole = states.StateDictOptions(full_state_dict=True, strict=False)  # some never moved
-        states.set_optimizer_state_dict(student, optimizer, state["optimizer"], options=whole)
+        optimizer.load_state_dict(state["optimizer"])
     return student, tokenizer, teacher, optimizer
 
 
@@ -2574,7 +2605,6 @@ def log_step(out, step, episodes, figures, sampled):
         "rollouts": n * sampled,
         "sampled": tokens * sampled,
         "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
     }
     if RANK == 0:
         with open(out / "metrics.jsonl", "a") as file:
@@ -2584,13 +2614,11 @@ def log_step(out, step, episodes, figures, sampled):
 
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
-    shown = []
-    names = ("step", "loss", "divergence", "entropy", "length")
-    names += ("accuracy", "rubric_score", "recall")
-    for name in names:
-        if metrics.get(name) is not None:
-            shown.append(f"{name} {metrics[name]:<7.4g}")
-    say(" ".join(shown) + f"seconds {metrics['seconds']:.3g}\n    {sample[:90]!r}")
+    graded = [metrics.get(name) for name in ("rubric_score", "recall", "accuracy")]
+    score = next((value for value in graded if value is not None), math.nan)
+    shown = metrics | {"score": score}
+    names = ("step", "loss", "divergence", "entropy", "length", "score", "seconds")
+    say(*(f"{name} {shown[name]:<6.3g}" for name in names), f"\n    {sample[:90]!r}")
 
 
 def cmd_train(args):
@@ -2600,16 +2628,18 @@ def cmd_train(args):
     state = open_run(out, kept, args.resume)
     start, history = state["step"], state["metrics"]
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
-    who, _, _, reward = METHODS[args.method]
+    who, _, signal, reward = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
     rows = load_questions(args)
     student, tokenizer, teacher, optimizer = set_up(args, out, state)
-    writer = model_writer(args, student, tokenizer)
+    author = teacher if who == "teacher" else student
+    writers = readers_of(args, model_writer(args, author, tokenizer))
     needs = {reward, "solution" if who == "reference" else None} - {None}
-    examples = [Episode(*e) for e in make_examples(rows, templates, writer, needs)]
+    examples = [Episode(*e) for e in make_examples(rows, templates, writers, needs)]
     for name in ("prompt_ids", "teacher_ids"):
         say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
-    write = training_writer(args, writer.sample, tokenizer)
+    write = training_writer(args, *writers, author)
+    scorer = teacher if args.kl or signal == "divergence" else None
     loss = training_loss(args)
     kept["data_seen"] = crc32(repr(examples).encode())
     same = state.get("data_seen") in (None, kept["data_seen"])
@@ -2619,25 +2649,24 @@ def cmd_train(args):
     for step in progress(range(start, args.steps), "train", initial=start, total=args.steps):
         done = step + 1
         torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
-        lr = learning_rate(step, args.steps, args.lr, args.warmup)
+        lr = learning_rate(step, args.lr, args.warmup)
         episodes, figures = train_step(
-            student, teacher, step_rows(examples, step, args.batch, args.seed), write, loss,
+            student, scorer, step_rows(examples, step, args.batch, args.seed), write, loss,
             [optimizer], lr, args.token_budget, split=my_micro_batches, combine=sum_over_processes,
         )
-        saved = max(start, step - step % args.save_every)
         require(
             math.isfinite(figures["loss"] + figures["grad_norm"]),
             f"step {done}: loss {figures['loss']}, norm {figures['grad_norm']}; stopped before "
-            f"the weights moved; {out} holds step {saved or 'none'}.",
+            f"the weights moved. What was saved before lies in {out}.",
         )
         if args.teacher == "ema":
             ema_update(teacher, student, args.ema_decay)
-        history.append(log_step(out, done, episodes, figures, who == "student"))
+        history.append(log_step(out, done, episodes, figures, who != "reference"))
         is_last = done == args.steps
         if step == start or is_last or done % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
         if is_last or done % args.save_every == 0:
-            save_checkpoint(out, student, teacher, optimizer, tokenizer, kept, history)
+            save_checkpoint(out, student, teacher, optimizer, tokenizer, history)
     say(f"saved {out}; python rsd.py eval --model {out}")
     sums = ("rollouts", "sampled", "trained", "seconds")
     return {name: sum(m[name] for m in history) for name in sums}
@@ -2669,11 +2698,11 @@ def inspect_rollouts(args):
     students = {"the student": teacher}
     if args.compare:
         students[args.compare], _ = load_model(args.compare, teacher.dtype)
-    writer = model_writer(args, teacher, tokenizer)
-    examples = [Episode(*e) for e in make_examples(rows, templates, writer, ["rubric"])]
-    seed_process(args.seed)
     writers = [model_writer(args, student, tokenizer) for student in students.values()]
-    written = [student_writes(writer.sample, examples) for writer in writers]
+    readers = readers_of(args, writers[0])
+    examples = [Episode(*e) for e in make_examples(rows, templates, readers, ["rubric"])]
+    seed_process(args.seed)
+    written = [model_writes(writer.sample, examples) for writer in writers]
     rollouts, text = [], {}
     for episodes in progress(list(zip(*written)), "credit"):  # of one question
         row = episodes[0].row
@@ -2682,7 +2711,7 @@ def inspect_rollouts(args):
         for k in range(len(rubric)):
             others = rubric[:k] + rubric[k + 1 :]
             fields_left = {"rubric": "-"} | row_fields(row | {"rubric": others})
-            without.append(writer.prompt(templates[1], fields_left))
+            without.append(readers[1].prompt(templates[1], fields_left))
         for (name, student), e in zip(students.items(), episodes):
             ids = e.completion_ids
             credit = token_credit(student, teacher, e.prompt_ids, e.teacher_ids, without, ids)
@@ -2694,108 +2723,42 @@ def inspect_rollouts(args):
     return {"rollouts": rollouts, "text": text}
 
 
-# -- demo, compare
-
-DEMO = {  # a row of its table -> its flags (see toy_system)
-    "student before": {},
-    "teacher": {"writer": "rubric+answer"},
-    "student after": {"rubrics": "zero-shot"},
-}
-GRPO = {"rollouts": 4, "batch": 8, "kl": 0.02, "lr": 1e-4}
-SOURCES = ("learned", "zero-shot", "generic", "random", "noisy", "reduced", "none")
-COMPARE = {
-    "base": {},
-    "sft": {"method": "sft"},
-    "grpo": {"method": "grpo", **GRPO},
-    "grpo-rubric reward": {"method": "grpo-rubric", **GRPO},
-    "opsd": {"method": "opsd"},
-    "rsd": {"method": "rsd"},
-    **{f"rsd {source} rubrics": {"rubrics": source} for source in SOURCES},
-    "rsd reverse divergence": {"divergence": "reverse"},
-    "rsd jsd divergence": {"divergence": "jsd"},
-    "rsd sampled divergence": {"divergence": "sampled"},
-    "rsd top-20": {"support": 20},
-    "rsd top-20 and tail": {"support": 20, "tail": True},
-    "rsd entry clip": {"clip": "entry"},
-    "rsd token clip": {"clip": "token"},
-}
+# -- demo
 
 
-def toy_system(args, seed, name, flags):
-    """One row of a table on the toy: train its model with these flags of train, and test what comes
-    out. Without flags, or with a writer (of eval), the toy's model itself is tested.
-    rubrics: zero-shot (the toy's model writes them) and learned (it learns to first), too."""
-    size = f"{seed} {args.steps} {args.limit}"
-
-    def call(command, kind, **flags):
-        flags = {"data": "toy", "seed": seed, "limit": args.limit} | flags
-        shown = []
-        for name, value in flags.items():
-            word = f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-            shown.append(word.removesuffix(" True"))
-        say(f"\n$ python rsd.py {kind.__name__.lower()}", *shown)
-        return command(settle(kind, **flags))
-
-    def train(name, **flags):
-        out = str(Path(args.out) / re.sub(r"\W+", "-", f"{name} {size}"))
-        return out, call(cmd_train, Train, resume=True, out=out, **flags)
-
-    model, figures = "toy", {}
-    source = flags.get("rubrics")
-    if source in ("zero-shot", "learned"):
-        writer = "toy"
-        if source == "learned":
-            writer, _ = train("writer", stage="rubric", steps=20)
-        file = f"{args.out}/{source} {size}.jsonl".replace(" ", "-")
-        call(cmd_generate, Generate, model=writer, out=file)
-        flags = flags | {"rubrics": file}
-    if flags and "writer" not in flags:
-        model, figures = train(name, **{"steps": args.steps, "max_new_tokens": 80} | flags)
-    writer = flags.get("writer", "student")
-    test = call(cmd_eval, Eval, model=model, limit=args.n, max_new_tokens=80, writer=writer)
-    return figures | test
-
-
-def table(results):
-    """Markdown, a line per system; +- is the standard error over its runs (of one: questions)."""
-    columns = ("accuracy", "rubric_score", "n", "rollouts", "trained", "seconds")
-    lines = [f"| system | {' | '.join(columns)} |", "|-" * 7]
-    for name, runs in results.items():
-        cells = [name]
-        for column in columns:
-            mean, se, _ = mean_se([run.get(column, 0) for run in runs])
-            if len(runs) == 1:
-                se = runs[0].get(f"{column}_se")
-            is_score = column in ("accuracy", "rubric_score")
-            cells.append(f"{mean:.3f} +- {se:.3f}" if is_score else f"{mean:.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def compare_systems(args, systems):
-    """Every system with every seed; the table is printed, and kept in --out with all figures."""
-    begin, out = time.time(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    seeds = list(range(args.seed, args.seed + args.seeds))
-    results = {name: [] for name in systems}
-    for seed, name in itertools.product(seeds, systems):
-        results[name].append(toy_system(args, seed, name, systems[name]))
-    size = f"{args.steps} steps, n {args.n}, limit {args.limit}"
-    text = f"{table(results)}\n\nseeds: {seeds} (model, data, sampling); {size}\n"
-    (out / "table.md").write_text(text)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    say(f"\n{text}\n{time.time() - begin:.0f} s; {out} holds it (no run is done twice)")
-    return results
+def run(kind, **flags):
+    """Run the command of these settings, shown as one would type it."""
+    shown = []
+    for name, value in flags.items():
+        word = f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        shown.append(word.removesuffix(" True"))
+    say(f"\n$ python rsd.py {kind.__name__.lower()}", *shown)
+    return COMMANDS[kind](settle(kind, **flags))
 
 
 def cmd_demo(args):
     """Show the whole method on the toy, in minutes on a CPU."""
-    return compare_systems(args, DEMO)
-
-
-def cmd_compare(args):
-    """Train and test every system of the paper on the toy."""
-    return compare_systems(args, COMPARE)
+    rubrics, model, page = (f"{args.out}/{name}" for name in ("rubrics.jsonl", "model", "credit.html"))
+    toy = {"data": "toy", "seed": args.seed}
+    test = toy | {"limit": args.n, "max_new_tokens": 80}
+    before = run(Eval, **test)
+    teacher = run(Eval, writer="rubric+answer", **test)
+    run(Generate, limit=args.limit, out=rubrics, **toy)
+    training = run(
+        Train, limit=args.limit, max_new_tokens=80, rubrics=rubrics, steps=args.steps, out=model,
+        resume=True, **toy,
+    )
+    after = training | run(Eval, model=model, **test)
+    run(Inspect, n=3, run=model, compare=model, out=page, **toy)
+    results = {"student before": before, "teacher": teacher, "student after": after}
+    (Path(args.out) / "results.json").write_text(json.dumps(results, indent=1))
+    say(f"\n{args.n} held-out problems     accuracy          rubric score")
+    for name, f in results.items():
+        accuracy = f"{f['accuracy']:.3f} +- {f['accuracy_se']:.3f}"
+        say(f"{name:24s}  {accuracy}    {f['rubric_score']:.3f} +- {f['rubric_score_se']:.3f}")
+    say(f"\nOpen {page}: which tokens did the rubrics move? Then see what a model of yours\n"
+        "would do as its own teacher: python rsd.py eval --model Qwen2.5-1.5B --writer rubric")
+    return results
 
 
 # -- the command line
@@ -2807,7 +2770,6 @@ COMMANDS = {
     Eval: cmd_eval,
     Judge: cmd_judge,
     Inspect: cmd_inspect,
-    Compare: cmd_compare,
 }
 
 

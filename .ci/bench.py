@@ -101,7 +101,7 @@ def bench_step(shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2):
     sample = functools.partial(
         rsd.sample_completions, model, stop={vocabulary}, max_new_tokens=tokens
     )
-    write = functools.partial(rsd.student_writes, sample)
+    write = functools.partial(rsd.model_writes, sample)
     loss = functools.partial(rsd.token_loss, signal="forward")
     budget = 32768 if ON_GPU else 2048
     rng = random.Random(0)

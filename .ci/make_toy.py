@@ -163,7 +163,8 @@ def train_base(seed, steps=700, batch=16):
 
     loss = functools.partial(rsd.token_loss, signal="advantage")
     for step in tqdm(range(steps), desc=f"base model {seed}"):
-        lr = rsd.learning_rate(step, steps, 3e-3, 50, "cosine")
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - 50) / (steps - 50)))
+        lr = cosine * rsd.learning_rate(step, 3e-3, 50)
         some = lessons[batch * step : batch * step + batch]
         rsd.train_step(model, None, some, write, loss, optimizers, lr, token_budget=1024)
     return model, tokenizer

@@ -1,0 +1,348 @@
+"""Compare the methods, on the toy and on a real model; every figure of the README's tables is its.
+
+    python .ci/compare.py toy               every system of SYSTEMS, 5 seeds (an hour on 2 cores)
+    python .ci/compare.py toy rsd grpo      these rows alone
+    python .ci/compare.py rates             three learning rates for each, on the validation split
+    python .ci/compare.py model --model HuggingFaceTB/SmolLM2-135M-Instruct --data rar-science
+
+A run is never done twice: --out holds what is done. Each run is a process of its own with one
+thread; --jobs of them run at a time.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+import torch  # noqa: E402
+
+import rsd  # noqa: E402
+
+# ---- The systems of the toy: a row of the table -> flags of train -------------------------------
+#
+# 32 completions a step for everyone. "rubrics" may also be learned (a writer is trained first),
+# zero-shot (the base model writes them), or one of ABLATIONS.
+
+GRPO = {"rollouts": 4, "batch": 8}
+ABLATIONS = ("random", "generic", "noisy", "reduced")
+SYSTEMS = {
+    "base": None,
+    "teacher": None,
+    "sft": {"method": "sft"},
+    "grpo": {"method": "grpo", **GRPO},
+    "grpo-rubric": {"method": "grpo-rubric", **GRPO},
+    "opsd": {"method": "opsd"},
+    "the teacher writes, sft": {"method": "sft-teacher"},
+    "the teacher writes, divergence": {"method": "rsd-teacher"},
+    "references under the teacher": {"method": "rsd-reference"},
+    "grpo and rsd": {"method": "rsd-grpo", **GRPO, "kl": 1.0},
+    "rsd": {"method": "rsd"},
+    "rsd, feedback": {"teacher_context": "feedback+answer"},
+    "rsd, learned rubrics": {"rubrics": "learned"},
+    "rsd, zero-shot rubrics": {"rubrics": "zero-shot"},
+    "rsd, another question's rubric": {"rubrics": "random"},
+    "rsd, generic rubric": {"rubrics": "generic"},
+    "rsd, noisy rubrics": {"rubrics": "noisy"},
+    "rsd, reduced rubrics": {"rubrics": "reduced"},
+    "rsd, no answer in view": {"teacher_context": "rubric"},
+    "rsd, reverse": {"divergence": "reverse"},
+    "rsd, jsd": {"divergence": "jsd"},
+    "rsd, sampled": {"divergence": "sampled"},
+    "rsd, top-20": {"support": 20},
+    "rsd, top-20 and tail": {"support": 20, "tail": True},
+    "rsd, entry clip": {"clip": "entry"},
+    "rsd, token clip": {"clip": "token"},
+}
+RATES = (1e-4, 3e-4, 1e-3)
+CHOSEN = {}  # row -> the rate that `rates` found best, where it is not 3e-4
+
+
+def ablate(rubrics, source, generic=None, seed=0):
+    """The rubrics of an ablation in place of each question's own: generic (the same for all),
+    random (another question's), noisy (every second criterion is another's) or reduced (half of
+    them)."""
+    rng = random.Random(f"rubrics {seed}")
+    n = len(rubrics)
+    changed = []
+    for i, own in enumerate(rubrics):
+        other = rubrics[(i + rng.randrange(1, max(2, n))) % n]
+        if source == "generic":
+            own = generic
+        elif source == "random":
+            own = other
+        elif source == "reduced":
+            own = rng.sample(own, (len(own) + 1) // 2)
+        else:
+            own = [rng.choice(other) if other and k % 2 else c for k, c in enumerate(own, i)]
+        changed.append(own)
+    return changed
+
+
+def write_ablation(file, source, seed, limit):
+    """A file for --rubrics with the toy's training questions and the rubrics of an ablation."""
+    rows = rsd.load_rows("toy", "train", limit, seed)
+    generic = rsd.read_rubric((rsd.TOY / "generic.json").read_text(encoding="utf-8"))
+    changed = ablate([row["rubric"] for row in rows], source, generic, seed)
+    lines = []
+    for row, rubric in zip(rows, changed):
+        line = {"question": row["question"], "reference_answer": row["reference_answer"]}
+        lines.append(json.dumps(line | {"rubric": rubric}) + "\n")
+    Path(file).write_text("".join(lines), encoding="utf-8")
+
+
+def toy_rubrics(args, source, seed, out):
+    """The value of --rubrics for this source, made first if it has to be."""
+    toy = {"data": "toy", "seed": seed, "limit": args.limit}
+    file = f"{out}/rubrics.jsonl"
+    if source in ABLATIONS:
+        write_ablation(file, source, seed, args.limit)
+        return file
+    model = "toy"
+    if source == "learned":
+        model = f"{out}/writer"
+        rsd.run(rsd.Train, stage="rubric", steps=20, out=model, resume=True, **toy)
+    rsd.run(rsd.Generate, **{"model": model, "out": file} | toy)
+    return file
+
+
+def toy_system(args, name, seed, lr, split):
+    """One row with one seed: train the toy's model with the row's flags, and test what comes out."""
+    out = f"{args.out}/{re.sub(r'[^a-z0-9]+', '-', name)}-{lr:g}-{seed}"
+    Path(out).mkdir(parents=True, exist_ok=True)
+    test = {"data": "toy", "seed": seed, "split": split, "limit": args.n, "max_new_tokens": 100}
+    flags = SYSTEMS[name]
+    if flags is None:
+        writer = "rubric+answer" if name == "teacher" else "student"
+        return rsd.run(rsd.Eval, writer=writer, **test)
+    if flags.get("rubrics"):
+        flags = flags | {"rubrics": toy_rubrics(args, flags["rubrics"], seed, out)}
+    model = f"{out}/model"
+    trained = rsd.run(
+        rsd.Train, data="toy", seed=seed, limit=args.limit, steps=args.steps, lr=lr,
+        max_new_tokens=100, out=model, resume=True, **flags,
+    )
+    return trained | rsd.run(rsd.Eval, model=model, **test)
+
+
+# ---- A real model: criteria that every answer has to meet ---------------------------------------
+
+BRIEF = REPO / "prompts" / "brief"
+REAL_SYSTEMS = {
+    "student before": None,
+    "teacher": None,
+    "sft-teacher": {"method": "sft-teacher", "lr": 1e-5},
+    "grpo-rubric": {"method": "grpo-rubric", "rollouts": 4, "batch": 4, "lr": 1e-5},
+    "rsd": {"method": "rsd", "lr": 1e-5},
+}
+
+
+def write_brief(args):
+    """The short questions of --data with the criteria of prompts/brief, as two files: the last
+    args.n questions test, the others train."""
+    rubric = json.loads((BRIEF / "rubric.json").read_text(encoding="utf-8"))
+    rows = {}
+    for data in args.data:
+        for row in rsd.load_rows(data, "train", 0):
+            if len(row["question"]) < 200:
+                rows[row["question"]] = row["reference_answer"]
+    lines = []
+    for question, answer in rows.items():
+        row = {"question": question, "reference_answer": answer, "rubric": rubric}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    random.Random(0).shuffle(lines)
+    assert len(lines) > 2 * args.n, f"--data has {len(lines)} short questions, and {args.n} test"
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for name, some in (("test", lines[: args.n]), ("train", lines[args.n :])):
+        (Path(args.out) / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
+
+
+@torch.no_grad()
+def reference_log_prob(model_name, rows):
+    """The mean log-probability, in nats a token, of the reference answers under the bare question:
+    what training cost elsewhere."""
+    model, tokenizer = rsd.load_model(model_name)
+    template = rsd.load_prompts(BRIEF)["student"]
+    total, tokens = 0.0, 0
+    for row in rows:
+        prompt = rsd.context_ids(tokenizer, template, rsd.row_fields(row))
+        answer = rsd.encode(tokenizer, row["reference_answer"])[:128]
+        logits = rsd.logits_of(model, rsd.rescore(model, [prompt], [answer]))
+        total += rsd.log_prob(logits, torch.tensor(answer)).sum().item()
+        tokens += len(answer)
+    return total / tokens
+
+
+@torch.no_grad()
+def answer_entropy(model_name, rows, answers):
+    """The mean entropy, in nats a token, of the model over its own answers."""
+    model, tokenizer = rsd.load_model(model_name)
+    template = rsd.load_prompts(BRIEF)["student"]
+    parts = []
+    for row in rows:
+        prompt = rsd.context_ids(tokenizer, template, rsd.row_fields(row))
+        ids = rsd.encode(tokenizer, answers[row["question"]])
+        if ids:
+            hidden = rsd.rescore(model, [prompt], [ids])
+            parts.append(rsd.entropy(rsd.logits_of(model, hidden)))
+    return torch.cat(parts).mean().item()
+
+
+def real_system(args, name, seed, lr, split):
+    """One row with one seed on a real model."""
+    out = f"{args.out}/{name.replace(' ', '-')}-{lr:g}-{seed}"
+    sampling = {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_new_tokens": 64}
+    common = {"prompts": str(BRIEF), "seed": seed, "engine": args.engine, **sampling}
+    model, figures = args.model, {}
+    if REAL_SYSTEMS[name]:
+        model = f"{out}/model"
+        flags = {"batch": 16, "warmup": 2} | REAL_SYSTEMS[name] | {"lr": lr}
+        figures = rsd.run(
+            rsd.Train, model=args.model, data=f"{args.out}/train.jsonl", steps=args.steps,
+            out=model, resume=True, **flags, **common,
+        )
+    writer = "rubric" if name == "teacher" else "student"
+    answers = f"{out}/answers.jsonl"
+    test = f"{args.out}/{split}.jsonl"
+    tested = rsd.run(
+        rsd.Eval, model=model, data=test, writer=writer, out=answers, batch_size=25, **common,
+    )
+    texts = {line["question"]: line["text"] for line in rsd.read_jsonl(Path(answers))}
+    rows = rsd.load_rows(test, "")
+    for k, criterion in enumerate(rows[0]["rubric"]):
+        met = [rsd.check_criterion(row["rubric"][k], texts[row["question"]]) for row in rows]
+        tested[criterion["title"]] = sum(met) / len(met)
+    if name != "teacher":
+        tested["reference_log_prob"] = reference_log_prob(model, rows)
+        tested["entropy"] = answer_entropy(model, rows, texts)
+    return figures | tested
+
+
+# ---- Running them, tables and a picture ----------------------------------------------------------
+
+
+def one_run(job):
+    """A row with one seed, in a process of its own; its figures are kept in --out."""
+    args, name, seed, lr, split = job
+    kept = Path(args.out) / "figures" / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{lr:g}-{seed}-{split}.json"
+    if not kept.exists():
+        begin = time.time()
+        system = toy_system if args.what != "model" else real_system
+        figures = system(args, name, seed, lr, split)
+        figures |= {"wall": time.time() - begin}
+        figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(figures))
+    return name, seed, lr, json.loads(kept.read_text())
+
+
+def run_all(args, jobs):
+    """All jobs, --jobs at a time -> [(name, seed, learning rate, figures)]."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.jobs, maxtasksperchild=1) as pool:
+        return list(pool.imap(one_run, jobs, chunksize=1))
+
+
+def mean_table(done, columns):
+    """Markdown: a line per row, mean +- standard error over its seeds."""
+    rows = {}
+    for name, _, _, figures in done:
+        rows.setdefault(name, []).append(figures)
+    lines = [f"| system | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, runs in rows.items():
+        cells = [name]
+        for column in columns:
+            mean, se, n = rsd.mean_se([run.get(column) for run in runs])
+            if mean is None:
+                cells.append("")
+            elif abs(mean) >= 20:
+                cells.append(f"{mean:.0f}")
+            else:
+                cells.append(f"{mean:.3f} +- {se:.3f}" if n > 1 else f"{mean:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rates(args):
+    """Three learning rates for every row, tested on the validation split with one seed."""
+    trained = [name for name in args.rows if SYSTEMS[name]]
+    done = run_all(args, [(args, name, 0, lr, "val") for name in trained for lr in RATES])
+    text = ""
+    for name in trained:
+        found = {lr: f for row, _, lr, f in done if row == name}
+        shown = "  ".join(
+            f"{lr:g}: {f['accuracy']:.3f} {f['rubric_score']:.3f}" for lr, f in found.items()
+        )
+        best = max(found, key=lambda lr: found[lr]["accuracy"])
+        text += f"{name:36s} {shown}  best {best:g}\n"
+    (Path(args.out) / "rates.txt").write_text(text)
+    print(text)
+
+
+def toy(args):
+    """The table of the toy and its picture."""
+    jobs = []
+    for seed in range(args.seeds):
+        jobs += [(args, name, seed, CHOSEN.get(name, 3e-4), "test") for name in args.rows]
+    done = run_all(args, jobs)
+    columns = ("accuracy", "rubric_score", "rollouts", "trained", "seconds")
+    text = mean_table(done, columns)
+    text += f"\n\n{args.seeds} seeds, {args.steps} steps, n {args.n}, limit {args.limit}\n"
+    (Path(args.out) / "table.md").write_text(text)
+    print(text)
+
+
+def model(args):
+    """The table of a real model."""
+    write_brief(args)
+    jobs = []
+    for seed in range(args.seeds):
+        for name in REAL_SYSTEMS:
+            flags = REAL_SYSTEMS[name] or {}
+            jobs.append((args, name, seed, flags.get("lr", 0.0), "test"))
+    done = run_all(args, jobs)
+    rubric = json.loads((BRIEF / "rubric.json").read_text(encoding="utf-8"))
+    columns = ["rubric_score", *(c["title"] for c in rubric)]
+    columns += ["tokens", "entropy", "reference_log_prob", "rollouts", "wall", "peak_mb"]
+    text = mean_table(done, columns)
+    text += f"\n\n{args.model}, {args.seeds} seeds, {args.steps} steps of 16, n {args.n}\n"
+    (Path(args.out) / "table.md").write_text(text)
+    print(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["toy", "rates", "model"])
+    parser.add_argument("rows", nargs="*", help="rows of the toy's table (default: all)")
+    parser.add_argument("--seeds", type=int, help="default: 5 on the toy, 3 on a model")
+    parser.add_argument("--steps", type=int, help="default: 40 on the toy, 20 on a model")
+    parser.add_argument("--n", type=int, help="held-out questions (default: 200 and 100)")
+    parser.add_argument("--limit", type=int, default=256, help="training problems of the toy")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--data", nargs="+", default=["rar-science"])
+    parser.add_argument("--engine", default="transformers")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--out", help="default: runs/compare-WHAT")
+    args = parser.parse_args()
+    is_toy = args.what != "model"
+    args.seeds = args.seeds or (5 if is_toy else 3)
+    args.steps = args.steps or (40 if is_toy else 20)
+    args.n = args.n or (200 if is_toy else 100)
+    args.out = args.out or f"runs/compare-{args.what}"
+    unknown = set(args.rows) - SYSTEMS.keys()
+    if unknown:
+        parser.error(f"unknown rows {sorted(unknown)}; there are {', '.join(SYSTEMS)}")
+    args.rows = args.rows or list(SYSTEMS)
+    {"toy": toy, "rates": rates, "model": model}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
