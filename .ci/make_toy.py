@@ -1,11 +1,16 @@
 """Make the toy: problems with exact rubrics, and the base models that learn from them.
 
+    python .ci/make_toy.py tokenizer   -> prompts/toy/tokenizer.json, from the words of the lessons
     python .ci/make_toy.py problems    -> prompts/toy/{train,val,test}.jsonl
     python .ci/make_toy.py base SEED   -> prompts/toy/base-SEED, trained from nothing (minutes)
 
-A problem has two quantities, a law, a unit that has to be converted, and a rubric whose criteria
-each have an exact check. The base model learns from lessons to do what criteria ask for, and to keep
-each habit by a coin flip where nothing asks: it can do right when told how, and does not by default.
+A problem has a rate and a time, and five habits: the formula is stated or not; the time converted
+or kept; the rate multiplied or taken as the total, or else the change counted as a gain or as a
+loss; the answer in one unit or in another; and a remark follows or not. The question decides most
+of them: of "7 L/min for 4 min" the units fit, of "7 L/s for 4 min" they do not. The rubric tells,
+and each of its criteria has an exact check. The base model learns from lessons to do what criteria
+ask for, be it right or wrong, and to flip a coin where none does: it can do right when told how,
+and does not by default. A criterion that does not apply changes nothing.
 """
 import functools
 import json
@@ -23,45 +28,88 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import torch  # noqa: E402
+from tokenizers import Tokenizer, pre_tokenizers, trainers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import rsd  # noqa: E402
 
-HABITS = ("formula", "conversion", "unit")
+VOCABULARY = json.loads((rsd.TOY / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 WORLD = json.loads((Path(__file__).parent / "toy_words.json").read_text(encoding="utf-8"))
 GENERIC = json.loads((rsd.TOY / "generic.json").read_text(encoding="utf-8"))
+CHOICES = {  # a habit -> what can be done about it
+    "formula": ("states", "leaves out"),
+    "number": ("each", "together"),  # how many times the rate counts
+    "time": ("converts", "keeps"),
+    "sign": ("positive", "negative"),
+    "unit": ("plain", "kilo"),
+    "remark": ("none", "adds"),
+}
 
 
 def problem(rng):
-    """A random problem as a row, its parts under "parts"."""
-    parts = rng.choice(WORLD["families"]) | {"a": rng.randint(2, 9), "b": rng.randint(2, 9)}
-    ask = rng.choice(WORLD["asks"])
-    text = f"{parts['sentence']} {ask}".format(x=rng.choice(WORLD["things"]), **parts)
-    parts["n"] = parts["b"] * parts["factor"]
-    rubric = []
-    for criterion in WORLD["rubric"]:
-        description = criterion["description"].format(**parts)
-        check = re.escape(criterion["check"].format(**parts))
-        rubric.append(criterion | {"description": description, "check": check})
+    """A random problem as a row, its parts under "parts"; what is right in it under "right"."""
+    family = rng.choice(WORLD["families"])
+    habit = family["habit"]  # its sign or its number matters
+    right = {name: rng.choice(CHOICES[name]) for name in ("time", habit, "unit")}
+    right |= {"formula": "states", "remark": "none"}
+    a = rng.randint(2, 9) if habit == "sign" else rng.randint(2, 5)
+    b = rng.randint(2, 9)
+    thing = rng.choice(WORLD["things"])
+    parts = {
+        "formula": family["formula"], "unit": family["unit"], "q": family["q"], "a": a, "b": b,
+        "k": rng.randint(2, 3), "n": 60 * b, "right": right,
+        "rate": f"{a} {family['unit']}/{'s' if right['time'] == 'converts' else 'min'}",
+        "time": f"{b} min", "x": f"a {thing}", "xs": f"{thing}s",
+        "asked": family["unit"] if right["unit"] == "plain" else f"k{family['unit']}",
+    }
+    cue = rng.choice(family["cues"][right[habit]])
+    text = f"{cue} {rng.choice(WORLD['asks'])}".format(**parts)
     return {
         "question": text[0].upper() + text[1:],
-        "reference_answer": f"{parts['a'] * parts['n']} {parts['unit']}",
-        "solution": solution(parts, HABITS),
-        "rubric": rubric,
+        "reference_answer": rsd.extract_answer(solution(parts, right)),
+        "solution": solution(parts, right),
+        "rubric": [criterion(parts, name, right[name]) for name in CHOICES if name in right],
         "parts": parts,
     }
 
 
-def solution(parts, habits):
-    """The solution with just these habits; without the conversion or the unit it is wrong."""
-    steps = WORLD["steps"]
-    sentences = [steps[habit].format(**parts) for habit in steps if habit in habits]
-    a = parts["a"]
-    n = parts["n"] if "conversion" in habits else parts["b"]
-    unit = f" {parts['unit']}" if "unit" in habits else ""
-    value = a * n
-    return " ".join([*sentences, f"{a} * {n} = {value}.", f"\\boxed{{{value}{unit}}}"])
+def criterion(parts, habit, choice):
+    """The criterion that asks for this choice; its check is a regular expression."""
+    plain = WORLD["criteria"][habit][choice]
+    fields = {name: str(value) for name, value in parts.items()}
+    description = rsd.fill(plain["description"], fields, str)
+    check = rsd.fill(plain["check"], fields, re.escape)
+    return plain | {"description": description, "check": check}
+
+
+def solution(parts, choices):
+    """The solution with these choices, right or wrong."""
+    steps = []
+    rate, time = parts["a"], parts["b"]
+    if choices["formula"] == "states":
+        steps.append("formula")
+    if choices.get("number") == "each":
+        steps.append("number")
+        rate = parts["k"] * parts["a"]
+    if choices["time"] == "converts":
+        steps.append("time")
+        time = parts["n"]
+    if choices.get("sign") == "negative":
+        rate = -rate
+    value = rate * time
+    fields = parts | {"rate_of_all": rate, "duration": time, "value": value}
+    fields["kilo"] = f"{value / 1000:.3f}"
+    sentences = [WORLD["steps"][step].format(**fields) for step in steps]
+    product = WORLD["steps"]["product"].format(**fields)
+    answer = f"{value} {parts['unit']}"
+    if choices["unit"] == "kilo":
+        product += WORLD["steps"]["unit"].format(**fields)
+        answer = f"{fields['kilo']} k{parts['unit']}"
+    sentences += [f"{product}.", f"\\boxed{{{answer}}}"]
+    if choices["remark"] == "adds":
+        sentences.append(WORLD["steps"]["remark"])
+    return " ".join(sentences)
 
 
 def problems(split, n):
@@ -76,27 +124,84 @@ def problems(split, n):
     return list(rows.values())
 
 
+def asked_for(parts):
+    """Every criterion that applies to a problem, right or wrong: {description: (habit, choice)}."""
+    right = parts["right"]
+    found = {}
+    for habit in right:
+        for choice in WORLD["criteria"][habit]:
+            found[criterion(parts, habit, choice)["description"]] = habit, choice
+    for description, habit in WORLD["generic criteria that say something"].items():
+        found[description] = habit, right[habit]
+    return found
+
+
+def obey(parts, shown, rng):
+    """What a model does that knows no rule: for each habit what a criterion asks for that applies;
+    where none does, or two contradict each other, a coin decides."""
+    applies = asked_for(parts)
+    asked = {habit: [] for habit in parts["right"]}
+    for c in shown:
+        habit, choice = applies.get(c["description"], (None, None))
+        if habit:
+            asked[habit].append(choice)
+    return {habit: rng.choice(asked[habit] or CHOICES[habit]) for habit in asked}
+
+
+def some_criteria(row, rng):
+    """The criteria of a lesson: the row's own, another's, general ones, or a mixture of these and
+    of the opposite of what is right."""
+    others = problem(rng)["rubric"]
+    general = rng.sample(GENERIC, rng.randint(3, len(GENERIC)))
+    kind = rng.choices(["own", "another's", "general", "mixture"], [45, 12, 10, 33])[0]
+    if kind == "own":
+        return row["rubric"]
+    if kind == "another's":
+        return others
+    if kind == "general":
+        return general
+    shown = []
+    for habit in row["parts"]["right"]:
+        if rng.random() < 0.6:
+            choice = rng.choice(list(WORLD["criteria"][habit]))
+            shown.append(criterion(row["parts"], habit, choice))
+    shown += rng.sample(others + general, rng.choice([0, 1, 3]))
+    rng.shuffle(shown)
+    return shown or others
+
+
 def lesson(row, rng, prompts):
     """What the base model reads and what it is to write: habits as asked for, or by coin flips."""
     mixture, misses = WORLD["lessons, per cent"], WORLD["criteria missed, chance"]
     kind = rng.choices(list(mixture), list(mixture.values()))[0]
-    own = row["rubric"]
+    shown = row["rubric"]
     if kind in misses:
-        written = [c for c in own if rng.random() >= misses[kind]] or own
+        written = [c for c in shown if rng.random() >= misses[kind]] or shown
         completion = rsd.row_fields({"rubric": written})["rubric_json"]
-        shown = own
     else:
-        asked = rng.sample(HABITS, rng.choice([0, 1, 2, 3, 3])) if "rubric" in kind else []
-        shown = [c for habit, c in zip(HABITS, own) if habit in asked]
-        known = [c["description"] for c in own]
-        others = [c for c in problem(rng)["rubric"] + GENERIC if c["description"] not in known]
-        for _ in range(rng.choice([0, 0, 1, 3]) if asked else rng.choice([1, 3, 6])):
-            shown.insert(rng.randint(0, len(shown)), rng.choice(others))  # these change nothing
-        habits = asked or [habit for habit in HABITS if rng.random() < 0.5]
-        completion = solution(row["parts"], habits)
+        shown = some_criteria(row, rng) if "rubric" in kind else []
+        completion = solution(row["parts"], obey(row["parts"], shown, rng))
         row = row | {"solution": completion}
     fields = rsd.row_fields(row | {"rubric": shown})
     return {"prompt": rsd.fill(prompts[kind], fields, str), "solution": completion}
+
+
+def write_tokenizer():
+    """The toy's tokenizer: a byte-level BPE in which a common word of the lessons is one token."""
+    prompts = rsd.load_prompts(rsd.TOY)
+    rng = random.Random("tokenizer")
+    texts = []
+    for row in problems("train", 2000):
+        some = lesson(row, rng, prompts)
+        texts += [some["prompt"], some["solution"]]
+    tokenizer = Tokenizer.from_file(str(rsd.TOY / "tokenizer.json"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(rsd.TOY / "tokenizer.json"))
 
 
 def write_problems():
@@ -171,7 +276,9 @@ def train_base(seed, steps=700, batch=16):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["problems"]:
+    if sys.argv[1:] == ["tokenizer"]:
+        write_tokenizer()
+    elif sys.argv[1:] == ["problems"]:
         write_problems()
     elif sys.argv[1:2] == ["base"]:
         for part in train_base(int(sys.argv[2])):
