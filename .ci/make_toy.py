@@ -53,8 +53,8 @@ def problem(rng):
     habit = family["habit"]  # its sign or its number matters
     right = {name: rng.choice(CHOICES[name]) for name in ("time", habit, "unit")}
     right |= {"formula": "states", "remark": "none"}
-    a = rng.randint(2, 9) if habit == "sign" else rng.randint(2, 5)
-    b = rng.randint(2, 9)
+    a = rng.randint(2, 6) if habit == "sign" else rng.randint(2, 4)
+    b = rng.randint(2, 6)
     thing = rng.choice(WORLD["things"])
     parts = {
         "formula": family["formula"], "unit": family["unit"], "q": family["q"], "a": a, "b": b,
