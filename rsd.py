@@ -1519,7 +1519,7 @@ class ServerWriter:
                 what = f"try {attempt} of {self.tries} failed ({said:.200})"
                 what = f"--model {self.server}: {what} for the prompt {prompt[:80]!r}"
                 if status in (400, 413, 422):
-                    return Written("", None, False, what)
+                    return Written("", None, False, f"the server refuses it ({said:.200})")
                 may_pass = status in (408, 429) or status >= 500
                 offline = "HF_HUB_OFFLINE" in str(error)
                 require(may_pass and not offline and attempt < self.tries, what)

@@ -2349,7 +2349,7 @@ def test_a_servers_own_words_about_an_error_are_shown(stub, failure):
 
 
 @pytest.mark.parametrize(
-    "script, requests", [([401], 1), ([404], 1), ([400], 1), ([500, 403], 2), ([500] * 9, 3)]
+    "script, requests", [([401], 1), ([404], 1), ([500, 403], 2), ([500] * 9, 3)]
 )
 def test_a_server_that_refuses_is_one_sentence(stub, script, requests):
     name, log = stub
@@ -2379,8 +2379,8 @@ def test_a_prompt_that_is_refused_is_lost_alone(stub, tmp_path, capsys, command,
     lines = rsd.read_jsonl(out)
     assert [line["question"] for line in lines] == ["q0", "q1", "q2", "q3"]
     assert [line[name] is None for line in lines] == [False, False, True, False]
-    assert "try 1 of 8 failed" in lines[2]["reason"]
     assert "longer than 8192 tokens" in lines[2]["reason"]
+    assert "q2" not in lines[2]["reason"]  # so that equal reasons are counted together
     assert lines[2]["tries"] == 1
     report = capsys.readouterr().out
     assert f"{name}: none for 1 of 4" in report
@@ -5016,8 +5016,10 @@ def test_a_users_mistake_is_one_sentence(seed, base, tok, tmp_path, monkeypatch,
     (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
     (tmp_path / "bad.jsonl").write_text('{"question": 3}\n')
     monkeypatch.chdir(tmp_path)
-    command = rng.choice(["eval", "generate", "judge"])
+    command = rng.choice(["eval", "generate", "judge", "train"])
     words = [command, "--model", str(base), "--data", "d.jsonl", "--max-new-tokens", "3"]
+    if command == "train":
+        words += ["--steps", "1", "--batch", "2", "--out", "run"]
     words += ["--prompts", str(REPO / "prompts" / rng.choice(["", "toy"])), "--limit", "2"]
     for _ in range(rng.choice([0, 0, 1, 2])):
         words += rng.choice(FLAGS)
