@@ -2342,7 +2342,7 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
     "batch_size": 256,
     "max_new_tokens": 220,
     "teacher_context": "rubric+answer",
-    "lr": 3e-4,
+    "lr": 1e-3,
 }
 
 

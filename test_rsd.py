@@ -1013,10 +1013,10 @@ def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
 
 def test_every_ablation_keeps_the_schema(comparison):
     own = [row["rubric"] for row in toy_rows("train", 40)]
-    six = rsd.read_rubric((TOY / "generic.json").read_text())
+    general = rsd.read_rubric((TOY / "generic.json").read_text())
 
     def changed(source):
-        return comparison.ablate(own, source, six, seed=0)
+        return comparison.ablate(own, source, general, seed=0)
 
     for source in comparison.ABLATIONS:
         rubrics = changed(source)
@@ -1026,18 +1026,18 @@ def test_every_ablation_keeps_the_schema(comparison):
         assert rubrics == changed(source)  # the same each time
         assert rubrics != own
 
-    assert len(six) == 6
-    assert changed("generic") == [six] * 40
+    assert len(general) == 7
+    assert changed("generic") == [general] * 40
     others = changed("random")
     assert all(rubric in own for rubric in others)
     assert not any(rubric is whole for rubric, whole in zip(others, own))
     for rubric, whole in zip(changed("reduced"), own):
-        assert len(rubric) == 2
+        assert len(rubric) == 3
         assert all(c in whole for c in rubric)
     noisy = changed("noisy")
     differs = [sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in zip(noisy, own)]
-    assert all(len(rubric) == 3 for rubric in noisy)
-    assert max(differs) == 2 and min(differs) <= 1
+    assert all(len(rubric) == 5 for rubric in noisy)
+    assert max(differs) == 3 and min(differs) <= 1
 
 
 @pytest.mark.parametrize("stage", ["rubric", "rubric-paper"])
@@ -4418,17 +4418,43 @@ def test_a_seed_has_its_own_problems_of_the_toy():
     assert set(questions(1)) != set(questions(2))
 
 
+def every_attempt(toy_maker, parts):
+    """Each way to go about a problem of the toy, right and wrong: its choices, its text."""
+    names = list(parts["right"])
+    for choices in itertools.product(*(toy_maker.CHOICES[name] for name in names)):
+        done = dict(zip(names, choices))
+        yield done, toy_maker.solution(parts, done)
+
+
+def meets(criterion, done, right):
+    """Do the choices meet the criterion? The one with a negative weight is a fault."""
+    habit = criterion["title"].lower()
+    return (done[habit] == right[habit]) == (criterion["weight"] > 0)
+
+
 def test_toy_checks_are_exact(toy_maker):
-    habits = toy_maker.HABITS
     for row in toy_parts(60):
-        weights = {habit: c["weight"] for habit, c in zip(habits, row["rubric"])}
-        assert sum(weights.values()) == 10
-        for n in range(len(habits) + 1):
-            for kept in itertools.combinations(habits, n):
-                text = toy_maker.solution(row["parts"], kept)
-                right = {"conversion", "unit"} <= set(kept)
-                earned = sum(weights[habit] for habit in kept) / 10
-                assert rsd.score(text, row) == {"accuracy": float(right), "rubric_score": earned}
+        right, rubric = row["parts"]["right"], row["rubric"]
+        assert sum(max(0, c["weight"]) for c in rubric) == 10
+        assert [c["title"] for c in rubric if c["weight"] < 0] == ["Remark"]
+        for done, text in every_attempt(toy_maker, row["parts"]):
+            matters = set(right) - {"formula", "remark"}
+            is_right = all(done[name] == right[name] for name in matters)
+            points = sum(c["weight"] for c in rubric if meets(c, done, right))
+            assert rsd.score(text, row) == {
+                "accuracy": float(is_right), "rubric_score": max(0, points / 10)
+            }
+
+
+def test_the_question_decides_what_is_right_in_the_toy(toy_maker):
+    """Each way to be right occurs, so no habit is right by itself."""
+    seen = {name: Counter() for name in toy_maker.CHOICES}
+    for row in toy_parts(400):
+        for name, choice in row["parts"]["right"].items():
+            seen[name][choice] += 1
+    for name in ("number", "time", "sign", "unit"):
+        assert min(seen[name].values()) >= 0.4 * seen[name].total()
+        assert len(seen[name]) == 2
 
 
 def test_the_problems_of_the_toy_are_what_its_program_writes(toy_maker, tmp_path, monkeypatch):
@@ -4590,13 +4616,12 @@ def test_feedback_names_the_criteria_that_each_completion_meets(
     data = write_lines(tmp_path / "d.jsonl", rows)
     (tmp_path / "student.txt").write_text("{question}")
     (tmp_path / "feedback.txt").write_text("{question}\n{feedback}")
-    rng, kept_in = random.Random(0), {}
+    rng, done_in = random.Random(0), {}
 
     def solve(prompt):
         question = tok.decode(prompt).split("\n")[1].removesuffix("<|im_end|>")
-        kept = [habit for habit in toy_maker.HABITS if rng.random() < 0.5]
-        text = toy_maker.solution(part_of[question], kept)
-        kept_in[text] = kept
+        done, text = rng.choice([*every_attempt(toy_maker, part_of[question])])
+        done_in[text] = done
         return text
 
     def sample(model, prompts, stop, **sampling):
@@ -4609,14 +4634,16 @@ def test_feedback_names_the_criteria_that_each_completion_meets(
     words += ["--out", tmp_path / "run"]
     assert rsd.main([*map(str, words)]) == 0
     for e in seen[0]:
-        kept = kept_in[tok.decode(e.completion_ids)]
+        done, right = done_in[tok.decode(e.completion_ids)], part_of[e.row["question"]]["right"]
         lines = [e.row["question"]]
-        for habit, c in zip([*toy_maker.HABITS, None], e.row["rubric"]):
-            met = "not checked" if c == GOOD else "met" if habit in kept else "not met"
+        for c in e.row["rubric"]:
+            met = "not checked"
+            if c != GOOD:
+                met = "met" if meets(c, done, right) else "not met"
             lines.append(f"- {c['title']}: {c['description']} ({c['weight']}): {met}")
         assert tok.decode(e.teacher_ids) == chat_prompt("\n".join(lines))
         assert tok.decode(e.prompt_ids) == chat_prompt(e.row["question"])
-    assert len({len(kept) for kept in kept_in.values()}) > 2
+    assert len(done_in) > 3
 
 
 WARNINGS = {  # flags -> what is said of them

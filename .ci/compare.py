@@ -62,8 +62,8 @@ SYSTEMS = {
     "rsd, entry clip": {"clip": "entry"},
     "rsd, token clip": {"clip": "token"},
 }
-RATES = (1e-4, 3e-4, 1e-3)
-CHOSEN = {}  # row -> the rate that `rates` found best, where it is not 3e-4
+RATES = (3e-4, 1e-3, 3e-3)
+CHOSEN = {}  # row -> the rate that `rates` found best, where it is not 1e-3
 
 
 def ablate(rubrics, source, generic=None, seed=0):
@@ -114,10 +114,15 @@ def toy_rubrics(args, source, seed, out):
     return file
 
 
+def toy_folder(args, name, lr, seed):
+    """Where a run of the toy is kept."""
+    return Path(args.out) / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{lr:g}-{seed}"
+
+
 def toy_system(args, name, seed, lr, split):
     """One row with one seed: train the toy's model with the row's flags, and test what comes out."""
-    out = f"{args.out}/{re.sub(r'[^a-z0-9]+', '-', name)}-{lr:g}-{seed}"
-    Path(out).mkdir(parents=True, exist_ok=True)
+    out = toy_folder(args, name, lr, seed)
+    out.mkdir(parents=True, exist_ok=True)
     test = {"data": "toy", "seed": seed, "split": split, "limit": args.n, "max_new_tokens": 100}
     flags = SYSTEMS[name]
     if flags is None:
@@ -125,7 +130,7 @@ def toy_system(args, name, seed, lr, split):
         return rsd.run(rsd.Eval, writer=writer, **test)
     if flags.get("rubrics"):
         flags = flags | {"rubrics": toy_rubrics(args, flags["rubrics"], seed, out)}
-    model = f"{out}/model"
+    model = str(out / "model")
     trained = rsd.run(
         rsd.Train, data="toy", seed=seed, limit=args.limit, steps=args.steps, lr=lr,
         max_new_tokens=100, out=model, resume=True, **flags,
@@ -268,6 +273,64 @@ def mean_table(done, columns):
     return "\n".join(lines)
 
 
+SHOWN = {  # the rows in the picture, by colour; the student writes in all of them
+    "rsd": "#005ab5",
+    "opsd": "#dc3220",
+    "grpo": "#1b7837",
+    "grpo-rubric": "#8c510a",
+}
+
+
+def learning_curve(args, name):
+    """[(tokens sampled so far, accuracy of a step's rollouts)], both means over the seeds; the
+    accuracy is averaged over five steps."""
+    runs = []
+    for seed in range(args.seeds):
+        file = toy_folder(args, name, CHOSEN.get(name, 1e-3), seed) / "model" / "metrics.jsonl"
+        runs.append(rsd.read_jsonl(file))
+    points, sampled = [], 0.0
+    for step in range(args.steps):
+        sampled += sum(run[step]["sampled"] for run in runs) / len(runs)
+        window = [m["accuracy"] for run in runs for m in run[max(0, step - 4) : step + 1]]
+        points.append((sampled, sum(window) / len(window)))
+    return points
+
+
+def picture(args):
+    """Rollout accuracy against sampled tokens, as an SVG that needs no other file."""
+    curves = {name: learning_curve(args, name) for name in SHOWN if name in args.rows}
+    most = max(points[-1][0] for points in curves.values())
+    width, height, left, top = 640, 300, 50, 16
+
+    def place(tokens, accuracy):
+        return left + (width - left - 130) * tokens / most, top + (height - 60) * (1 - accuracy)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12" '
+        'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>'
+    ]
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        (x, y), (end, _) = place(0, tick), place(most, tick)
+        parts.append(f'<line x1="{x}" x2="{end}" y1="{y}" y2="{y}" stroke="#dfe3e8"/>')
+        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+    for tick in range(0, int(most) + 1, 10_000):
+        x, y = place(tick, 0)
+        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{tick // 1000}k</text>')
+    x, y = place(most / 2, 0)
+    parts.append(f'<text x="{x}" y="{y + 36}" text-anchor="middle">tokens sampled</text>')
+    labels = sorted(curves, key=lambda name: -curves[name][-1][1])
+    heights = []
+    for name in labels:
+        line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curves[name])
+        style = f'fill="none" stroke="{SHOWN[name]}" stroke-width="2"'
+        parts.append(f'<polyline points="{line}" {style}/>')
+        x, y = place(*curves[name][-1])
+        heights.append(max(y + 4, heights[-1] + 15 if heights else 0))  # labels do not overlap
+        x = place(most, 0)[0] + 8
+        parts.append(f'<text x="{x}" y="{heights[-1]:.0f}" fill="{SHOWN[name]}">{name}</text>')
+    (Path(args.out) / "curves.svg").write_text("\n".join([*parts, "</svg>\n"]))
+
+
 def rates(args):
     """Three learning rates for every row, tested on the validation split with one seed."""
     trained = [name for name in args.rows if SYSTEMS[name]]
@@ -288,12 +351,14 @@ def toy(args):
     """The table of the toy and its picture."""
     jobs = []
     for seed in range(args.seeds):
-        jobs += [(args, name, seed, CHOSEN.get(name, 3e-4), "test") for name in args.rows]
+        jobs += [(args, name, seed, CHOSEN.get(name, 1e-3), "test") for name in args.rows]
     done = run_all(args, jobs)
     columns = ("accuracy", "rubric_score", "rollouts", "trained", "seconds")
     text = mean_table(done, columns)
     text += f"\n\n{args.seeds} seeds, {args.steps} steps, n {args.n}, limit {args.limit}\n"
     (Path(args.out) / "table.md").write_text(text)
+    if SHOWN.keys() & set(args.rows):
+        picture(args)
     print(text)
 
 
@@ -304,6 +369,8 @@ def model(args):
     for seed in range(args.seeds):
         for name in REAL_SYSTEMS:
             jobs.append((args, name, seed, 3e-5, "test"))
+    trained_first = [job for job in jobs if job[2] == 0 or REAL_SYSTEMS[job[1]]]
+    jobs = trained_first + [job for job in jobs if job not in trained_first]
     done = run_all(args, jobs)
     columns = ["rubric_score", "tokens", "truncated", "entropy", "reference_log_prob"]
     columns += ["rollouts", "trained", "seconds", "peak_mb"]

@@ -149,13 +149,15 @@ def obey(parts, shown, rng):
 
 
 def some_criteria(row, rng):
-    """The criteria of a lesson: the row's own, another's, general ones, or a mixture of these and
-    of the opposite of what is right."""
+    """The criteria of a lesson: the row's own, with some that change nothing; another's; general
+    ones; or a mixture of these and of the opposite of what is right."""
     others = problem(rng)["rubric"]
     general = rng.sample(GENERIC, rng.randint(3, len(GENERIC)))
     kind = rng.choices(["own", "another's", "general", "mixture"], [45, 12, 10, 33])[0]
     if kind == "own":
-        return row["rubric"]
+        shown = row["rubric"] + rng.sample(others + general, rng.choice([0, 0, 0, 1, 2]))
+        rng.shuffle(shown)
+        return shown
     if kind == "another's":
         return others
     if kind == "general":
@@ -179,9 +181,11 @@ def lesson(row, rng, prompts):
         written = [c for c in shown if rng.random() >= misses[kind]] or shown
         completion = rsd.row_fields({"rubric": written})["rubric_json"]
     else:
-        shown = some_criteria(row, rng) if "rubric" in kind else []
+        shown = some_criteria(row, rng) if "rubric" in kind or "feedback" in kind else []
+        attempt = solution(row["parts"], obey(row["parts"], [], rng))
+        met = [rsd.check_criterion(c, attempt) for c in shown]  # of {feedback}
         completion = solution(row["parts"], obey(row["parts"], shown, rng))
-        row = row | {"solution": completion}
+        row = row | {"solution": completion, "met": met}
     fields = rsd.row_fields(row | {"rubric": shown})
     return {"prompt": rsd.fill(prompts[kind], fields, str), "solution": completion}
 
