@@ -979,7 +979,7 @@ def test_polarity_of_a_criterion(title, description, weight, worth):
 def test_recall_counts_a_repeated_criterion_once():
     row = rsd.with_rubrics(toy_rows("train", 2), "data")[0]
     figures = rsd.score_rubric([row["own_rubric"][0]] * 3, row)
-    assert figures == {"valid": 1.0, "criteria": 3, "recall": 1 / 3, "precision": 1 / 3}
+    assert figures == {"valid": 1.0, "criteria": 3, "recall": 1 / 5, "precision": 1 / 3}
 
 
 def test_rubrics_are_drawn_again_until_read_and_lost_ones_have_a_reason():
@@ -1037,7 +1037,7 @@ def test_every_ablation_keeps_the_schema(comparison):
     noisy = changed("noisy")
     differs = [sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in zip(noisy, own)]
     assert all(len(rubric) == 5 for rubric in noisy)
-    assert max(differs) == 3 and min(differs) <= 1
+    assert max(differs) == 3 and min(differs) < 3  # the other's may be one of its own
 
 
 @pytest.mark.parametrize("stage", ["rubric", "rubric-paper"])
@@ -3134,7 +3134,7 @@ def test_out_with_other_settings_is_refused_and_left_alone(base, run, capsys):
     before = files_of(run)
     cases = [
         ([], "--resume"),
-        (["--lr", "0.5"], "lr 0.0003 -> 0.5"),
+        (["--lr", "0.5"], "lr 0.001 -> 0.5"),
         (["--resume", "--seed", "9"], "seed 0 -> 9"),
     ]
     for more, word in cases:
@@ -3722,13 +3722,19 @@ def toy_parts(n, seed=0):
     return [row | {"parts": parts[row["question"]]} for row in toy_rows("test", n, seed)]
 
 
-def spans_of(row, law):
-    """Where in its solution each of the three criteria is met: [(first character, last + 1)].
-    law: the sentence that states it, with placeholders."""
+def spans_of(row):
+    """Where in its solution criteria are met: {title: (first character, last + 1)}, for those that
+    ask for words."""
     text, parts = row["solution"], row["parts"]
-    law = len(law.format(**parts))
-    unit = text.rindex(f" {parts['unit']}}}")
-    return [(0, law), (law, text.index(".", law)), (unit, unit + len(parts["unit"]) + 2)]
+    words = {
+        "Formula": parts["formula"],
+        "Time": f"{parts['b']} min = {parts['n']} s",
+        "Number": f"In all {parts['k']} * {parts['a']}",
+    }
+    return {
+        title: (text.index(said), text.index(said) + len(said))
+        for title, said in words.items() if said in text
+    }
 
 
 def tokens_inside(tok, ids, spans):
@@ -3756,36 +3762,39 @@ def credit_of(model, tok, row, view, rubric, completion):
 
 @pytest.mark.slow
 def test_credit_falls_where_the_toy_says(prompts, toy_maker):
-    """50 held-out problems whose solution keeps every habit: each criterion's credit falls on its
-    own span, and a criterion of another problem gets less than any."""
+    """50 held-out problems, each with its right solution and then the remark that is a fault."""
     model, tok = rsd.load_model(str(TOY_BASE))
-    law = toy_maker.WORLD["steps"]["formula"]
     rows, view = toy_parts(50, seed=1), prompts["rubric+answer"]
-    shares = []  # of each criterion's credit, on its own span
-    largest = []  # is each criterion's credit the largest on its own span?
-    weaker = []  # is the credit of the stranger the smallest?
+    shares = {"Formula": [], "Time": [], "Number": []}  # of each one's credit, on its own span
+    remark, weaker = [], []
     for row in rows:
-        ids = tok.encode(row["solution"])
-        masks = tokens_inside(tok, ids, spans_of(row, law))
-        credit = credit_of(model, tok, row, view, row["rubric"], ids)
-        gains = credit.clamp(min=0)
-        shares.append([(gains[k][m].sum() / gains[k].sum()).item() for k, m in enumerate(masks)])
-        largest.append([credit[:, m].sum(1).argmax().item() == k for k, m in enumerate(masks)])
+        parts, spans = row["parts"], spans_of(row)
+        before = tok.encode(row["solution"])
+        ids = tok.encode(f"{row['solution']} {toy_maker.WORLD['steps']['remark']}")
+        assert ids[: len(before)] == before
 
-        rng = random.Random(row["question"])
-        own_words = {row["parts"]["unit"], row["parts"]["big"]}
-        strangers = [r for r in rows if not {r["parts"]["unit"], r["parts"]["big"]} & own_words]
-        foreign = rng.choice(rng.choice(strangers)["rubric"])
-        with_foreign = credit_of(model, tok, row, view, row["rubric"] + [foreign], ids)
-        weaker.append((with_foreign[3].abs().sum() < credit.abs().sum(1).min()).item())
+        strangers = [r for r in rows if r["parts"]["right"].keys() != parts["right"].keys()]
+        stranger = random.Random(row["question"]).choice(strangers)
+        foreign = [c for c in stranger["rubric"] if c["title"] in ("Number", "Sign")]
+        rubric = row["rubric"] + foreign
+        credit = credit_of(model, tok, row, view, rubric, ids)
+        for k, c in enumerate(rubric[:-1]):
+            if c["title"] in spans:
+                (mask,) = tokens_inside(tok, ids, [spans[c["title"]]])
+                gains = credit[k].clamp(min=0)
+                shares[c["title"]].append((gains[mask].sum() / gains.sum()).item())
+        fault = [c["title"] for c in rubric].index("Remark")
+        remark.append(credit[fault, len(before)].item())
+        moved = credit.abs().sum(1)
+        weaker.append((moved[-1] < moved[:-1].min()).item())
 
     def mean(x):
-        return torch.tensor(x, dtype=torch.float64).mean(0)
+        return sum(x) / len(x)
 
-    print("share on the own span", mean(shares).tolist(), "largest there", mean(largest).tolist())
-    print("foreign weaker", mean(weaker).item())
-    assert mean(shares).min() >= 0.5
-    assert mean(largest).min() >= 0.95
+    print({title: (mean(x), len(x)) for title, x in shares.items()})
+    print("remark", mean(remark), max(remark), "foreign weaker", mean(weaker))
+    assert min(mean(x) for x in shares.values()) >= 0.5
+    assert max(remark) < -1  # the fault's first token becomes e times less likely at least
     assert mean(weaker) >= 0.8
 
 
