@@ -4,6 +4,7 @@
     python .ci/compare.py toy rsd grpo      these rows alone
     python .ci/compare.py rates             three learning rates for each, on the validation split
     python .ci/compare.py model --model HuggingFaceTB/SmolLM2-135M-Instruct --data rar-science
+    python .ci/compare.py engines           tokens a second of transformers and of vLLM
 
 A run is never done twice: --out holds what is done. Each run is a process of its own with one
 thread; --jobs of them run at a time.
@@ -63,6 +64,7 @@ SYSTEMS = {
     "rsd, token clip": {"clip": "token"},
 }
 RATES = (3e-4, 1e-3, 3e-3)
+GRPO_RATES = (1e-4, 3e-4, 1e-3)
 CHOSEN = {}  # row -> the rate that `rates` found best, where it is not 1e-3
 
 
@@ -334,7 +336,11 @@ def picture(args):
 def rates(args):
     """Three learning rates for every row, tested on the validation split with one seed."""
     trained = [name for name in args.rows if SYSTEMS[name]]
-    done = run_all(args, [(args, name, 0, lr, "val") for name in trained for lr in RATES])
+    jobs = []
+    for name in trained:
+        tried = GRPO_RATES if SYSTEMS[name].get("rollouts") else RATES
+        jobs += [(args, name, 0, lr, "val") for lr in tried]
+    done = run_all(args, jobs)
     text = ""
     for name in trained:
         found = {lr: f for row, _, lr, f in done if row == name}
@@ -380,12 +386,44 @@ def model(args):
     print(text)
 
 
+def engines(args):
+    """Tokens a second of transformers and of vLLM, in turn, on the toy and on --model; no
+    completion ends early."""
+    for name, data, n, new in (("toy", "toy", 64, 60), (args.model, args.data[0], 16, 64)):
+        path = f"{rsd.TOY}/base-0" if name == "toy" else name
+        model, tokenizer = rsd.load_model(path)
+        prompts = []
+        for row in rsd.load_rows(data, "train", n):
+            prompts.append(rsd.context_ids(tokenizer, "{question}", row)[:120])
+        stop = {model.config.vocab_size - 1}
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        sampling |= {"max_new_tokens": new, "batch_size": n}
+        engine = rsd.VllmSampler(model, stop, 0.3, **sampling)
+        engine(prompts)  # the first call compiles
+        speeds = {"transformers": [], "vllm": []}
+        for _ in range(3):
+            for kind in speeds:
+                begin = time.perf_counter()
+                if kind == "vllm":
+                    written = engine(prompts)
+                else:
+                    written = rsd.sample_completions(model, prompts, stop, **sampling)
+                tokens = sum(len(ids) for ids, _ in written)
+                speeds[kind].append(tokens / (time.perf_counter() - begin))
+        begin = time.perf_counter()
+        engine.load(model)
+        loading = time.perf_counter() - begin
+        shown = {kind: [round(x) for x in sorted(found)] for kind, found in speeds.items()}
+        print(f"{name}: tokens a second {shown}; new weights {loading:.2f} s", flush=True)
+        del engine
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["toy", "rates", "model"])
+    parser.add_argument("what", choices=["toy", "rates", "model", "engines"])
     parser.add_argument("rows", nargs="*", help="rows of the toy's table (default: all)")
     parser.add_argument("--seeds", type=int, help="default: 5 on the toy, 3 on a model")
-    parser.add_argument("--steps", type=int, help="default: 40 on the toy, 20 on a model")
+    parser.add_argument("--steps", type=int, help="default: 40 on the toy, 12 on a model")
     parser.add_argument("--n", type=int, help="held-out questions (default: 200 and 100)")
     parser.add_argument("--limit", type=int, default=256, help="training problems of the toy")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -394,16 +432,16 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", help="default: runs/compare-WHAT")
     args = parser.parse_args()
-    is_toy = args.what != "model"
+    is_toy = args.what in ("toy", "rates")
     args.seeds = args.seeds or (5 if is_toy else 3)
-    args.steps = args.steps or (40 if is_toy else 20)
+    args.steps = args.steps or (40 if is_toy else 12)
     args.n = args.n or (200 if is_toy else 100)
     args.out = args.out or f"runs/compare-{args.what}"
     unknown = set(args.rows) - SYSTEMS.keys()
     if unknown:
         parser.error(f"unknown rows {sorted(unknown)}; there are {', '.join(SYSTEMS)}")
     args.rows = args.rows or list(SYSTEMS)
-    {"toy": toy, "rates": rates, "model": model}[args.what](args)
+    {"toy": toy, "rates": rates, "model": model, "engines": engines}[args.what](args)
 
 
 if __name__ == "__main__":
