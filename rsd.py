@@ -1327,7 +1327,7 @@ def mean_se(values):
 def interval(mean, se, n):
     """Wilson's 95 % interval of a share; of the mean of other values in [0, 1] the interval of as
     many yes and no as have this standard error."""
-    if se:
+    if se and 0 < mean < 1:
         n = mean * (1 - mean) / se**2 * n / (n - 1)
     z2 = 1.96**2 / n
     middle = mean + z2 / 2
@@ -2367,7 +2367,7 @@ def prompt_files(args, *names):
         require(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
         file = f"{args.prompts}/{name}.txt"
         require("{question}" in prompts[name], f"{file}: it has no {{question}}.")
-        known = "question|answer|solution|rubric|rubric_json|response|statements|fence"
+        known = "question|answer|solution|rubric|rubric_json|feedback|response|statements|fence"
         begun = re.search(rf"\{{({known})\b(?!\}})", prompts[name])
         require(not begun, f"{file}: the brace of {begun and begun[0]} is not closed.")
     return [prompts[name] for name in names]

@@ -3819,7 +3819,8 @@ def credit_page(base, tmp_path_factory):
     data = write_lines(where / "d.jsonl", rows)
     steps = []
     for i in (1, 2, 3):
-        steps.append({"step": i, "loss": 1 / i, "accuracy": None, "entropy": 2.0})
+        figures = {"loss": 1 / i, "accuracy": None, "entropy": 2.0, "rubric_score": 0.3 * i}
+        steps.append({"step": i, **figures})
     write_lines(where / "metrics.jsonl", steps)
     out = where / "new" / "credit.html"
     words = ["inspect", "--model", base, "--data", data, "--prompts", TOY, "--compare", base]
@@ -3902,6 +3903,8 @@ CLICKS = """<script>
     new KeyboardEvent("keydown", {key: name, cancelable: true}));
   log.sections = document.querySelectorAll("section").length;
   log.figures = document.querySelectorAll("figure").length;
+  log.numbers = [...document.querySelectorAll("figure")].map(
+    figure => [...figure.querySelectorAll("text")].map(text => text.textContent));
   log.question = section.querySelector(".question").textContent;
   log.tokens = text.textContent.length;
 
@@ -3953,7 +3956,11 @@ def test_the_page_in_a_browser(width, credit_page, tmp_path):
     assert log["title"] != "ran"
     assert log["images"] == 0
     assert log["sections"] == 5
-    assert log["figures"] == 2
+    assert log["figures"] == 3
+    loss, score, entropy = log["numbers"]  # the axes': first up, then along
+    assert loss == ["0.2", "0.4", "0.6", "0.8", "1", "1", "2", "3"]
+    assert score == ["0", "0.5", "1", "1", "2", "3"]
+    assert float(entropy[0]) < 2 < float(entropy[-4])
     assert log["question"] == f"{HOSTILE} 0"
     assert log["tokens"] > 5
     assert log["wide"]
