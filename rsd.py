@@ -482,7 +482,8 @@ def backward_in_chunks(
 # ---- 4. One step: methods as choices in one pipeline ---------------------------------------------
 
 METHODS = {
-    # name: three choices and the reward: (1 who writes, 2 what the teacher sees, 3 signal, reward).
+    # name: three choices and the reward: (1 who writes: student, teacher or reference, 2 what the
+    # teacher sees, 3 signal, reward).
     # "divergence" stands for the one that --divergence names; "student" for the student's prompt.
     "rsd": ("student", "rubric", "divergence", None),
     "opsd": ("student", "solution", "divergence", None),
@@ -535,7 +536,8 @@ def token_loss(
     clipped), clipped (the fraction at the cap) and entropy, each [N]. forward, reverse and jsd are
     `divergence` with these options. sampled: policy gradient with the advantage log p_T - log p_S.
     advantage: policy gradient with the given one (1 makes it SFT's cross-entropy), plus kl times
-    the reverse KL to the teacher. It is strictly on policy: there is no importance ratio to clip.
+    the reverse KL to the teacher. It is strictly on policy, if sampled at temperature 1 from all
+    tokens: there is no importance ratio to clip.
     The policy gradients use no options and report no divergence. KeyError: an unknown signal.
     """
     whole = clipped = torch.zeros_like(ids, dtype=torch.float32)
@@ -1247,7 +1249,7 @@ def check_criterion(criterion, text, seconds=2.0):
 
     signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    met = bool(re.search(check, text))
+    met = bool(re.search(check, after_thinking(text) or ""))
     signal.setitimer(signal.ITIMER_REAL, 0)
     return met
 
@@ -1327,7 +1329,7 @@ def mean_se(values):
 def interval(mean, se, n):
     """Wilson's 95 % interval of a share; of the mean of other values in [0, 1] the interval of as
     many yes and no as have this standard error."""
-    if se and 0 < mean < 1:
+    if se > 1e-9 and 0 < mean < 1:
         n = mean * (1 - mean) / se**2 * n / (n - 1)
     z2 = 1.96**2 / n
     middle = mean + z2 / 2
@@ -1698,8 +1700,9 @@ def save_checkpoint(out, model, teacher, optimizer, tokenizer, metrics):
         return
     taught = {}
     if teacher is not None and teacher is not model:
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        taught = {name: p for name, p in teacher.named_parameters() if name in trained}
+        for (name, t), s in zip(teacher.named_parameters(), model.parameters()):
+            if s.requires_grad:
+                taught[name] = t
     state = {
         "step": len(metrics),
         "metrics": metrics,
@@ -2131,13 +2134,12 @@ def with_rubrics(rows, source):
         require(is_file, f"--rubrics {source}: no such .jsonl file, and neither data nor none.")
         found = {row["question"]: row["rubric"] for row in load_rows(source, "")}
         rubrics = [found.get(row["question"]) for row in rows]
-    changed = []
-    for row, rubric in zip(rows, rubrics):
-        changed.append(row | {"rubric": rubric, "own_rubric": row["rubric"]})
-    return changed
+    return [
+        row | {"rubric": rubric, "own_rubric": row["rubric"]} for row, rubric in zip(rows, rubrics)
+    ]
 
 
-def make_examples(rows, templates, writers, needs=()):
+def make_examples(rows, templates, readers, needs=()):
     """Rows, prompt files and who reads each of them -> [(row, a prompt for each file)].
 
     A row that lacks a field (or a score, named in `needs`), or has a prompt for which its reader
@@ -2152,8 +2154,8 @@ def make_examples(rows, templates, writers, needs=()):
         if missing:
             dropped[f"no {missing[0]}"] += 1
             continue
-        prompts = [writer.prompt(text, fields) for text, writer in zip(templates, writers)]
-        if max(map(len, prompts)) > writers[0].room:
+        prompts = [reader.prompt(text, fields) for text, reader in zip(templates, readers)]
+        if max(map(len, prompts)) > readers[0].room:
             dropped["context too long for the model"] += 1
             continue
         examples.append((row, *prompts))
@@ -2253,7 +2255,7 @@ class Teaching(Sampling):
     rubrics: str = "data"  # data, none, or a .jsonl file of generate.
     student_context: str = "student"  # Prompt file that the student sees.
     teacher_context: str = "rubric"  # Prompt file that the teacher of rsd sees.
-    teacher_thinking: Literal["", "off", "on"] = ""  # The same for its template, if it is another.
+    teacher_thinking: Literal["", "off", "on"] = ""  # The same for the teacher, if other.
     temperature: Real = 1.0  # Sampling temperature; 0 takes the likeliest token.
     top_p: Share = 1.0  # Sample from the likeliest tokens of this mass; 1 is all.
     top_k: Size = 0  # Sample from this many of the likeliest tokens; 0 is all.
@@ -2294,7 +2296,7 @@ class Train(Teaching):
     loss_temperature: Real = 1.0  # Divides both logits in the divergence.
     teacher: Literal["fixed", "ema", "live"] = "fixed"  # The teacher's weights.
     ema_decay: Share = 0.99  # Decay of --teacher ema, per step.
-    kl: Real = 0.0  # Weight of the reverse KL to the teacher in GRPO.
+    kl: Real = 0.0  # Weight of the reverse KL to the teacher beside an advantage.
     skip_thinking: bool = False  # No loss on the tokens up to </think>.
     token_budget: Count = 8192  # Tokens of a micro-batch, padding included.
     lora_rank: Size = 0  # Train adapters of this rank (by peft); 0 is all weights.
@@ -2507,7 +2509,8 @@ def cmd_judge(args):
 
 def training_writer(args, writer, reader, author):
     """Step 1 of `train_step` for this method: examples -> episodes, written, graded and masked.
-    writer: of the completions, which the model `author` samples; reader: of teacher's contexts."""
+    writer: of the completions, which the model `author` samples; reader: of the teacher's
+    contexts."""
     who, _, _, reward = METHODS[args.method]
     tokenizer, sample = writer.tokenizer, writer.sample
     context = "teacher_ids" if who == "teacher" else "prompt_ids"
@@ -2516,15 +2519,16 @@ def training_writer(args, writer, reader, author):
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     known = end_thinking not in (None, tokenizer.unk_token_id)
     require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
+    on_engine = args.engine == "vllm" and who != "reference"
 
     def write(examples):
-        if args.engine == "vllm":
+        if on_engine:
             sample.load(author)
         if who == "reference":
             episodes = reference_writes(tokenizer, examples)
         else:
             episodes = model_writes(sample, examples, args.rollouts, context)
-        gap = {"engine_gap": sample.gap(author)} if args.engine == "vllm" else {}
+        gap = {"engine_gap": sample.gap(author)} if on_engine else {}
         for e in episodes:
             text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
             if args.stage == "reason":
@@ -2618,7 +2622,7 @@ def show_step(metrics, sample):
     score = next((value for value in graded if value is not None), math.nan)
     shown = metrics | {"score": score}
     names = ("step", "loss", "divergence", "entropy", "length", "score", "seconds")
-    say(*(f"{name} {shown[name]:<6.3g}" for name in names), f"\n    {sample[:90]!r}")
+    say(*(f"{name} {shown[name]:<6.4g}" for name in names), f"\n    {sample[:90]!r}")
 
 
 def cmd_train(args):
@@ -2659,7 +2663,7 @@ def cmd_train(args):
             f"step {done}: loss {figures['loss']}, norm {figures['grad_norm']}; stopped before "
             f"the weights moved. What was saved before lies in {out}.",
         )
-        if args.teacher == "ema":
+        if teacher and args.teacher == "ema":
             ema_update(teacher, student, args.ema_decay)
         history.append(log_step(out, done, episodes, figures, who != "reference"))
         is_last = done == args.steps
@@ -2667,6 +2671,7 @@ def cmd_train(args):
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
         if is_last or done % args.save_every == 0:
             save_checkpoint(out, student, teacher, optimizer, tokenizer, history)
+    all_gather("the others wait for the last save")
     say(f"saved {out}; python rsd.py eval --model {out}")
     sums = ("rollouts", "sampled", "trained", "seconds")
     return {name: sum(m[name] for m in history) for name in sums}
@@ -2710,7 +2715,8 @@ def inspect_rollouts(args):
         without = []
         for k in range(len(rubric)):
             others = rubric[:k] + rubric[k + 1 :]
-            fields_left = {"rubric": "-"} | row_fields(row | {"rubric": others})
+            nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")
+            fields_left = nothing | row_fields(row | {"rubric": others})
             without.append(readers[1].prompt(templates[1], fields_left))
         for (name, student), e in zip(students.items(), episodes):
             ids = e.completion_ids
@@ -2738,7 +2744,9 @@ def run(kind, **flags):
 
 def cmd_demo(args):
     """Show the whole method on the toy, in minutes on a CPU."""
-    rubrics, model, page = (f"{args.out}/{name}" for name in ("rubrics.jsonl", "model", "credit.html"))
+    rubrics = f"{args.out}/rubrics.jsonl"
+    model = f"{args.out}/model"
+    page = f"{args.out}/credit.html"
     toy = {"data": "toy", "seed": args.seed}
     test = toy | {"limit": args.n, "max_new_tokens": 80}
     before = run(Eval, **test)
@@ -2754,8 +2762,8 @@ def cmd_demo(args):
     (Path(args.out) / "results.json").write_text(json.dumps(results, indent=1))
     say(f"\n{args.n} held-out problems     accuracy          rubric score")
     for name, f in results.items():
-        accuracy = f"{f['accuracy']:.3f} +- {f['accuracy_se']:.3f}"
-        say(f"{name:24s}  {accuracy}    {f['rubric_score']:.3f} +- {f['rubric_score_se']:.3f}")
+        say(f"{name:24s}  {f['accuracy']:.3f} +- {f['accuracy_se']:.3f}    "
+            f"{f['rubric_score']:.3f} +- {f['rubric_score_se']:.3f}")
     say(f"\nOpen {page}: which tokens did the rubrics move? Then see what a model of yours\n"
         "would do as its own teacher: python rsd.py eval --model Qwen2.5-1.5B --writer rubric")
     return results

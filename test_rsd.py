@@ -2607,7 +2607,7 @@ def test_a_real_server_answers_as_the_model_does_here(
 def test_real_questions_over_a_real_server(
     real_server, random_model, tmp_path, monkeypatch, capsys
 ):
-    """generate, train, eval --judge on real questions; what random weights write is counted, never
+    """generate, train, eval, judge on real questions; what random weights write is counted, never
     met."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
@@ -2619,17 +2619,13 @@ def test_real_questions_over_a_real_server(
     words = ["train", "--model", random_model, *common, "--steps", "2", "--batch", "2"]
     assert rsd.main([*words, "--out", "t"]) == 0
 
-    ask = rsd.ServerWriter.ask
-
-    def short(writer, prompt):  # random weights never end by themselves
-        writer.sampling = writer.sampling | {"max_new_tokens": 8}
-        return ask(writer, prompt)
-
-    monkeypatch.setattr(rsd.ServerWriter, "ask", short)
     words = ["eval", "--model", "t", *common, "--k", "2", "--out", "e.jsonl"]
-    assert rsd.main([*words, "--judge", real_server]) == 0
+    assert rsd.main(words) == 0
+    capsys.readouterr()
+    words = ["judge", "--model", real_server, "--data", "e.jsonl", "--max-new-tokens", "8"]
+    assert rsd.main([*words, "--out", "v.jsonl"]) == 0
     said = capsys.readouterr().out
-    verdicts = rsd.read_jsonl(Path("e.judged.jsonl"))
+    verdicts = rsd.read_jsonl(Path("v.jsonl"))
     answered = {(line["question"], line["text"]) for line in rsd.read_jsonl(Path("e.jsonl"))}
     assert len(verdicts) == len(answered) >= 10
     assert all(line["judge"] is None and line["tries"] == 1 for line in verdicts)
@@ -5036,7 +5032,7 @@ ODD = [  # values that real cells hold where a text, a list or a number is expec
 FLAGS = [
     ["--limit", "0"], ["--split", "nope"], ["--prompts", "nowhere"], ["--writer", "nope"],
     ["--engine-memory", "2"], ["--data", "bad.jsonl"], ["--out", "."], ["--out", "/dev/full"],
-    ["--k", "3"], ["--judge", "nope"], ["--data", "nope"], ["--data", "."], ["--model", "."],
+    ["--k", "3"], ["--kl", "nope"], ["--data", "nope"], ["--data", "."], ["--model", "."],
     ["--model", "@http://"], ["--top-k", "0"], ["--temperature", "0"], ["--model", ""],
 ]
 
@@ -5210,6 +5206,34 @@ def test_without_vllm_the_engine_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     words = ["eval", "--engine", "vllm", "--limit", "2", "--out", tmp_path / "o"]
     assert "pip install vllm" in error_of(words, capsys)
+
+
+def test_a_check_does_not_search_the_thinking():
+    criterion = {"title": "", "description": "d", "weight": 1, "check": "gold"}
+    row = {"reference_answer": "4", "rubric": [criterion]}
+    for text, met in (
+        ("gold", 1), ("<think>gold</think> lead", 0), ("<think>lead</think> gold", 1),
+        ("<think>gold", 0),
+    ):
+        assert rsd.score(text, row)["rubric_score"] == met
+
+
+def test_inspect_shows_a_single_criterion_in_any_prompt_file(base, tmp_path):
+    row = {"question": "Why?", "reference_answer": "1", "rubric": [GOOD]}
+    data = write_lines(tmp_path / "d.jsonl", [row])
+    for name in ("statements", "feedback", "rubric_json"):
+        (tmp_path / "student.txt").write_text("{question}")
+        (tmp_path / "rubric.txt").write_text(f"{{question}} {{{name}}}")
+        words = ["inspect", "--model", base, "--data", data, "--prompts", tmp_path, "--n", 1]
+        words += ["--max-new-tokens", 4, "--out", tmp_path / f"{name}.html"]
+        assert rsd.main([*map(str, words)]) == 0
+        (rollout,) = json.loads((tmp_path / f"{name}.json").read_text())["rollouts"]
+        assert len(rollout["credit"]) == 1
+
+
+def test_an_ema_teacher_that_nobody_asks_is_none(base, tmp_path):
+    words = train_args(base, tmp_path / "run", "--method", "sft", "--teacher", "ema")
+    assert rsd.main(with_flag(words, "--steps", 1)) == 0
 
 
 def test_the_engine_takes_one_process(tmp_path, monkeypatch, capsys):

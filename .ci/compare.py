@@ -240,7 +240,9 @@ def real_system(args, name, seed, lr, split):
 def one_run(job):
     """A row with one seed, in a process of its own; its figures are kept in --out."""
     args, name, seed, lr, split = job
-    kept = Path(args.out) / "figures" / f"{re.sub(r'[^a-z0-9]+', '-', name)}-{lr:g}-{seed}-{split}.json"
+    settings = [name, lr, seed, split, args.steps, args.n, args.limit, args.model, args.engine]
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, settings)))
+    kept = Path(args.out) / "figures" / f"{words}.json"
     if not kept.exists():
         begin = time.time()
         system = toy_system if args.what != "model" else real_system
