@@ -2598,8 +2598,8 @@ def test_a_real_server_answers_as_the_model_does_here(
             lines.append(rsd.read_jsonl(out))
         for here, there in zip(*lines):
             assert here["text"].strip() == there["text"] != ""
-            assert here["tokens"] == there["tokens"] == 12
-            assert here["truncated"] == there["truncated"] == 1
+            assert here["tokens"] == there["tokens"] > 4
+            assert here["truncated"] == there["truncated"] == (here["tokens"] == 12)
 
 
 @pytest.mark.slow
@@ -4061,11 +4061,12 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     pairs = zip(trained.parameters(), model.parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)
     line = rsd.read_jsonl(answers)[0]
-    ids = rsd.context_ids(tok, "{question}", line)
+    own = AutoTokenizer.from_pretrained(run)  # some families cut a text in a way of their own
+    ids = rsd.context_ids(own, "{question}", line)
     out = trained.generate(
         torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0
     )
-    assert tok.decode(out[0, len(ids) :], skip_special_tokens=True) == line["text"]
+    assert own.decode(out[0, len(ids) :], skip_special_tokens=True) == line["text"]
 
 
 @pytest.mark.parametrize(
