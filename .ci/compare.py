@@ -177,34 +177,26 @@ def write_brief(args):
 
 
 @torch.no_grad()
-def reference_log_prob(model_name, rows):
-    """The mean log-probability, in nats a token, of the reference answers under the bare question:
-    what training cost elsewhere."""
+def costs_elsewhere(model_name, rows, answers):
+    """What training cost elsewhere, in nats a token under the bare question: the mean
+    log-probability of the reference answers, and the model's entropy over its own answers."""
     model, tokenizer = rsd.load_model(model_name)
     template = rsd.load_prompts(BRIEF)["student"]
-    total, tokens = 0.0, 0
-    for row in rows:
-        prompt = rsd.context_ids(tokenizer, template, rsd.row_fields(row))
-        answer = rsd.encode(tokenizer, row["reference_answer"])[:128]
-        logits = rsd.logits_of(model, rsd.rescore(model, [prompt], [answer]))
-        total += rsd.log_prob(logits, torch.tensor(answer)).sum().item()
-        tokens += len(answer)
-    return total / tokens
 
-
-@torch.no_grad()
-def answer_entropy(model_name, rows, answers):
-    """The mean entropy, in nats a token, of the model over its own answers."""
-    model, tokenizer = rsd.load_model(model_name)
-    template = rsd.load_prompts(BRIEF)["student"]
-    parts = []
-    for row in rows:
+    def logits_and_ids(row, text):
         prompt = rsd.context_ids(tokenizer, template, rsd.row_fields(row))
-        ids = rsd.encode(tokenizer, answers[row["question"]])
-        if ids:
-            hidden = rsd.rescore(model, [prompt], [ids])
-            parts.append(rsd.entropy(rsd.logits_of(model, hidden)))
-    return torch.cat(parts).mean().item()
+        ids = rsd.encode(tokenizer, text)[:128]
+        return rsd.logits_of(model, rsd.rescore(model, [prompt], [ids])), torch.tensor(ids)
+
+    of_references, of_answers = [], []
+    for row in rows:
+        of_references.append(rsd.log_prob(*logits_and_ids(row, row["reference_answer"])))
+        if answers[row["question"]]:
+            of_answers.append(rsd.entropy(logits_and_ids(row, answers[row["question"]])[0]))
+    return {
+        "reference_log_prob": torch.cat(of_references).mean().item(),
+        "entropy": torch.cat(of_answers).mean().item(),
+    }
 
 
 def real_system(args, name, seed, lr, split):
@@ -229,8 +221,7 @@ def real_system(args, name, seed, lr, split):
     texts = {line["question"]: line["text"] for line in rsd.read_jsonl(Path(answers))}
     rows = rsd.load_rows(test, "")
     if name != "teacher":
-        tested["reference_log_prob"] = reference_log_prob(model, rows)
-        tested["entropy"] = answer_entropy(model, rows, texts)
+        tested |= costs_elsewhere(model, rows, texts)
     return figures | tested
 
 
@@ -332,10 +323,9 @@ def picture(args):
         line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curves[name])
         style = f'fill="none" stroke="{SHOWN[name]}" stroke-width="2"'
         parts.append(f'<polyline points="{line}" {style}/>')
-        x, y = place(*curves[name][-1])
+        x, y = place(most, curves[name][-1][1])
         heights.append(max(y + 4, heights[-1] + 15 if heights else 0))  # labels do not overlap
-        x = place(most, 0)[0] + 8
-        parts.append(f'<text x="{x}" y="{heights[-1]:.0f}" fill="{SHOWN[name]}">{name}</text>')
+        parts.append(f'<text x="{x + 8}" y="{heights[-1]:.0f}" fill="{SHOWN[name]}">{name}</text>')
     (Path(args.out) / "curves.svg").write_text("\n".join([*parts, "</svg>\n"]))
 
 
