@@ -51,11 +51,13 @@ REPO = Path(rsd.__file__).parent
 TOY = REPO / "prompts" / "toy"
 SHARED = REPO.parent / "shared" / "data"  # real recorded data, where there is any
 
+
 def toy_rows(split, n, seed=0):
     """n rows of the toy."""
     return rsd.load_rows("toy", split, n, seed)
 
 
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 GOOD = {"title": "Law", "description": "States it.", "weight": 5}
 
 
@@ -103,6 +105,11 @@ def grads(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def as_given(examples):
+    """For train_step: the examples have their completions already."""
+    return examples
+
+
 class KeepsGradients:
     """An optimizer that moves nothing and keeps the gradient of the last step."""
 
@@ -122,7 +129,7 @@ def gradient_of(model, teacher, episodes, signal="forward", budget=8192, **optio
     optimizer = KeepsGradients(model)
     loss = functools.partial(rsd.token_loss, signal=signal, **options)
     _, figures = rsd.train_step(
-        model, teacher, episodes, lambda examples: examples, loss, [optimizer], 0.0, budget,
+        model, teacher, episodes, as_given, loss, [optimizer], 0.0, budget,
         max_grad_norm=math.inf,
     )
     return figures, optimizer.gradient
@@ -178,6 +185,63 @@ def write_lines(path, rows):
 
 def metrics_of(run):
     return rsd.read_jsonl(Path(run) / "metrics.jsonl")
+
+
+def loss_of(signal="forward", **options):
+    """`token_loss` with this signal, as train_step takes it."""
+    return functools.partial(rsd.token_loss, signal=signal, **options)
+
+
+def adapted(tok, seed=0):
+    """A tiny model with adapters of rank 4."""
+    model = tiny(tok, seed)
+    torch.manual_seed(7)
+    rsd.add_lora(model, 4)
+    return model
+
+
+def trained_names(model):
+    """The names of the parameters that are trained."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def weights_of(run):
+    """The tensors of a run's checkpoint: {name: tensor}."""
+    (file,) = Path(run).glob("*.safetensors")
+    return safetensors.torch.load_file(file)
+
+
+def assert_same_weights(one, other):
+    """The checkpoints of two runs are the same to the bit."""
+    a, b = weights_of(one), weights_of(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def without_timing(metrics):
+    """The figures of a step that do not depend on the clock."""
+    clocks = ("s_sampling", "s_rescoring", "s_update", "seconds", "tokens_per_s")
+    return {name: value for name, value in metrics.items() if name not in clocks}
+
+
+def with_flag(words, flag, value):
+    """A command line in which a flag has another value."""
+    words = list(words)
+    words[words.index(flag) + 1] = str(value)
+    return words
+
+
+def error_of(words, capsys):
+    """The one sentence with which a command ends as a user's mistake."""
+    capsys.readouterr()
+    assert rsd.main([*map(str, words)]) == 2
+    said = capsys.readouterr().err  # progress bars, and then the sentence
+    assert "Traceback" not in said
+    message = said[said.rindex("rsd.py: ") :]
+    assert message.count("\n") == 1
+    assert message.endswith("\n")
+    return message
 
 
 # ---- 1. contexts ---------------------------------------------------------------------------------
@@ -635,7 +699,7 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
     want = grads(model).clone()
     entropy = torch.distributions.Categorical(logits=logits).entropy().sum()
 
-    def loss_of(student_logits, teacher_logits, rows):
+    def losses(student_logits, teacher_logits, rows):
         return rsd.token_loss(student_logits, teacher_logits, ids[rows], advantage[rows], signal)
 
     v = len(tok)
@@ -643,7 +707,7 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
         model.zero_grad()
         hidden = rsd.rescore(model, prompts, completions)
         sums = rsd.backward_in_chunks(
-            model, hidden, teacher, teacher_hidden, loss_of, n, chunk=chunk, part=part
+            model, hidden, teacher, teacher_hidden, losses, n, chunk=chunk, part=part
         )
         torch.testing.assert_close(grads(model), want, atol=1e-6, rtol=1e-4)
         assert sums["loss"] / n == pytest.approx(loss.item(), rel=1e-4)
@@ -651,11 +715,6 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
 
 
 # ---- 4. one step ---------------------------------------------------------------------------------
-
-
-def as_given(examples):
-    """For train_step: the examples have their completions already."""
-    return examples
 
 
 def test_any_split_into_micro_batches_gives_the_same_gradient(tok):  # pitfalls 2 and 8
@@ -1177,11 +1236,11 @@ def test_backward_in_chunks_can_be_copied_out(lift, tok):
     model, contexts, completions = tiny(tok), [[5, 6, 7]], [[3, 4, 2]]
     ids = torch.tensor(completions[0])
 
-    def loss_of(student_logits, teacher_logits, rows):
+    def losses(student_logits, teacher_logits, rows):
         return {"loss": F.cross_entropy(student_logits, ids[rows], reduction="none")}
 
     hidden = rsd.rescore(model, contexts, completions)
-    sums = alone.backward_in_chunks(model, hidden, None, None, loss_of, 3)
+    sums = alone.backward_in_chunks(model, hidden, None, None, losses, 3)
     got = grads(model).clone()
     model.zero_grad()
     logits = model(torch.tensor([contexts[0] + completions[0]])).logits[0, 2:5]
@@ -2632,71 +2691,6 @@ def test_real_questions_over_a_real_server(
     assert {line["question"] for line in verdicts} <= {question for question, _ in answered}
     assert "judge: none for" in said
     assert re.search("rubric_score +n/a", said.split("judge: none for")[1])
-
-
-HAS_PEFT = importlib.util.find_spec("peft") is not None
-
-
-def loss_of(signal="forward", **options):
-    """`token_loss` with this signal, as train_step takes it."""
-    return functools.partial(rsd.token_loss, signal=signal, **options)
-
-
-def given(examples):
-    """Who writes where the completions are there already."""
-    return examples
-
-
-def adapted(tok, seed=0):
-    """A tiny model with adapters of rank 4."""
-    model = tiny(tok, seed)
-    torch.manual_seed(7)
-    rsd.add_lora(model, 4)
-    return model
-
-
-def trained_names(model):
-    """The names of the parameters that are trained."""
-    return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
-def weights_of(run):
-    """The tensors of a run's checkpoint: {name: tensor}."""
-    (file,) = Path(run).glob("*.safetensors")
-    return safetensors.torch.load_file(file)
-
-
-def assert_same_weights(one, other):
-    """The checkpoints of two runs are the same to the bit."""
-    a, b = weights_of(one), weights_of(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def without_timing(metrics):
-    """The figures of a step that do not depend on the clock."""
-    clocks = ("s_sampling", "s_rescoring", "s_update", "seconds", "tokens_per_s")
-    return {name: value for name, value in metrics.items() if name not in clocks}
-
-
-def with_flag(words, flag, value):
-    """A command line in which a flag has another value."""
-    words = list(words)
-    words[words.index(flag) + 1] = str(value)
-    return words
-
-
-def error_of(words, capsys):
-    """The one sentence with which a command ends as a user's mistake."""
-    capsys.readouterr()
-    assert rsd.main([*map(str, words)]) == 2
-    said = capsys.readouterr().err  # progress bars, and then the sentence
-    assert "Traceback" not in said
-    message = said[said.rindex("rsd.py: ") :]
-    assert message.count("\n") == 1
-    assert message.endswith("\n")
-    return message
 
 
 # ---- 8. many processes ---------------------------------------------------------------------------
