@@ -58,7 +58,7 @@ from pathlib import Path
 from typing import Callable, Literal, NamedTuple, get_args, get_type_hints
 from zlib import crc32
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # or threads that wait starve a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # or threads that wait starve a busy machine
 
 import torch
 import torch.nn.functional as F
