@@ -2558,7 +2558,7 @@ def set_up(args, out, state):
     student, tokenizer = load_from_flags(args, half=args.lora_rank > 0)
     require(
         not hasattr(student, "peft_config"),
-        f"--model {args.model}: is an adapter; merge it into its base first (README: LoRA).",
+        f"--model {args.model}: is an adapter; merge it into its base first; README says how.",
     )
     if args.lora_rank:
         add_lora(student, args.lora_rank)

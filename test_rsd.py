@@ -1,6 +1,6 @@
 """Tests of rsd.py: each compares with something independent and names what it guards.
 
-Pitfall numbers are those of the list in README.md. Tiny random models, no network. Run: pytest -q
+Tiny random models, no network. Run: pytest -q
 """
 import ast
 import contextlib
@@ -336,7 +336,6 @@ def test_context_without_control_tokens_equals_the_librarys_own_encoding(tok):
 
 
 def test_training_and_evaluation_sample_the_same_prompts(tok, base, tmp_path, monkeypatch):
-    # pitfall 5
     seen = []
 
     def sample(model, prompts, stop, **sampling):
@@ -372,7 +371,7 @@ def thinking_tokenizer(tok):
     (["--teacher-thinking", "on"], "<N>", "<T>"),
     (["--thinking", "on", "--teacher-thinking", "off"], "<T>", "<N>"),
 ])
-def test_thinking_flags_reach_their_sides(tok, words, student, teacher):  # pitfall 5
+def test_thinking_flags_reach_their_sides(tok, words, student, teacher):
     other = thinking_tokenizer(tok)
     args = rsd.parse_args(["train", *words])
     readers = rsd.readers_of(args, rsd.model_writer(args, tiny(tok), other))
@@ -382,7 +381,7 @@ def test_thinking_flags_reach_their_sides(tok, words, student, teacher):  # pitf
         assert other.decode(ids).endswith(tail)
 
 
-def test_stop_ids_are_a_set(tok):  # pitfall 4
+def test_stop_ids_are_a_set(tok):
     model = tiny(tok)
     model.generation_config.eos_token_id = [7, 0]
     assert rsd.stop_ids(model, tok) == {7, 0, tok.eos_token_id}
@@ -415,7 +414,7 @@ def test_every_prompt_file_shows_what_its_name_says(folder):
         assert fields == wanted
 
 
-def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts, capsys):  # pitfalls 9, 17
+def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts, capsys):
     rows = toy_rows("train", 5)
     rows[2] = rows[2] | {"rubric": rows[2]["rubric"] * 40}
     full = [len(rsd.context_ids(tok, prompts["rubric"], rsd.row_fields(row))) for row in rows]
@@ -453,7 +452,7 @@ def greedy(model, prompts, stop, max_new_tokens, **options):
     return rsd.sample_completions(model, prompts, stop, max_new_tokens, temperature=0, **options)
 
 
-def test_batched_greedy_sampling_equals_one_by_one(tok):  # pitfall 2
+def test_batched_greedy_sampling_equals_one_by_one(tok):
     model = tiny(tok)
     prompts = [e.prompt_ids for e in random_episodes(tok)]
     together = greedy(model, prompts, {2}, 12, batch_size=4)
@@ -464,7 +463,7 @@ def test_batched_greedy_sampling_equals_one_by_one(tok):  # pitfall 2
     assert ids == plain[0, len(prompts[3]) :].tolist()[: len(ids)]
 
 
-def test_completion_ends_at_its_first_stop_and_pad_may_be_a_stop(tok):  # pitfalls 3 and 4
+def test_completion_ends_at_its_first_stop_and_pad_may_be_a_stop(tok):
     model = tiny(tok)
     prompts = [e.prompt_ids for e in random_episodes(tok)]
     free = [ids for ids, _ in greedy(model, prompts, {len(tok) + 9}, 12)]
@@ -518,7 +517,7 @@ def test_top_k_and_top_p_cut_what_is_sampled(tok):
     assert seen <= set(order[:in_nucleus]) and len(seen) > 1
 
 
-def test_token_in_token_out(tok):  # pitfall 1
+def test_token_in_token_out(tok):
     pieces = [tok.convert_tokens_to_ids(t) for t in ("Ġ", "i", "s")]
     assert tok.decode(pieces) == tok.decode(tok.encode(" is")[:1])
     assert tok.encode(tok.decode(pieces)) != pieces
@@ -545,7 +544,7 @@ def test_token_in_token_out(tok):  # pitfall 1
 # ---- 3. re-scoring and the loss ------------------------------------------------------------------
 
 
-def test_rescore_equals_single_unpadded_runs(tok):  # pitfall 2
+def test_rescore_equals_single_unpadded_runs(tok):
     model, episodes = tiny(tok), random_episodes(tok)
     completions = [e.completion_ids for e in episodes]
     hidden = rsd.rescore(model, [e.prompt_ids for e in episodes], completions)
@@ -569,7 +568,7 @@ def torch_kl(p, q):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_divergence_against_torch(temperature):  # pitfall 6
+def test_divergence_against_torch(temperature):
     s, t = random_logits()
     ls = (s / temperature).log_softmax(-1)
     lt = (t / temperature).log_softmax(-1)
@@ -591,14 +590,14 @@ def test_log_probs_are_as_good_as_logits():
     torch.testing.assert_close(rsd.divergence(s, t, beta=0.5), from_log_probs)
 
 
-def test_sampling_and_loss_temperature_are_two_settings():  # pitfall 6
+def test_sampling_and_loss_temperature_are_two_settings():
     args = rsd.parse_args(["train", "--temperature", "1.7"])
     assert (args.temperature, args.loss_temperature) == (1.7, 1.0)
 
 
 @pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_identical_logits_give_exactly_zero(beta, dtype):  # pitfall 7
+def test_identical_logits_give_exactly_zero(beta, dtype):
     s = random_logits(v=5000)[0].to(dtype).requires_grad_()
     d = rsd.divergence(s, s.detach(), beta=beta)
     d.sum().backward()
@@ -609,7 +608,7 @@ def test_identical_logits_give_exactly_zero(beta, dtype):  # pitfall 7
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_k": 3, "tail": True}])
-def test_extreme_logits_give_finite_gradients(beta, options):  # pitfall 7
+def test_extreme_logits_give_finite_gradients(beta, options):
     s = torch.tensor([[1e4, -1e4, 0, 5, -5], [-1e4, 1e4, 0, 1, 2.0]], requires_grad=True)
     d = rsd.divergence(s, -s.detach(), beta=beta, **options)
     d.sum().backward()
@@ -717,7 +716,7 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
 # ---- 4. one step ---------------------------------------------------------------------------------
 
 
-def test_any_split_into_micro_batches_gives_the_same_gradient(tok):  # pitfalls 2 and 8
+def test_any_split_into_micro_batches_gives_the_same_gradient(tok):
     model, teacher = tiny(tok), tiny(tok, 1)
     episodes = random_episodes(tok, 8)
     episodes[3].train_from = 4
@@ -769,7 +768,7 @@ def test_identical_contexts_give_loss_zero(tok, signal):
     assert (gradient == 0).all()
 
 
-def test_nothing_to_train_on_gives_an_exact_zero(tok):  # pitfall 10
+def test_nothing_to_train_on_gives_an_exact_zero(tok):
     model, episodes = tiny(tok), random_episodes(tok)
     for e in episodes:
         e.train_from = len(e.completion_ids)
@@ -780,7 +779,7 @@ def test_nothing_to_train_on_gives_an_exact_zero(tok):  # pitfall 10
     assert (gradient == 0).all()
 
 
-def test_the_stop_token_is_trained_on(tok):  # pitfall 3
+def test_the_stop_token_is_trained_on(tok):
     model = tiny(tok)
     (e,) = random_episodes(tok, 1)
     assert e.completion_ids[-1] == tok.eos_token_id
@@ -791,7 +790,7 @@ def test_the_stop_token_is_trained_on(tok):  # pitfall 3
     assert figures["loss"] == pytest.approx(-logp[tok.eos_token_id].item(), rel=1e-4)
 
 
-def test_group_advantages():  # pitfall 15
+def test_group_advantages():
     got = rsd.group_advantages([1, 0, 0, 1, 0.3, 0.3, 0.3, 0.3], 4, eps=1e-4)
     one = 0.5 / 0.5001
     assert got[:4] == pytest.approx([one, -one, -one, one])
@@ -799,7 +798,7 @@ def test_group_advantages():  # pitfall 15
     assert rsd.group_advantages([0.1] * 3, 3) == [0, 0, 0]  # whose mean in floats is not .1
 
 
-def test_sft_loss_equals_the_librarys(tok, prompts):  # pitfall 14
+def test_sft_loss_equals_the_librarys(tok, prompts):
     model, rows = tiny(tok), toy_rows("train", 4)
     examples = episodes_of(tok, rows, prompts["student"], prompts["student"])
     episodes = rsd.reference_writes(tok, examples)
@@ -1856,7 +1855,7 @@ def figure(name, mean, se, n):
     return rf"{re.escape(name)} +{mean:.3f} \+- {se:.3f} \(standard error, n {n}\)"
 
 
-def test_one_grader_for_rewards_and_results():  # pitfall 13
+def test_one_grader_for_rewards_and_results():
     row = toy_rows("test", 1)[0]
     assert rsd.score(row["solution"], row) == {"accuracy": 1.0, "rubric_score": 1.0}
     assert rsd.score("no idea", row) == {"accuracy": 0.0, "rubric_score": 0.0}
@@ -2714,7 +2713,7 @@ def in_two_processes(*words, cwd, script=REPO / "rsd.py", code=0):
     return said
 
 
-def test_micro_batches_give_every_row_to_one_rank_and_every_rank_a_row(tok, monkeypatch):  # pitfall 8
+def test_micro_batches_give_every_row_to_one_rank_and_every_rank_a_row(tok, monkeypatch):
     episodes = random_episodes(tok, 8)
     monkeypatch.setattr(rsd, "WORLD_SIZE", 3)
     shares = []
@@ -2797,7 +2796,7 @@ def runs_of_two(base, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_RUNS)
-def test_two_processes_give_the_weights_of_one(base, runs_of_two, kind):  # pitfall 8
+def test_two_processes_give_the_weights_of_one(base, runs_of_two, kind):
     one, two = (weights_of(runs_of_two / f"{kind}-{way}") for way in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
@@ -2926,7 +2925,7 @@ def weights_in(model):
     return {name: x.clone() for name, x in model.state_dict().items()}
 
 
-def test_fixed_teacher_never_moves_and_ema_follows_its_closed_form(tok):  # pitfalls 11 and 16
+def test_fixed_teacher_never_moves_and_ema_follows_its_closed_form(tok):
     model = tiny(tok)
     with torch.no_grad():  # changed in memory: a teacher reloaded from a name would differ
         model.base_model.norm.weight.mul_(1.5)
@@ -2963,7 +2962,7 @@ def test_learning_rate():
     assert [rsd.learning_rate(k, 3.0, 0) for k in range(2)] == [3, 3]
 
 
-def test_small_updates_are_not_lost(tok, tmp_path):  # pitfall 7
+def test_small_updates_are_not_lost(tok, tmp_path):
     tiny(tok).to(torch.bfloat16).save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
     model, _ = rsd.load_model(str(tmp_path))
@@ -3085,7 +3084,7 @@ def test_a_step_is_logged_with_its_figures(finished):
         assert {*names.split()} <= line.keys()
 
 
-def test_resume_keeps_the_runs_own_teacher(base, finished, tmp_path):  # pitfall 16
+def test_resume_keeps_the_runs_own_teacher(base, finished, tmp_path):
     start, half = tmp_path / "base", tmp_path / "half"
     shutil.copytree(base, start)
     assert rsd.main(with_steps(train_args(start, half), 2)) == 0
@@ -3580,7 +3579,7 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
         torch.testing.assert_close(taught, 0.9 * before[name] + 0.1 * p)
 
 
-def test_precision_of_teacher_and_adapters(tok, monkeypatch):  # pitfall 7; as on a GPU
+def test_precision_of_teacher_and_adapters(tok, monkeypatch):  # as on a GPU
     model = tiny(tok)
     monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")

@@ -65,10 +65,11 @@ SYSTEMS = {
 }
 RATES = (3e-4, 1e-3, 3e-3)
 GRPO_RATES = (1e-4, 3e-4, 1e-3)
-CHOSEN = {  # row -> the rate that `rates` found best (or its neighbour's), where it is not 1e-3
+CHOSEN = {  # row -> the rate that `rates` found best, where it is not 1e-3
     "grpo": 3e-4,
     "grpo-rubric": 1e-4,
     "grpo and rsd": 3e-4,
+    "rsd, sampled": 3e-4,
 }
 
 
