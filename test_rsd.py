@@ -110,6 +110,11 @@ def as_given(examples):
     return examples
 
 
+def loss_of(signal="forward", **options):
+    """`token_loss` with this signal, as train_step takes it."""
+    return functools.partial(rsd.token_loss, signal=signal, **options)
+
+
 class KeepsGradients:
     """An optimizer that moves nothing and keeps the gradient of the last step."""
 
@@ -127,7 +132,7 @@ class KeepsGradients:
 def gradient_of(model, teacher, episodes, signal="forward", budget=8192, **options):
     """train_step on given completions -> its figures and the gradient [parameters]."""
     optimizer = KeepsGradients(model)
-    loss = functools.partial(rsd.token_loss, signal=signal, **options)
+    loss = loss_of(signal, **options)
     _, figures = rsd.train_step(
         model, teacher, episodes, as_given, loss, [optimizer], 0.0, budget,
         max_grad_norm=math.inf,
@@ -187,11 +192,6 @@ def metrics_of(run):
     return rsd.read_jsonl(Path(run) / "metrics.jsonl")
 
 
-def loss_of(signal="forward", **options):
-    """`token_loss` with this signal, as train_step takes it."""
-    return functools.partial(rsd.token_loss, signal=signal, **options)
-
-
 def adapted(tok, seed=0):
     """A tiny model with adapters of rank 4."""
     model = tiny(tok, seed)
@@ -241,7 +241,7 @@ def error_of(words, capsys):
     message = said[said.rindex("rsd.py: ") :]
     assert message.count("\n") == 1
     assert message.endswith("\n")
-    return message
+    return message[:-1]
 
 
 # ---- 1. contexts ---------------------------------------------------------------------------------
@@ -2161,7 +2161,7 @@ def test_equal_answers_count_as_often_as_they_were_given(
 def test_an_engine_that_is_not_installed_is_one_sentence(base, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     words = ["eval", "--model", base, "--data", "toy", "--engine", "vllm"]
-    assert error_of(words, capsys).endswith("; pip install vllm\n")
+    assert error_of(words, capsys).endswith("; pip install vllm")
 
 
 def test_an_engine_with_other_weights_than_the_models_is_stopped(tok):
@@ -2983,41 +2983,15 @@ def test_small_updates_are_not_lost(tok, tmp_path):
 
 # ---- 9. runs: teachers, adapters, checkpoints, files ---------------------------------------------
 
-TIMES = ("s_sampling", "s_rescoring", "s_update", "seconds", "tokens_per_s")
-
-
-def assert_equal_weights(run, other):
-    a, b = weights_of(run), weights_of(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 def untimed(run):
     """The figures of each step, without those that a clock gives."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics_of(run)]
+    return [without_timing(line) for line in metrics_of(run)]
 
 
 def files_of(folder):
     """Each file below a folder and what it holds; the lock is nobody's."""
     files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def with_steps(words, steps):
-    """The same call of train, for so many steps."""
-    words = [*words]
-    words[words.index("--steps") + 1] = str(steps)
-    return words
-
-
-def refused(words, capsys):
-    """What a command says that ends with one sentence and exit code 2."""
-    capsys.readouterr()
-    assert rsd.main([*map(str, words)]) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("rsd.py: ")
-    return message
 
 
 @pytest.fixture(scope="session")
@@ -3038,7 +3012,7 @@ def run(finished, tmp_path):
 def halfway(base, tmp_path_factory):
     """The directory of the same run after two steps, not to be changed."""
     out = tmp_path_factory.mktemp("halfway") / "run"
-    assert rsd.main(with_steps(train_args(base, out), 2)) == 0
+    assert rsd.main(with_flag(train_args(base, out), "--steps", 2)) == 0
     return out
 
 
@@ -3056,11 +3030,11 @@ def test_resume_equals_uninterrupted_to_the_bit(base, tmp_path, teacher):
     whole, half = tmp_path / "whole", tmp_path / "half"
     assert rsd.main(train_args(base, whole, "--teacher", teacher)) == 0
     words = train_args(base, half, "--teacher", teacher)
-    assert rsd.main(with_steps(words, 2)) == 0
+    assert rsd.main(with_flag(words, "--steps", 2)) == 0
     with open(half / "metrics.jsonl", "a") as file:  # what a crash after step 3 leaves
         file.write(json.dumps({"step": 3}) + '\n{"step": 4, "lo')
     assert rsd.main([*words, "--resume"]) == 0
-    assert_equal_weights(whole, half)
+    assert_same_weights(whole, half)
     assert untimed(whole) == untimed(half)
     assert len(untimed(whole)) == 4
 
@@ -3087,13 +3061,13 @@ def test_a_step_is_logged_with_its_figures(finished):
 def test_resume_keeps_the_runs_own_teacher(base, finished, tmp_path):
     start, half = tmp_path / "base", tmp_path / "half"
     shutil.copytree(base, start)
-    assert rsd.main(with_steps(train_args(start, half), 2)) == 0
+    assert rsd.main(with_flag(train_args(start, half), "--steps", 2)) == 0
     model = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():  # somebody changes the base model on disk
         model.base_model.norm.weight.add_(0.1)
     model.save_pretrained(start)
     assert rsd.main(train_args(start, half, "--resume")) == 0
-    assert_equal_weights(finished, half)
+    assert_same_weights(finished, half)
 
 
 def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, monkeypatch):
@@ -3108,7 +3082,7 @@ def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, m
 
     monkeypatch.setattr(rsd, "token_loss", broken)
     out = tmp_path / "run"
-    message = refused(train_args(base, out, "--token-budget", 10**6), capsys)
+    message = error_of(train_args(base, out, "--token-budget", 10**6), capsys)
     assert "step 4" in message
     assert str(out) in message
     for p in AutoModelForCausalLM.from_pretrained(out).parameters():  # the last good checkpoint
@@ -3127,7 +3101,7 @@ def test_out_with_other_settings_is_refused_and_left_alone(base, run, capsys):
         (["--resume", "--seed", "9"], "seed 0 -> 9"),
     ]
     for more, word in cases:
-        assert word in refused(train_args(base, run, *more), capsys)
+        assert word in error_of(train_args(base, run, *more), capsys)
         assert files_of(run) == before
 
 
@@ -3139,7 +3113,7 @@ def test_a_directory_that_holds_anything_else_is_refused_and_left_alone(
     mine.parent.mkdir(parents=True)
     mine.write_text('{"loss": 1, "by": "another trainer"}\n')
     before = files_of(tmp_path / "mine")
-    assert "is no run of rsd.py" in refused(train_args(base, tmp_path / "mine"), capsys)
+    assert "is no run of rsd.py" in error_of(train_args(base, tmp_path / "mine"), capsys)
     assert files_of(tmp_path / "mine") == before
 
 
@@ -3150,14 +3124,14 @@ def test_a_directory_that_holds_anything_else_is_refused_and_left_alone(
 def test_an_out_of_train_that_is_no_directory_is_one_sentence(name, named, base, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert str(tmp_path / named) in refused(train_args(base, tmp_path / name), capsys)
+    assert str(tmp_path / named) in error_of(train_args(base, tmp_path / name), capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_out_of_train_may_be_a_link(base, run, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(run)
-    assert rsd.main(with_steps(train_args(base, link, "--resume"), 5)) == 0
+    assert rsd.main(with_flag(train_args(base, link, "--resume"), "--steps", 5)) == 0
     assert link.is_symlink()
     assert len(metrics_of(run)) == 5
 
@@ -3168,18 +3142,18 @@ def test_resume_on_other_data_or_another_prompt_is_refused(base, tmp_path, capsy
     rows = toy_rows("train", 8)
     data = write_lines(tmp_path / "d.jsonl", rows)
     words = train_args(base, out, "--data", data, "--prompts", prompts)
-    assert rsd.main(with_steps(words, 2)) == 0
+    assert rsd.main(with_flag(words, "--steps", 2)) == 0
     words.append("--resume")
     before = files_of(out)
 
     write_lines(tmp_path / "d.jsonl", [rows[0] | {"question": "Why?"}, *rows[1:]])
-    assert "other data or prompts" in refused(words, capsys)
+    assert "other data or prompts" in error_of(words, capsys)
     write_lines(tmp_path / "d.jsonl", rows)
     for name in ("student", "rubric"):
         file = prompts / f"{name}.txt"
         text = file.read_text()
         file.write_text("Please: " + text)
-        assert "other data or prompts" in refused(words, capsys)
+        assert "other data or prompts" in error_of(words, capsys)
         file.write_text(text)
     assert files_of(out) == before
     assert rsd.main(words) == 0
@@ -3191,7 +3165,7 @@ def test_a_checkpoint_without_some_of_its_weights_is_refused(base, run, capsys):
     tensors.pop(lacking)
     safetensors.torch.save_file(tensors, run / "model.safetensors", {"format": "pt"})
     for words in (train_args(base, run, "--resume"), ["eval", "--model", run, "--data", "toy"]):
-        message = refused(words, capsys)
+        message = error_of(words, capsys)
         assert "lack 1 weights" in message
         assert lacking in message
 
@@ -3209,13 +3183,13 @@ class Trap:
 @pytest.mark.parametrize("beside_safetensors", [True, False])
 def test_pickled_weights_are_never_read(beside_safetensors, base, run, tmp_path, capsys):
     torch.save({"w": Trap(tmp_path / "sprung")}, run / "pytorch_model.bin")
-    words = with_steps(train_args(base, run, "--resume"), 5)
+    words = with_flag(train_args(base, run, "--resume"), "--steps", 5)
     if beside_safetensors:
         assert rsd.main(words) == 0
         assert (run / "pytorch_model.bin").exists()
     else:
         (run / "model.safetensors").unlink()
-        assert "--model" in refused(words, capsys)
+        assert "--model" in error_of(words, capsys)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -3225,9 +3199,9 @@ def test_a_damaged_state_of_a_run_is_one_sentence(name, base, run, tmp_path, cap
     content = file.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"[1]"):
         file.write_bytes(damaged)
-        assert name in refused(train_args(base, run, "--resume"), capsys)
+        assert name in error_of(train_args(base, run, "--resume"), capsys)
     torch.save({"step": Trap(tmp_path / "sprung")}, file)
-    assert name in refused(train_args(base, run, "--resume"), capsys)
+    assert name in error_of(train_args(base, run, "--resume"), capsys)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -3238,7 +3212,7 @@ def test_what_a_user_puts_beside_a_checkpoint_survives_the_next_save(base, run):
     (run / "notes.txt").write_text("my notes")
     (run / "mine").mkdir()
     (run / "mine" / "answers.jsonl").write_text("{}")
-    assert rsd.main(with_steps(train_args(base, run, "--resume"), 5)) == 0
+    assert rsd.main(with_flag(train_args(base, run, "--resume"), "--steps", 5)) == 0
     assert (run / "notes.txt").read_text() == "my notes"
     assert (run / "mine" / "answers.jsonl").read_text() == "{}"
     assert torch.load(run / "trainer.pt")["step"] == 5
@@ -3254,7 +3228,7 @@ def test_a_save_that_was_cut_off_is_finished_by_resume(moved, base, half, finish
     assert rsd.main(train_args(base, half, "--resume")) == 0  # no step is left to do
     assert torch.load(half / "trainer.pt")["step"] == 4
     assert not ready.exists()
-    assert_equal_weights(half, finished)
+    assert_same_weights(half, finished)
     assert untimed(half) == untimed(finished)
 
 
@@ -3263,7 +3237,7 @@ def test_a_save_that_never_became_ready_harms_nothing(base, half, finished):
     (half / ".rsd-new" / "model.safetensors").write_bytes(b"half")
     (half / ".rsd-new" / "other.txt").write_bytes(b"half")
     assert rsd.main(train_args(base, half, "--resume")) == 0
-    assert_equal_weights(half, finished)
+    assert_same_weights(half, finished)
     assert files_of(half).keys() == files_of(finished).keys()
 
 
@@ -3276,10 +3250,10 @@ def test_a_save_that_fails_is_one_sentence_and_the_last_checkpoint_stays_whole(
         path.write_bytes(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
-    words = with_steps(train_args(base, run, "--resume"), 5)
+    words = with_flag(train_args(base, run, "--resume"), "--steps", 5)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        message = refused(words, capsys)
+        message = error_of(words, capsys)
     assert "cannot save" in message
     assert "stays" in message
     after = files_of(run)
@@ -3303,9 +3277,9 @@ def test_a_run_that_dies_as_it_begins_can_go_on(
     words = train_args(base, out, "--resume")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        assert "No space left on device" in refused(words, capsys)
+        assert "No space left on device" in error_of(words, capsys)
     assert rsd.main(words) == 0
-    assert_equal_weights(out, finished)
+    assert_same_weights(out, finished)
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
@@ -3317,7 +3291,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
         assert rsd.main(train_args(base, out)) == 2
     assert len(metrics_of(out)) == 2
     assert rsd.main(train_args(base, out)) == 0
-    assert_equal_weights(out, finished)
+    assert_same_weights(out, finished)
     assert untimed(out) == untimed(finished)
 
 
@@ -3330,8 +3304,8 @@ def test_a_second_writer_of_a_run_is_refused(base, run, capsys):
     (ready / "config.json").write_bytes((run / "config.json").read_bytes())
     before = files_of(run)
     held = rsd.lock(run / ".lock")
-    words = with_steps(train_args(base, run, "--resume"), 5)
-    assert "another process writes there" in refused(words, capsys)
+    words = with_flag(train_args(base, run, "--resume"), "--steps", 5)
+    assert "another process writes there" in error_of(words, capsys)
     assert files_of(run) == before
     held.close()
     assert rsd.main(words) == 0
@@ -3344,7 +3318,7 @@ def test_a_second_writer_of_a_file_is_refused(base, tmp_path, capsys):
     held.flush()
     words = ["generate", "--model", base, "--data", "toy", "--limit", 1, "--max-new-tokens", 4]
     words += ["--out", out]
-    assert "another process writes there" in refused(words, capsys)
+    assert "another process writes there" in error_of(words, capsys)
     assert out.read_bytes() == b'{"question": "half a li'
     held.close()
     assert rsd.main([*map(str, words)]) == 0
@@ -3443,7 +3417,7 @@ def test_a_users_own_file_is_never_cut(content, base, tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.write_text(content)
     words = ["generate", "--model", base, "--data", "toy", "--limit", 1, "--out", mine]
-    assert str(mine) in refused([*words, "--max-new-tokens", 4], capsys)
+    assert str(mine) in error_of([*words, "--max-new-tokens", 4], capsys)
     assert mine.read_text() == content
 
 
@@ -3474,10 +3448,10 @@ def test_what_shapes_a_line_is_its_origin_and_nothing_else(base, tmp_path, capsy
     }
     for flag, value in cases.items():
         name = flag.strip("-").replace("-", "_")
-        assert f"'{name}': " in refused([*words, flag, value], capsys)
+        assert f"'{name}': " in error_of([*words, flag, value], capsys)
     file = prompts / "writer+answer.txt"
     file.write_text("Say only: banana. {question}")
-    assert "'prompt': " in refused(words, capsys)
+    assert "'prompt': " in error_of(words, capsys)
     assert out.read_bytes() == content
 
 
@@ -3486,7 +3460,7 @@ def test_an_out_that_is_no_file_is_one_sentence(name, base, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     words = ["generate", "--model", base, "--data", "toy", "--limit", 1, "--max-new-tokens", 4]
-    assert name.split("/below")[0] in refused([*words, "--out", tmp_path / name], capsys)
+    assert name.split("/below")[0] in error_of([*words, "--out", tmp_path / name], capsys)
     assert files_of(tmp_path) == {"file": b"mine"}
 
 
@@ -3562,7 +3536,7 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    loss = functools.partial(rsd.token_loss, signal="forward")
+    loss = loss_of()
     before = {name: p.clone() for name, p in model.named_parameters()}
     for _ in range(2):
         rsd.train_step(
@@ -3605,16 +3579,16 @@ def finished_lora(base, tmp_path_factory):
     pytest.importorskip("peft")
     out = tmp_path_factory.mktemp("lora") / "run"
     words = train_args(base, out, *LORA, "--teacher", "ema", "--ema-decay", "0.5")
-    assert rsd.main(with_steps(words, 3)) == 0
+    assert rsd.main(with_flag(words, "--steps", 3)) == 0
     return out
 
 
 def test_lora_resumes_to_the_bit(base, finished_lora, tmp_path):
     out = tmp_path / "run"
     words = train_args(base, out, *LORA, "--teacher", "ema", "--ema-decay", "0.5")
-    assert rsd.main(with_steps(words, 1)) == 0
-    assert rsd.main([*with_steps(words, 3), "--resume"]) == 0
-    assert_equal_weights(out, finished_lora)
+    assert rsd.main(with_flag(words, "--steps", 1)) == 0
+    assert rsd.main([*with_flag(words, "--steps", 3), "--resume"]) == 0
+    assert_same_weights(out, finished_lora)
     assert untimed(out) == untimed(finished_lora)
     taught, theirs = (torch.load(p / "trainer.pt")["teacher"] for p in (out, finished_lora))
     assert taught.keys() == theirs.keys()
@@ -3642,7 +3616,7 @@ def test_an_adapter_answers_but_is_no_base_to_train_on(finished_lora, tmp_path, 
     words = ["eval", "--model", str(finished_lora), "--data", "toy", "--limit", "2"]
     assert rsd.main([*words, "--max-new-tokens", "4"]) == 0
     for rank in ([], ["--lora-rank", "4"]):
-        message = refused(train_args(finished_lora, tmp_path / "again", *rank), capsys)
+        message = error_of(train_args(finished_lora, tmp_path / "again", *rank), capsys)
         assert "merge it into its base" in message
 
 
@@ -3651,7 +3625,7 @@ def test_an_adapter_without_some_of_its_weights_is_refused(finished_lora, tmp_pa
     tensors = weights_of(run)
     tensors.pop(next(name for name in tensors if "lora_B" in name))
     safetensors.torch.save_file(tensors, run / "adapter_model.safetensors", {"format": "pt"})
-    message = refused(["eval", "--model", run, "--data", "toy", "--limit", 1], capsys)
+    message = error_of(["eval", "--model", run, "--data", "toy", "--limit", 1], capsys)
     assert "lack 1 weights" in message
 
 
