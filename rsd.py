@@ -1417,7 +1417,7 @@ class VllmSampler:
         weights = {}
         for name, x in model.state_dict().items():
             if "lora_" not in name:
-                weights[name.replace(".base_layer", "")] = x.to("cpu", self.dtype, copy=True)
+                weights[name.replace(".base_layer", "")] = x.to(self.dtype, copy=True).cpu()
         for name, module in model.named_modules():
             if hasattr(module, "get_delta_weight"):
                 weights[f"{name}.weight"] += module.get_delta_weight("default").cpu()
@@ -1426,8 +1426,7 @@ class VllmSampler:
     def load(self, model):
         """Take over the model's weights, and forget what the old ones computed."""
         self.save(model)
-        where = {"weights_path": self.folder.name}
-        self.llm.collective_rpc("reload_weights", kwargs=where)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self.folder.name})
         self.llm.reset_prefix_cache()
 
     def __call__(self, prompts):

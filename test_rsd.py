@@ -34,6 +34,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared to the last digit: on the CPU
 
 import huggingface_hub
 import numpy
@@ -2767,6 +2769,66 @@ def calls_in_two_processes(*calls, cwd, code=0):
     script.write_text(MANY_CALLS)
     calls = [[*map(str, words)] for words in calls]
     return in_two_processes(json.dumps(calls), cwd=cwd, script=script, code=code)
+
+
+STEP_ON_A_GPU = """
+import json, math, os, torch
+torch.cuda.init()  # the tests hide it
+import rsd, test_rsd
+os.environ["CUDA_VISIBLE_DEVICES"] = test_rsd.GPU  # which the import has hidden
+
+class One(int):
+    "One process that goes the way of many."
+    def __gt__(self, other):
+        return True
+
+def step(student, teacher, **options):
+    optimizer = test_rsd.KeepsGradients(student)
+    _, figures = rsd.train_step(
+        student, rsd.make_teacher(teacher, "fixed"), episodes, test_rsd.as_given,
+        test_rsd.loss_of(), [optimizer], 0.0, 60, max_grad_norm=math.inf, **options,
+    )
+    return figures["loss"], optimizer.gradient.double().cpu()
+
+tok = test_rsd.AutoTokenizer.from_pretrained(test_rsd.TOY)
+student, teacher = test_rsd.tiny(tok, 0), test_rsd.tiny(tok, 1)
+episodes = test_rsd.random_episodes(tok)
+losses, gradients = zip(
+    step(student, teacher),
+    step(student.cuda(), teacher.cuda()),
+    (rsd.__dict__.update(WORLD_SIZE=One(1)), rsd.start_processes()) and
+    step(student, teacher, split=rsd.my_micro_batches, combine=rsd.sum_over_processes),
+)
+written = rsd.sample_completions(student, [e.prompt_ids for e in episodes], {2}, 12)
+cpu, gpu, nccl = gradients
+print(json.dumps({
+    "losses": losses,
+    "cosine": torch.cosine_similarity(cpu, gpu, 0).item(),
+    "to_nccl": ((gpu - nccl).norm() / gpu.norm()).item(),
+    "backend": torch.distributed.get_backend_config(),
+    "lengths": [len(ids) for ids, _ in written],
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
+def test_a_step_on_a_gpu_is_that_of_the_cpu_also_with_nccl():
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": GPU, "PYTHONPATH": str(REPO)}
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    env["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
+    words = [sys.executable, "-c", STEP_ON_A_GPU]
+    run = subprocess.run(words, env=env, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    on_cpu, on_gpu, with_nccl = found["losses"]
+    assert on_gpu == pytest.approx(on_cpu, rel=0.01)  # bfloat16 there
+    assert found["cosine"] > 0.999
+    assert with_nccl == pytest.approx(on_gpu, rel=1e-4)
+    assert found["to_nccl"] < 1e-3
+    assert "nccl" in found["backend"]
+    assert all(1 <= n <= 12 for n in found["lengths"])
 
 
 KINDS_OF_RUNS = {

@@ -3,17 +3,22 @@
 Each case runs in a fresh process on one thread and prints one JSON line. --peer names another
 trainer to measure in turn: the python of its environment, its script, which prints one JSON line,
 and the directory of its models `tiny` and `wide-vocab`. Where there is a GPU, the steps of models
-of 1.5B and 8B parameters (LoRA) are timed instead.
+of 1.5B and 8B parameters (LoRA) are timed instead, beside what the GPU can do at most and, where
+they are installed, beside vLLM's sampling and two trainers of TRL.
 """
 import argparse
+import contextlib
 import functools
+import importlib.util
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
@@ -87,13 +92,19 @@ def random_model(shape, lora=0):
 # ---- cases ---------------------------------------------------------------------------------------
 
 
-def bench_step(shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2):
+def bench_step(
+    shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2, context=322, sampled=True,
+    checkpointing=False,
+):
     """Seconds of one train_step with its split, and peak memory. On a CPU also its parts, each timed
-    alone, and their sum."""
+    alone, and their sum; on a GPU what of its speed is used. sampled=False: the completions are
+    random tokens, since a long sampling says nothing new."""
     model = random_model(shape, lora)
     if lora:
         rsd.add_lora(model, lora)
     teacher = rsd.make_teacher(model, "fixed")
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.get_input_embeddings().sparse = True
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
@@ -103,19 +114,22 @@ def bench_step(shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2):
     )
     write = functools.partial(rsd.model_writes, sample)
     loss = functools.partial(rsd.token_loss, signal="forward")
-    budget = 32768 if ON_GPU else 2048
     rng = random.Random(0)
 
     def random_ids(n):
         return [rng.randrange(4, vocabulary) for _ in range(n)]
 
+    def write_at_random(examples):
+        return [replace(e, completion_ids=random_ids(tokens)) for e in examples]
+
     names = ("s_sampling", "s_rescoring", "s_update")
     times = []
     for _ in range(warmup + steps):
-        examples = [rsd.Episode({}, random_ids(64), random_ids(322)) for _ in range(prompts)]
+        examples = [rsd.Episode({}, random_ids(64), random_ids(context)) for _ in range(prompts)]
         start = clock()
         episodes, figures = rsd.train_step(
-            model, teacher, examples, write, loss, [optimizer], 1e-5, budget
+            model, teacher, examples, write if sampled else write_at_random, loss, [optimizer],
+            1e-5, 8192 if ON_GPU else 2048,
         )
         times.append([*(clock() - start).tolist(), *(figures[name] for name in names)])
         assert {len(e.completion_ids) for e in episodes} == {tokens}
@@ -127,10 +141,132 @@ def bench_step(shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2):
     result["peak_mib"] = peak_mib()
     if ON_GPU:
         result["cuda_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        result |= shares_of_gpu(model, prompts, tokens, context, result)
     else:
         parts = parts_alone(model, teacher, episodes)
         result |= {"sum_of_parts_s": sum(parts), "parts_s": parts}
     return result
+
+
+def gpu_ceilings():
+    """What this GPU does at most: bf16 matrix products (operations a second, 8,192 wide, random
+    entries) and copies (bytes a second, read and written)."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    source = torch.empty(2**31, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+
+    def seconds(work, n=20):
+        for _ in range(3):
+            work()
+        start = clock()
+        for _ in range(n):
+            work()
+        return (clock() - start)[0].item() / n
+
+    return 2 * 8192**3 / seconds(lambda: a @ b), 2 * 2**31 / seconds(lambda: target.copy_(source))
+
+
+def shares_of_gpu(model, prompts, tokens, context, seconds):
+    """Matrix products that the update and the re-scoring need, over those that the GPU can do in
+    their time; and the time in which it can read the weights once a token, over that of sampling.
+    Not counted: attention, checkpointing's second forward pass, adapters."""
+    matrix_rate, copy_rate = gpu_ceilings()
+    head = model.get_output_embeddings().weight
+    layers = [
+        module.weight
+        for module in model.base_model.modules()
+        if isinstance(module, torch.nn.Linear) and min(module.weight.shape) > 512  # no adapter
+    ]
+    body = sum(w.numel() for w in layers)
+    n = prompts * tokens
+    teacher = 2 * body * prompts * (context + tokens)
+    # forward, gradient of the inputs, and where it is trained, of the weight
+    student = 2 * body * prompts * (64 + tokens) * (2 + layers[0].requires_grad)
+    heads = 2 * head.numel() * n * (2 + head.requires_grad) + 2 * head.numel() * n
+    read = 2 * (body + head.numel()) * tokens / copy_rate
+    return {
+        "matrix_tflops": matrix_rate / 1e12,
+        "copy_tb_per_s": copy_rate / 1e12,
+        "update_share": (student + heads) / seconds["s_update"] / matrix_rate,
+        "rescoring_share": teacher / seconds["s_rescoring"] / matrix_rate,
+        "sampling_share": read / max(seconds["s_sampling"], 1e-9),
+    }
+
+
+def bench_trl(trainer, shape, prompts=32, tokens=256, context=322, rows=8, warmup=1, steps=2):
+    """A step of TRL's DistillationTrainer (its teacher sees the student's prompt) or SDFTTrainer (a
+    longer one), with the same model, frozen bf16 teacher, forward KL and optimizer; `rows` of the
+    step's completions at a time."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+
+    student = random_model(shape)
+    teacher = rsd.make_teacher(student, "fixed")
+    tokenizer = AutoTokenizer.from_pretrained(f"{rsd.TOY}/base-0", padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    data = {"prompt": ["0" * 64] * prompts * (warmup + steps)}
+    assert len(tokenizer("0" * 64)["input_ids"]) == 64
+    config = dict(
+        output_dir=tempfile.mkdtemp(), max_steps=warmup + steps, learning_rate=1e-5, bf16=ON_GPU, use_cpu=not ON_GPU,
+        per_device_train_batch_size=rows, gradient_accumulation_steps=prompts // rows,
+        gradient_checkpointing=False, max_completion_length=tokens, weight_decay=0.0,
+        generation_kwargs={"min_new_tokens": tokens}, report_to="none", save_strategy="no",
+        disable_tqdm=True, optim="adamw_torch_fused", lr_scheduler_type="constant",
+    )
+    common = dict(processing_class=tokenizer)
+    if trainer == "DistillationTrainer":
+        from trl import DistillationConfig, DistillationTrainer
+
+        made = DistillationTrainer(
+            student, teacher, args=DistillationConfig(**config, beta=0.0),
+            train_dataset=Dataset.from_dict(data), **common,
+        )
+    else:
+        from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+        data["privileged_context"] = ["0" * (context - 64)] * len(data["prompt"])
+        options = dict(
+            num_generations=1, distillation_mode="full_logits", distillation_alpha=0.0,
+            teacher_model_kind="base", teacher_prompt_template="{prompt}{privileged_context}",
+            model_init_kwargs={"dtype": "float32"},
+        )
+        folder = tempfile.mkdtemp()  # it loads its teacher from where its student was loaded
+        teacher.save_pretrained(folder)
+        del student, teacher
+        made = SDFTTrainer(
+            folder, args=SDFTConfig(**config, **options),
+            train_dataset=Dataset.from_dict(data), **common,
+        )
+    walls, sampling, lengths = [], [], []
+    generate = made._generate
+
+    def timed_generate(*words, **options):
+        start = clock()
+        found = generate(*words, **options)
+        sampling.append((clock() - start)[0].item())
+        lengths.extend(len(ids) for ids in found[1])
+        return found
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = clock()
+
+        def on_step_end(self, *_, **__):
+            walls.append((clock() - self.start)[0].item())
+
+    made._generate = timed_generate
+    made.add_callback(Steps())
+    with contextlib.redirect_stdout(sys.stderr):
+        made.train()
+    measured = torch.tensor([walls[warmup:], sampling[warmup:]])
+    without = (measured[0] - measured[1]).median().item()
+    wall, sampling_seconds = measured.median(1).values.tolist()
+    return {
+        "s": wall, "s_sampling": sampling_seconds, "s_without_sampling": without,
+        "completions": len(lengths),
+        "lengths": sorted(set(lengths)),
+        "cuda_peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+    }
 
 
 def parts_alone(model, teacher, episodes):
@@ -205,6 +341,36 @@ def bench_sampler(shape="tiny"):
     return {"tokens_per_s": 64 * 64 / (clock() - start)[0].item()}
 
 
+def bench_engine(shape, prompts=32, tokens=512):
+    """Tokens per second of vLLM and of transformers, after a first call of each; seconds to start
+    and to take over new weights; the distance of the two log-probs in nats."""
+    model = random_model(shape)
+    last = model.config.vocab_size - 1
+    asked = torch.randint(4, last, (prompts, 64)).tolist()
+    sampling = {"max_new_tokens": tokens, "batch_size": prompts}
+    sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+    def speed(sample):
+        sample()
+        start = clock()
+        written = sample()
+        return sum(len(ids) for ids, _ in written) / (clock() - start)[0].item()
+
+    start = clock()
+    engine = rsd.VllmSampler(model, {last}, 0.3, **sampling)
+    times = {"start_s": (clock() - start)[0].item()}
+    times["vllm_tokens_per_s"] = speed(lambda: engine(asked))
+    times["gap"] = engine.gap(model)
+    start = clock()
+    engine.load(model)
+    times["new_weights_s"] = (clock() - start)[0].item()
+    sampling["max_new_tokens"] = min(tokens, 128)
+    times["transformers_tokens_per_s"] = speed(
+        lambda: rsd.sample_completions(model, asked, {last}, **sampling)
+    )
+    return times
+
+
 def bench_parse():
     """Seconds of parse_rubric for 1,000 texts of five criteria, every other cut off."""
     description = "Uses \\\\frac{a}{b} " * 8
@@ -220,6 +386,8 @@ def bench_parse():
 
 CASES = {
     "step": bench_step,
+    "trl": bench_trl,
+    "engine": bench_engine,
     "loss": bench_loss,
     "sampler": bench_sampler,
     "parse": bench_parse,
@@ -280,13 +448,23 @@ def show_ratios(name, pairs, keys):
 
 
 def on_gpu(quick):
-    """Steps of large models."""
+    """Steps of large models; long completions are not sampled."""
     if quick:
         fresh("step", shape="quick", prompts=2, tokens=8, steps=1)
         return
-    for tokens in (512, 2048):
-        fresh("step", shape="1.5B", prompts=32, tokens=tokens)
-        fresh("step", shape="8B", prompts=32, tokens=tokens, lora=64)
+    ours = fresh("step", shape="1.5B", prompts=32, tokens=256, context=64)
+    fresh("step", shape="1.5B", prompts=32, tokens=2048, sampled=False)
+    fresh("step", shape="8B", prompts=32, tokens=128, lora=64, checkpointing=True, steps=1)
+    fresh("step", shape="8B", prompts=32, tokens=2048, lora=64, checkpointing=True, sampled=False)
+    if importlib.util.find_spec("vllm"):
+        fresh("engine", shape="1.5B")
+    if importlib.util.find_spec("trl"):
+        keys = ("s", "s_without_sampling", "cuda_peak_mib")
+        theirs = fresh("trl", trainer="DistillationTrainer", shape="1.5B")
+        show_ratios("step 1.5B, ours / DistillationTrainer", [(ours, theirs)], keys)
+        ours = fresh("step", shape="1.5B", prompts=32, tokens=256)
+        theirs = fresh("trl", trainer="SDFTTrainer", shape="1.5B")
+        show_ratios("step 1.5B, ours / SDFTTrainer", [(ours, theirs)], keys)
 
 
 def on_cpu(pairs, peer, quick):
