@@ -34,6 +34,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two would wait for each other on a busy machine
 GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared to the last digit: on the CPU
 
