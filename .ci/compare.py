@@ -371,14 +371,14 @@ def model(args):
     jobs = []
     for seed in range(args.seeds):
         for name in REAL_SYSTEMS:
-            jobs.append((args, name, seed, 3e-5, "test"))
+            jobs.append((args, name, seed, args.lr, "test"))
     trained_first = [job for job in jobs if job[2] == 0 or REAL_SYSTEMS[job[1]]]
     jobs = trained_first + [job for job in jobs if job not in trained_first]
     done = run_all(args, jobs)
     columns = ["rubric_score", "tokens", "truncated", "entropy", "reference_log_prob"]
     columns += ["rollouts", "trained", "seconds", "peak_mb"]
     text = mean_table(done, columns)
-    text += f"\n\n{args.model}, {args.seeds} seeds, {args.steps} steps of 8, n {args.n}\n"
+    text += f"\n\n{args.model}, {args.seeds} seeds, {args.steps} steps of 8, lr {args.lr:g}, n {args.n}\n"
     (Path(args.out) / "table.md").write_text(text)
     print(text)
 
@@ -425,6 +425,7 @@ def main():
     parser.add_argument("--limit", type=int, default=256, help="training problems of the toy")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", nargs="+", default=["rar-science"])
+    parser.add_argument("--lr", type=float, default=3e-5, help="learning rate on a model")
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", help="default: runs/compare-WHAT")
