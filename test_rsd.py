@@ -2794,16 +2794,16 @@ def step(student, teacher, **options):
 tok = test_rsd.AutoTokenizer.from_pretrained(test_rsd.TOY)
 student, teacher = test_rsd.tiny(tok, 0), test_rsd.tiny(tok, 1)
 episodes = test_rsd.random_episodes(tok)
-losses, gradients = zip(
-    step(student, teacher),
-    step(student.cuda(), teacher.cuda()),
-    (rsd.__dict__.update(WORLD_SIZE=One(1)), rsd.start_processes()) and
-    step(student, teacher, split=rsd.my_micro_batches, combine=rsd.sum_over_processes),
+on_cpu, cpu = step(student, teacher)
+on_gpu, gpu = step(student.cuda(), teacher.cuda())
+rsd.WORLD_SIZE = One(1)
+rsd.start_processes()
+with_nccl, nccl = step(
+    student, teacher, split=rsd.my_micro_batches, combine=rsd.sum_over_processes
 )
 written = rsd.sample_completions(student, [e.prompt_ids for e in episodes], {2}, 12)
-cpu, gpu, nccl = gradients
 print(json.dumps({
-    "losses": losses,
+    "losses": [on_cpu, on_gpu, with_nccl],
     "cosine": torch.cosine_similarity(cpu, gpu, 0).item(),
     "to_nccl": ((gpu - nccl).norm() / gpu.norm()).item(),
     "backend": torch.distributed.get_backend_config(),

@@ -174,8 +174,8 @@ def shares_of_gpu(model, prompts, tokens, context, seconds):
     head = model.get_output_embeddings().weight
     layers = [
         module.weight
-        for module in model.base_model.modules()
-        if isinstance(module, torch.nn.Linear) and min(module.weight.shape) > 512  # no adapter
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name
     ]
     body = sum(w.numel() for w in layers)
     n = prompts * tokens
@@ -206,20 +206,21 @@ def bench_trl(trainer, shape, prompts=32, tokens=256, context=322, rows=8, warmu
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     data = {"prompt": ["0" * 64] * prompts * (warmup + steps)}
     assert len(tokenizer("0" * 64)["input_ids"]) == 64
+    folder = tempfile.TemporaryDirectory()
     config = dict(
-        output_dir=tempfile.mkdtemp(), max_steps=warmup + steps, learning_rate=1e-5, bf16=ON_GPU, use_cpu=not ON_GPU,
+        output_dir=folder.name, max_steps=warmup + steps, learning_rate=1e-5, bf16=ON_GPU,
+        use_cpu=not ON_GPU,
         per_device_train_batch_size=rows, gradient_accumulation_steps=prompts // rows,
         gradient_checkpointing=False, max_completion_length=tokens, weight_decay=0.0,
         generation_kwargs={"min_new_tokens": tokens}, report_to="none", save_strategy="no",
         disable_tqdm=True, optim="adamw_torch_fused", lr_scheduler_type="constant",
     )
-    common = dict(processing_class=tokenizer)
     if trainer == "DistillationTrainer":
         from trl import DistillationConfig, DistillationTrainer
 
         made = DistillationTrainer(
             student, teacher, args=DistillationConfig(**config, beta=0.0),
-            train_dataset=Dataset.from_dict(data), **common,
+            train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
         )
     else:
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -230,12 +231,11 @@ def bench_trl(trainer, shape, prompts=32, tokens=256, context=322, rows=8, warmu
             teacher_model_kind="base", teacher_prompt_template="{prompt}{privileged_context}",
             model_init_kwargs={"dtype": "float32"},
         )
-        folder = tempfile.mkdtemp()  # it loads its teacher from where its student was loaded
-        teacher.save_pretrained(folder)
+        teacher.save_pretrained(folder.name)  # it loads its teacher from where its student lies
         del student, teacher
         made = SDFTTrainer(
-            folder, args=SDFTConfig(**config, **options),
-            train_dataset=Dataset.from_dict(data), **common,
+            folder.name, args=SDFTConfig(**config, **options),
+            train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
         )
     walls, sampling, lengths = [], [], []
     generate = made._generate
@@ -263,8 +263,7 @@ def bench_trl(trainer, shape, prompts=32, tokens=256, context=322, rows=8, warmu
     wall, sampling_seconds = measured.median(1).values.tolist()
     return {
         "s": wall, "s_sampling": sampling_seconds, "s_without_sampling": without,
-        "completions": len(lengths),
-        "lengths": sorted(set(lengths)),
+        "completions": len(lengths), "lengths": sorted(set(lengths)),
         "cuda_peak_mib": torch.cuda.max_memory_allocated() / 2**20,
     }
 
