@@ -51,7 +51,6 @@ import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
-from datetime import date
 from fractions import Fraction
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -65,6 +64,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import InferenceClient
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -79,6 +79,21 @@ def require(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+class Stopwatch:
+    """Wall seconds by name; `lap` waits for a GPU's work first."""
+
+    def __init__(self):
+        self.seconds = Counter()
+        self.last = time.perf_counter()
+
+    def lap(self, name):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
 
 
 # ---- 1. Two contexts: what the student sees, what the teacher sees ------------------------------
@@ -101,110 +116,57 @@ class Episode:
     train_from: int = 0  # the completion tokens before this one carry no loss
     scores: dict = field(default_factory=dict)  # how the completion was graded
 
-    @property
-    def trained_tokens(self):
-        return len(self.completion_ids) - self.train_from
-
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-def load_prompts(folder):
-    """Every prompt file FOLDER/NAME.txt as {NAME: text}."""
-    files = Path(folder).glob("*.txt")
-    return {path.stem: path.read_text(encoding="utf-8").strip() for path in files}
-
-
-def fill(template, fields, protect):
-    """A prompt file with a row's fields in the places of its {placeholders}, each made harmless by
-    `protect`. Braces, backslashes and $ in the data stay as they are. KeyError: a field is missing.
-    """
+def fill(template, fields, protect=str):
+    """A prompt file with a row's fields in the places of its {placeholders}. Braces, backslashes
+    and $ in the data stay as they are. KeyError: a field is missing."""
     return PLACEHOLDER.sub(lambda match: protect(fields[match[1]]), template)
 
 
-def valid_unicode(text):
-    """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer
-    takes."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+FIXED_DAY = (  # in front of every chat template, so that prompts do not change with the day
+    "{%- macro strftime_now(format) -%}"
+    "{{ '01 Jan 2026' if '%b' in format else '2026-01-01' }}{%- endmacro -%}"
+)
+JUST_TEXT = "{{ messages[0]['content'] }}"  # a template for a text that is no chat
 
 
-def as_text(cell):
-    """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of
-    a list all parts; of an object each value by itself; nothing, and NaN, are empty."""
-    if cell is None or cell != cell:
-        return ""
-    if isinstance(cell, dict):
-        is_part = cell.get("type") == "text"  # of a message's content
-        return as_text(cell.get("text")) if is_part else {k: as_text(x) for k, x in cell.items()}
-    if not isinstance(cell, list):
-        return valid_unicode(str(cell)).strip()
-    parts = [as_text(part) for part in cell]
-    if len(parts) == 1 and isinstance(parts[0], dict):
-        return parts[0].get("content", parts[0])
-    for i, part in enumerate(parts):
-        if isinstance(part, dict) and part.keys() >= {"role", "content"}:
-            parts[i] = f"{part['role'].capitalize()}: {part['content']}"
-    return "\n\n".join(map(str, parts))
-
-
-# A question may contain "<|im_end|>", by chance or by malice. Encoded as it stands, it would end
-# the user's turn, and the rest of the data would speak as the assistant. So each name of a control
-# token in the data is cut in two by a code point that stands for no character, and the text is
-# encoded piece by piece: no piece contains a whole name.
-CUT = "\ufdd0"
-VOCABULARY_NAMES = ("<s>", "</s>", "<pad>", "<mask>", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
-
-
-@functools.cache
 def control_tokens(tokenizer):
-    """A pattern of the names of control tokens, the longest first, and the set of their ids."""
-    added = tokenizer.get_added_vocab().items()
-    known = {name: i for name, i in added if name.strip("▁ \t\r\n")}  # runs of blanks are none
-    vocabulary = tokenizer.get_vocab()
-    known |= {name: vocabulary[name] for name in VOCABULARY_NAMES if name in vocabulary}
-    longest_first = sorted(known, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-    return pattern, set(known.values()) - {tokenizer.unk_token_id}
+    """{name: id} of the tokens that no data may write. Runs of blanks are none."""
+    added = tokenizer.get_added_vocab()
+    return {name: i for name, i in added.items() if name.strip("▁ \t\r\n")}
 
 
-def hide_control_tokens(tokenizer, text):
-    """The text with a CUT inside every name of a control token. A piece that still gives one, since
-    the tokenizer normalises it to one or it is a single character, is cut at every character, and a
-    character that is one becomes U+FFFD."""
-    names, control_ids = control_tokens(tokenizer)
-    text = names.sub(lambda match: match[0][0] + CUT + match[0][1:], text.replace(CUT, "\ufffd"))
+def chat_ids(tokenizer, chat, template=None, **options):
+    """The ids of a chat, as the model's template (or another one) writes it.
 
-    def is_control(piece):
-        return control_ids.intersection(tokenizer.encode(piece, add_special_tokens=False))
+    A question may contain "<|im_end|>", by chance or by malice, and must not end the user's turn
+    with it: in the messages, control tokens are encoded as text. UserError: the tokenizer cannot
+    do that, or the template fails.
+    """
+    control = control_tokens(tokenizer)
+    tokenizer.chat_control_tokens = list(control)
+    template = FIXED_DAY + (template or tokenizer.get_chat_template())
 
-    pieces = text.split(CUT)
-    for k, piece in enumerate(pieces):
-        if is_control(piece):
-            pieces[k] = CUT.join("\ufffd" if is_control(char) else char for char in piece)
-    return CUT.join(pieces)
+    def encode(messages):
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, sanitize_control_tokens=True, return_dict=False,
+            **options,
+        )
 
-
-def encode(tokenizer, text):
-    """Token ids of a text, piece by piece between its CUTs."""
-    ids = []
-    for piece in filter(None, text.split(CUT)):
-        ids += tokenizer.encode(piece, add_special_tokens=False)
-    return ids
-
-
-def render_chat(tokenizer, chat, **options):
-    """A chat as the model's template writes it. Where it writes the date, that is always the same,
-    so that prompts do not change with the day. UserError: the template raises."""
-
-    def fixed_day(call):
-        return repr(date(2026, 1, 1).strftime(call[2]))
+    def written(ids):
+        return [i for i in ids if i in control.values()]
 
     try:
-        template = tokenizer.get_chat_template()
-        dated = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", fixed_day, template)
-        return tokenizer.apply_chat_template(chat, chat_template=dated, tokenize=False, **options)
-    except Exception as error:  # of jinja, or the template's own
-        raise UserError(f"the model's chat template fails ({error!r:.150}).") from error
+        ids = encode(chat)
+        harmless = encode([message | {"content": "x"} for message in chat])
+    except Exception as error:  # jinja's, the template's own, the tokenizer's
+        raise UserError(f"the chat template fails ({error!r:.200}) on {chat!r:.200}.") from error
+    safe = written(ids) == written(harmless)
+    require(safe, f"this tokenizer makes a control token of plain text: {chat!r:.200}.")
+    return ids
 
 
 def context_ids(tokenizer, template, fields, thinking=False):
@@ -212,26 +174,17 @@ def context_ids(tokenizer, template, fields, thinking=False):
 
     This is the only builder of prompts, for training and for evaluation, for student and teacher.
     """
-    message = fill(template, fields, functools.partial(hide_control_tokens, tokenizer))
-    chat = [{"role": "user", "content": message}]
-    text = render_chat(tokenizer, chat, add_generation_prompt=True, enable_thinking=thinking)
-    return encode(tokenizer, text)
+    chat = [{"role": "user", "content": fill(template, fields)}]
+    return chat_ids(tokenizer, chat, add_generation_prompt=True, enable_thinking=thinking)
 
 
 def turn_end(tokenizer):
-    """The token with which the chat template ends an assistant's turn, else the tokenizer's eos."""
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@@"}]
-    behind = render_chat(tokenizer, chat).rpartition("@@")[2]
-    first = tokenizer.encode(behind, add_special_tokens=False)[:1]
-    is_control_token = set(first) & set(tokenizer.all_special_ids)
-    return first[0] if is_control_token else tokenizer.eos_token_id
-
-
-def stop_ids(model, tokenizer):
-    """All tokens that end a completion: the generation config's, the tokenizer's, the chat's."""
-    own = model.generation_config.eos_token_id  # one id, a list of them (Qwen has two), or None
-    own = own if isinstance(own, list) else [own]
-    return {*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    """The control token with which the chat template ends an assistant's text, else the eos."""
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@"}]
+    behind = tokenizer.decode(chat_ids(tokenizer, chat)).rpartition("@")[2]
+    first = tokenizer.encode(behind.strip(), add_special_tokens=False)[:1]
+    is_control = set(first) & set(control_tokens(tokenizer).values())
+    return first[0] if is_control else tokenizer.eos_token_id
 
 
 # ---- 2. Sampling: prompt ids in, completion ids out ---------------------------------------------
@@ -259,17 +212,14 @@ def sample_completions(
     completions = {}
     for start in range(0, len(prompts), batch_size):
         rows = longest_first[start : start + batch_size]
-        width = len(prompts[rows[0]])
-        padding = [width - len(prompts[i]) for i in rows]  # on the left
-        ids = [[0] * n + prompts[i] for n, i in zip(padding, rows)]
-        mask = [[0] * n + [1] * (width - n) for n in padding]
+        ids = [torch.tensor(prompts[i], device=model.device) for i in rows]
+        mask = [torch.ones_like(x) for x in ids]
+        ids, mask = (pad_sequence(x, batch_first=True, padding_side="left") for x in (ids, mask))
         with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
             out = sampler.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                generation_config=config,
+                input_ids=ids, attention_mask=mask, generation_config=config
             )
-        for i, new in zip(rows, out[:, width:].tolist()):
+        for i, new in zip(rows, out[:, ids.shape[1] :].tolist()):
             end = next((k + 1 for k, token in enumerate(new) if token in stop), None)
             completions[i] = new[:end], end is not None
     return [completions[i] for i in range(len(prompts))]
@@ -283,47 +233,34 @@ def rescore(model, contexts, completions):
     `logits_of` turns them into logits. Padding is on the right, where a causal model never looks.
     """
     sequences = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token predicts none
-    width = max(map(len, sequences))
-    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=model.device)
+    ids = [torch.tensor(s, device=model.device) for s in sequences]
     for layer in model.modules():  # checkpointing works in training mode only; dropout stays off
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = torch.is_grad_enabled()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
-    row = [b for b, c in enumerate(completions) for _ in c]
-    column = [len(p) - 1 + t for p, c in zip(contexts, completions) for t in range(len(c))]
-    return hidden[row, column]
+    hidden = model.base_model(
+        input_ids=pad_sequence(ids, batch_first=True), use_cache=False
+    ).last_hidden_state  # (B, width, H)
+    parts = [h[len(p) - 1 : len(p) - 1 + len(c)] for h, p, c in zip(hidden, contexts, completions)]
+    return torch.cat(parts)
 
 
-def soft_cap(model, logits):
-    """Gemma's bound on its logits, cap * tanh(logits / cap); other models' as they are."""
+def logits_of(model, hidden):
+    """The model's output head on hidden states: [N, H] -> [N, V], Gemma's soft cap included."""
+    head = model.get_output_embeddings()
+    logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def logits_of(model, hidden):
-    """The model's output head on hidden states: [N, H] -> [N, V], soft cap included."""
-    head = model.get_output_embeddings()
-    return soft_cap(model, F.linear(hidden.to(head.weight.dtype), head.weight, head.bias))
+def log_prob(logits, ids):
+    """The log-probability [N] of the tokens ids [N] under logits [N, V]."""
+    return -F.cross_entropy(logits.float(), ids, reduction="none")
 
 
-def kl_terms(p, q, centred=True):
-    """The V entries of KL(p || q), from log-probs [N, V] twice.
-
-    The plain entries are p log(p / q). Centred ones have - p + q added, which sums to 0 over the
-    vocabulary: no entry is then negative, and where p = q both the value and the gradient are
-    exactly 0 in float32.
-    """
-    mass = p.exp()
-    plain = mass * (p - q)
-    return plain - (mass - q.exp()) if centred else plain
-
-
-def log_mixture(s, t, beta):
-    """log(beta T + (1 - beta) S) of log-probs: the larger of the two, corrected by their gap. It is
-    exact where s = t, and finite however far they are apart."""
-    share_of_smaller = torch.where(s > t, beta, 1 - beta)
-    gap = torch.expm1(-(s - t).abs())
-    return torch.maximum(s, t) + torch.log1p(share_of_smaller * gap)
+@torch.no_grad()
+def entropy(logits):
+    """The entropy [N] in nats of logits [N, V]."""
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
 def on_top_k(s, t, k, tail):
@@ -341,161 +278,134 @@ def on_top_k(s, t, k, tail):
     return restrict(s), restrict(t)
 
 
-def divergence_terms(
-    student, teacher, beta=0.0, top_k=0, tail=False, temperature=1.0, centred=True
+def divergence(
+    student, teacher, beta=0.0, top_k=0, tail=False, temperature=1.0, clip="none", clip_at=0.05
 ):
-    """The entries of `divergence`, before they are summed over the vocabulary: [N, V]; with top_k
-    [N, k], and with tail [N, k + 1]."""
-    s = (student.float() / temperature).log_softmax(-1)
-    t = (teacher.float() / temperature).log_softmax(-1)
-    if 0 < top_k < s.shape[-1]:
-        s, t = on_top_k(s, t, top_k, tail)
-    if beta == 0:
-        return kl_terms(t, s, centred)
-    if beta == 1:
-        return kl_terms(s, t, centred)
-    m = log_mixture(s, t, beta)
-    return beta * kl_terms(t, m, centred) + (1 - beta) * kl_terms(s, m, centred)
-
-
-def clipped_sum(terms, clip, at):
-    """Terms [N, V] -> their sum [N], capped, and the fraction [N] that stood at the cap.
-
-    clip "none" caps nothing and "token" the sum. "entry" caps every vocabulary entry before the
-    sum, as the paper's code does; that can turn the sum negative and invert the training.
-    """
-    if clip != "entry":
-        terms = terms.sum(-1, keepdim=True)
-    if clip == "none":
-        return terms.sum(-1), torch.zeros_like(terms[:, 0])
-    over = (terms > at).float().mean(-1)
-    return terms.clamp(max=at).sum(-1), over
-
-
-def divergence(student, teacher, clip="none", clip_at=0.05, **options):
     """D(T, S) per token: logits or log-probs [N, V] of student and teacher -> [N], in float32.
 
     beta 0 is the forward KL(T || S), the paper's choice; beta 1 the reverse KL(S || T); between
     them beta KL(T || m) + (1 - beta) KL(S || m) with m = beta T + (1 - beta) S. Mind the jump: that
     goes to 0 towards both ends. top_k > 0 compares the teacher's top_k tokens alone, renormalised;
-    with tail, one more bucket holds the rest. temperature divides both logits. clip: clipped_sum.
+    with tail, one more bucket holds the rest. temperature divides both logits. clip "token" caps
+    the sum, "entry" every vocabulary entry before the sum, as the paper's code does; that can turn
+    the sum negative and invert the training.
 
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
     """
-    terms = divergence_terms(student, teacher, centred=clip != "entry", **options)
-    return clipped_sum(terms, clip, clip_at)[0]
+    s, t = ((x.float() / temperature).log_softmax(-1).clamp(min=-1e30) for x in (student, teacher))
+    if 0 < top_k < s.shape[-1]:
+        s, t = on_top_k(s, t, top_k, tail)
+
+    def kl(p, q):  # the V entries of KL(p || q), from log-probs
+        terms = F.kl_div(q, p, log_target=True, reduction="none")  # p log(p / q)
+        if clip == "entry":
+            return terms
+        return terms - p.exp() + q.exp()  # this sums to 0, and is exactly 0 where p = q
+
+    if beta == 0:
+        terms = kl(t, s)
+    elif beta == 1:
+        terms = kl(s, t)
+    else:
+        m = torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
+        m = torch.where(s == t, t.lerp(s, 1 - beta), m)  # without rounding
+        terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+    if clip == "entry":
+        terms = terms.clamp(max=clip_at)
+    total = terms.sum(-1)
+    return total.clamp(max=clip_at) if clip == "token" else total
 
 
-def log_prob(logits, ids):
-    """The log-probability [N] of the tokens ids [N] under logits [N, V]."""
-    return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
 
 
-@torch.no_grad()
-def entropy(logits):
-    """The entropy [N] in nats of logits [N, V]."""
-    logp = logits.float().log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+def token_loss(student, teacher, ids, advantage, signal="forward", kl=0.0, clip="none", **options):
+    """Choice 3, the per-token signal, and what is logged of it.
+
+    Logits [N, V] of student and teacher, ids [N], advantage [N] -> loss, divergence (before it is
+    clipped), clipped (1 where the clip changed it) and entropy, each [N]. forward, reverse and jsd
+    are `divergence` with these options. sampled: policy gradient with the advantage log p_T - log
+    p_S. advantage: policy gradient with the given one (1 makes it SFT's cross-entropy), plus kl
+    times the reverse KL to the teacher. It is strictly on policy, if sampled at temperature 1 from
+    all tokens: there is no importance ratio to clip.
+    The policy gradients use no options and report no divergence. KeyError: an unknown signal.
+    """
+    whole = clipped = torch.zeros_like(ids, dtype=torch.float32)
+    if signal in ("advantage", "sampled"):
+        logp = log_prob(student, ids)
+        if signal == "sampled":
+            advantage = (log_prob(teacher, ids) - logp).detach()
+        loss = -advantage * logp
+        if kl:
+            loss = loss + kl * divergence(student, teacher, beta=1.0)
+    else:
+        loss = whole = divergence(student, teacher, BETAS[signal], clip=clip, **options)
+        if clip != "none":
+            with torch.no_grad():
+                whole = divergence(student, teacher, BETAS[signal], **options)
+            clipped = (loss < whole - 1e-6).float()
+    return {"loss": loss, "divergence": whole, "clipped": clipped, "entropy": entropy(student)}
 
 
-def replace_by_gradient_(model, logits, teacher_logits, loss_of, first_row, denominator, part):
-    """The student's logits [n, V], before the soft cap, become d loss / d logits in place -> the
-    sums of the figures of `loss_of`. It works on `part` logits at a time, which a cache holds."""
-    sums = Counter()
-    rows = max(1, part // logits.shape[-1])
-    for start in range(0, len(logits), rows):
-        leaf = logits[start : start + rows].detach().requires_grad_()
-        target = None
-        if teacher_logits is not None:
-            target = teacher_logits[start : start + rows]
-        where = slice(first_row + start, first_row + start + len(leaf))
-        with torch.enable_grad():
-            figures = loss_of(soft_cap(model, leaf), target, where)
-            (figures["loss"].sum() / denominator).backward()
-        for name, values in figures.items():
-            sums[name] += values.sum().item()
-        logits[start : start + rows] = leaf.grad
-    return sums
-
-
-def add_head_gradient(head, weight, gradient, hidden):
-    """Add to the gradients of the output head what logits with this gradient [n, V] and their
-    hidden states [n, H] contribute. weight: the head's, or its copy in half precision."""
-    if weight is head.weight and weight.requires_grad:
-        weight.grad.addmm_(gradient.T, hidden)
-    elif head.weight.requires_grad:
-        head.weight.grad += gradient.T @ hidden
-    if head.bias is not None and head.bias.requires_grad:
-        head.bias.grad += gradient.sum(0)
-
-
-@torch.no_grad()
 def backward_in_chunks(
-    student, hidden, teacher, teacher_hidden, loss_of, denominator,
-    chunk=24_000_000, part=1_000_000,
+    loss, student, hidden, teacher, teacher_hidden, per_token, denominator, chunk=24_000_000
 ):
-    """Backward of sum(loss) / denominator without ever holding the [N, V] logits of all tokens.
+    """Backward of sum(loss) / denominator; no more than `chunk` logits exist at a time.
 
-    hidden [N, H] with its graph, teacher_hidden [N, H] or None. loss_of(student logits [n, V],
-    teacher logits [n, V] or None, rows: slice of the N) -> {"loss": [n], any other figure: [n]}.
+    hidden [N, H] with its graph, teacher_hidden [N, H] or None. loss(student logits [n, V],
+    teacher logits [n, V] or None, each of per_token [n]) -> {"loss": [n], any other figure: [n]}.
     Returns the sum of every figure over the N tokens. If memory were no matter, this would do:
 
-        figures = loss_of(logits_of(student, hidden), logits_of(teacher, teacher_hidden), slice(N))
+        figures = loss(logits_of(student, hidden), logits_of(teacher, teacher_hidden), *per_token)
         (figures["loss"].sum() / denominator).backward()
         return {name: values.sum() for name, values in figures.items()}
-
-    Here the heads run on `chunk` logits at a time. The gradient takes the logits' place and goes by
-    hand into the head's weight, since autograd would build a second matrix of its size per chunk.
-    On a GPU `chunk` is four times as large, and the loss takes it whole.
     """
-    head = student.get_output_embeddings()
-    weight = head.weight
-    if torch.is_autocast_enabled("cuda"):
-        weight = weight.to(torch.get_autocast_dtype("cuda"))  # once, not in every chunk
-    if hidden.is_cuda:
-        chunk = part = 4 * chunk
-    for p in {*student.get_input_embeddings().parameters(), *head.parameters()}:
-        if p.requires_grad and p.grad is None:
-            p.grad = torch.zeros_like(p)
+    rows = max(1, chunk // len(student.get_output_embeddings().weight))
+    gradient = torch.zeros_like(hidden)
     sums = Counter()
-    hidden_grad = torch.zeros_like(hidden)
-    rows = max(1, chunk // len(weight))
-    for start in range(0, len(hidden), rows):
+    for start in range(0, max(1, len(hidden)), rows):
         some = slice(start, start + rows)
-        h = hidden[some].to(weight.dtype)
-        logits = F.linear(h, weight, head.bias)
+        h = hidden[some].detach().requires_grad_()
         target = None
         if teacher_hidden is not None:
-            target = logits_of(teacher, teacher_hidden[some])
-        figures = replace_by_gradient_(student, logits, target, loss_of, start, denominator, part)
-        sums.update(figures)  # a Counter's update adds
-        gradient = logits
-        hidden_grad[some] = gradient @ weight
-        add_head_gradient(head, weight, gradient, h)
-        del logits, gradient, target  # before the next ones are made
-    hidden.backward(hidden_grad)
+            with torch.no_grad():
+                target = logits_of(teacher, teacher_hidden[some])
+        figures = loss(logits_of(student, h), target, *(x[some] for x in per_token))
+        (figures["loss"].sum() / denominator).backward()  # into the head, and down to h
+        gradient[some] = h.grad
+        for name, values in figures.items():
+            sums[name] += values.sum().item()
+    if hidden.requires_grad:  # or the head alone is trained
+        hidden.backward(gradient)  # through the rest of the model
     return sums
 
 
-# ---- 4. One step: methods as choices in one pipeline ---------------------------------------------
+# ---- 4. One step, and the loop: methods as choices in one pipeline -------------------------------
+
+
+class Method(NamedTuple):
+    """Three choices, and the reward of those that take one."""
+
+    writer: str  # 1. who writes the completion: student, teacher or reference
+    sees: str | None  # 2. what the teacher has in view; None: the student's prompt, as with --kl
+    signal: str  # 3. the per-token signal; "divergence" is the one that --divergence names
+    reward: str | None = None  # which score becomes the advantage
+
 
 METHODS = {
-    # name: three choices and the reward: (1 who writes: student, teacher or reference, 2 what the
-    # teacher sees, 3 signal, reward).
-    # "divergence" stands for the one that --divergence names; "student" for the student's prompt.
-    "rsd": ("student", "rubric", "divergence", None),
-    "opsd": ("student", "solution", "divergence", None),
-    "grpo": ("student", "student", "advantage", "accuracy"),
-    "grpo-rubric": ("student", "student", "advantage", "rubric_score"),
-    "sft": ("reference", "student", "advantage", None),
-    "sft-teacher": ("teacher", "rubric", "advantage", None),  # of the teacher's own completions
-    "rsd-teacher": ("teacher", "rubric", "divergence", None),
-    "rsd-reference": ("reference", "rubric", "divergence", None),
-    "rsd-grpo": ("student", "rubric", "advantage", "rubric_score"),  # and --kl to that teacher
+    "rsd": Method("student", "rubric", "divergence"),
+    "opsd": Method("student", "solution", "divergence"),
+    "grpo": Method("student", None, "advantage", "accuracy"),
+    "grpo-rubric": Method("student", None, "advantage", "rubric_score"),
+    "sft": Method("reference", None, "advantage"),
+    "sft-teacher": Method("teacher", "rubric", "advantage"),  # of the teacher's own completions
+    "rsd-teacher": Method("teacher", "rubric", "divergence"),
+    "rsd-reference": Method("reference", "rubric", "divergence"),
+    "rsd-grpo": Method("student", "rubric", "advantage", "rubric_score"),  # with --kl to it
 }
-DIVERGENCES = ("forward", "reverse", "jsd")
 
 
 def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
@@ -508,11 +418,10 @@ def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
 
 def reference_writes(tokenizer, examples):
     """Choice 1, who writes: the row's reference solution stands in the completion's place."""
-    end = [turn_end(tokenizer)]
     episodes = []
     for e in examples:
-        text = hide_control_tokens(tokenizer, e.row["solution"])
-        ids = encode(tokenizer, text) + end
+        solution = [{"role": "assistant", "content": e.row["solution"]}]
+        ids = chat_ids(tokenizer, solution, JUST_TEXT) + [turn_end(tokenizer)]
         episodes.append(replace(e, completion_ids=ids, stopped=True))
     return episodes
 
@@ -521,41 +430,8 @@ def group_advantages(rewards, group, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     r = r - r[:, :1]  # or the mean of equal ones could differ from them in the last digit
-    centred = r - r.mean(1, keepdim=True)
     std = r.std(1, correction=0, keepdim=True)
-    return (centred / (std + eps)).flatten().tolist()
-
-
-def token_loss(
-    student, teacher, ids, advantage, signal="forward", kl=0.0, beta=0.5, clip="none", clip_at=0.05,
-    **options,
-):
-    """Choice 3, the per-token signal, and what is logged of it.
-
-    Logits [N, V] of student and teacher, ids [N], advantage [N] -> loss, divergence (before it is
-    clipped), clipped (the fraction at the cap) and entropy, each [N]. forward, reverse and jsd are
-    `divergence` with these options. sampled: policy gradient with the advantage log p_T - log p_S.
-    advantage: policy gradient with the given one (1 makes it SFT's cross-entropy), plus kl times
-    the reverse KL to the teacher. It is strictly on policy, if sampled at temperature 1 from all
-    tokens: there is no importance ratio to clip.
-    The policy gradients use no options and report no divergence. KeyError: an unknown signal.
-    """
-    whole = clipped = torch.zeros_like(ids, dtype=torch.float32)
-    if signal in DIVERGENCES:
-        options["beta"] = {"forward": 0.0, "reverse": 1.0, "jsd": beta}[signal]
-        terms = divergence_terms(student, teacher, centred=clip != "entry", **options)
-        loss, clipped = clipped_sum(terms, clip, clip_at)
-        whole = loss if clip == "none" else terms.sum(-1)
-    else:
-        logp = log_prob(student, ids)
-        if signal == "sampled":
-            advantage = (log_prob(teacher, ids) - logp).detach()
-        elif signal != "advantage":
-            raise KeyError(signal)
-        loss = -advantage * logp
-        if kl:
-            loss = loss + kl * divergence(student, teacher, beta=1.0)
-    return {"loss": loss, "divergence": whole, "clipped": clipped, "entropy": entropy(student)}
+    return ((r - r.mean(1, keepdim=True)) / (std + eps)).flatten().tolist()
 
 
 def micro_batches(episodes, token_budget, devices=1):
@@ -574,27 +450,17 @@ def micro_batches(episodes, token_budget, devices=1):
     return batches
 
 
-def flatten(episodes, device):
-    """The completions one after the other -> keep [all tokens], a mask of those that carry a loss;
-    and of the N that do, ids [N] and advantage [N]."""
-    ids, advantage, keep = [], [], []
-    for e in episodes:
-        length = len(e.completion_ids)
-        ids += e.completion_ids
-        advantage += [e.advantage] * length
-        keep += [t >= e.train_from for t in range(length)]
-    keep = torch.tensor(keep, device=device)
-    ids = torch.tensor(ids, device=device)
-    return keep, ids[keep], torch.tensor(advantage, device=device)[keep]
+def trained_part(e):
+    """(student's context, teacher's context, completion) of an episode, as they are scored: the
+    tokens before `train_from` stand in the contexts."""
+    given = e.completion_ids[: e.train_from]
+    return e.prompt_ids + given, e.teacher_ids + given, e.completion_ids[e.train_from :]
 
 
-def optimizer_step(optimizer, lr, max_grad_norm=1.0):
-    """Clip, step, clear -> the gradient's norm before clipping. If that is not finite, this
-    optimizer moves nothing."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=False)
+def optimizer_step(model, optimizer, lr, max_grad_norm=1.0):
+    """Clip, step, clear -> the gradient's norm before clipping. If that is not finite, nothing
+    moves."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm, foreach=False)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if norm.isfinite():
@@ -603,23 +469,8 @@ def optimizer_step(optimizer, lr, max_grad_norm=1.0):
     return norm.item()
 
 
-class Stopwatch:
-    """Wall seconds by name; `lap` waits for a GPU's work first."""
-
-    def __init__(self):
-        self.seconds = Counter()
-        self.last = time.perf_counter()
-
-    def lap(self, name):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name] += now - self.last
-        self.last = now
-
-
 def train_step(
-    student, teacher, examples, write, loss, optimizers, lr, token_budget=8192, max_grad_norm=1.0,
+    student, teacher, examples, write, loss, optimizer, lr, token_budget=8192, max_grad_norm=1.0,
     split=micro_batches, combine=None,
 ):
     """One step of RSD and, by other choices, of every method -> (episodes, figures).
@@ -634,38 +485,130 @@ def train_step(
     watch = Stopwatch()
     episodes = write(examples)  # 1. y ~ p_S(. | x)
     watch.lap("s_sampling")
-    trained = sum(e.trained_tokens for e in episodes)  # N
-    sums = Counter(loss=0.0, divergence=0.0, clipped=0.0, entropy=0.0)
-    on_gpu = student.device.type == "cuda"
+    trained = sum(len(trained_part(e)[2]) for e in episodes)  # N
+    sums = Counter()
+    device = student.device
     for batch in split(episodes, token_budget):
-        completions = [e.completion_ids for e in batch]
-        keep, ids, advantage = flatten(batch, student.device)
+        contexts, views, completions = zip(*map(trained_part, batch))
+        ids = [i for completion in completions for i in completion]
+        advantage = [e.advantage for e, c in zip(batch, completions) for _ in c]
+        per_token = (
+            torch.tensor(ids, dtype=torch.long, device=device),
+            torch.tensor(advantage, device=device),
+        )
         # Autocast's cache of weights would outlive a micro-batch: it is off.
-        with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
+        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda", cache_enabled=False):
             target = None
             if teacher is not None:
-                with torch.no_grad():  # 2. the teacher, rubric in view
-                    target = rescore(teacher, [e.teacher_ids for e in batch], completions)[keep]
+                with torch.no_grad():
+                    target = rescore(teacher, views, completions)  # 2. rubric in view
             watch.lap("s_rescoring")
-            hidden = rescore(student, [e.prompt_ids for e in batch], completions)[keep]  # 3.
-
-            def loss_of(student_logits, teacher_logits, rows):
-                return loss(student_logits, teacher_logits, ids[rows], advantage[rows])
-
+            hidden = rescore(student, contexts, completions)  # 3. from the question alone
             sums.update(  # 4. the gradient of sum_t D / N
-                backward_in_chunks(student, hidden, teacher, target, loss_of, max(trained, 1))
+                backward_in_chunks(
+                    loss, student, hidden, teacher, target, per_token, max(trained, 1)
+                )
             )
             watch.lap("s_update")
     sums = combine(student, sums) if combine else sums
-    norms = [optimizer_step(o, lr, max_grad_norm) for o in optimizers]  # 5. one step
+    norm = optimizer_step(student, optimizer, lr, max_grad_norm)  # 5. one step
     watch.lap("s_update")
     figures = {name: total / max(trained, 1) for name, total in sums.items()}
-    return episodes, figures | {
-        "trained": trained, "grad_norm": math.hypot(*norms), "lr": lr, **watch.seconds
-    }
+    figures |= {"trained": trained, "grad_norm": norm, "lr": lr, **watch.seconds}
+    return episodes, figures
+
+
+def make_teacher(model, kind):
+    """fixed, ema: a frozen copy of the weights in memory, fixed ones in bfloat16 on a GPU. live:
+    the student itself. Of a LoRA only the adapters are copied: they begin at 0, as the base
+    model."""
+    if kind == "live":
+        return model
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    teacher = copy.deepcopy(model, shared).eval()
+    if kind == "fixed" and model.device.type == "cuda":
+        for p in teacher.parameters():  # not the buffers: rotary angles need float32
+            if p.requires_grad:
+                p.data = p.data.bfloat16()
+    return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(teacher, student, decay):
+    """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
+    for t, s in zip(teacher.parameters(), student.parameters()):
+        if s.requires_grad:
+            t.lerp_(s.to(t.dtype), 1 - decay)
+
+
+def batches(items, size, seed):
+    """Batches without end: epoch after epoch, each in an order of its own."""
+    ordered = []
+    for epoch in itertools.count():
+        ordered += random.Random(f"{seed} {epoch}").sample(items, len(items))
+        while len(ordered) >= size:
+            yield ordered[:size]
+            ordered = ordered[size:]
+
+
+def train(
+    student, teacher, examples, write, loss, optimizer, steps=100, batch=32, lr=5e-6, warmup=5,
+    seed=0, start=0, rank=0, ema=None, **options,
+):
+    """The loop: yields (step from 1, episodes, figures) after each step, for a caller that logs
+    and saves. A step depends on seed and number alone, so a run that begins again at `start` is
+    the same run. The learning rate rises over `warmup` steps and is constant then. teacher None:
+    it is not asked. ema: (the teacher that follows the student, its decay). options: `train_step`'s.
+    UserError: loss or gradient is not finite; the weights have not moved.
+    """
+    rows = itertools.islice(batches(examples, batch, seed), start, steps)
+    for step, examples_now in enumerate(rows, start + 1):
+        torch.manual_seed(crc32(f"{seed} {step} {rank}".encode()))
+        lr_now = lr * min(1.0, step / max(1, warmup))
+        episodes, figures = train_step(
+            student, teacher, examples_now, write, loss, optimizer, lr_now, **options
+        )
+        loss_now, norm = figures["loss"], figures["grad_norm"]
+        is_finite = math.isfinite(loss_now + norm)
+        require(is_finite, f"step {step}: loss {loss_now}, norm {norm}; nothing moved.")
+        if ema:
+            ema_update(*ema, student)
+        yield step, episodes, figures
 
 
 # ---- 5. Rubrics: read what a model wrote, write new ones -----------------------------------------
+
+
+def load_prompts(folder):
+    """Every prompt file FOLDER/NAME.txt as {NAME: text}."""
+    files = Path(folder).glob("*.txt")
+    return {path.stem: path.read_text(encoding="utf-8").strip() for path in files}
+
+
+def valid_unicode(text):
+    """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer
+    takes."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def as_text(cell):
+    """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of
+    a list all parts; of an object each value by itself; nothing, and NaN, are empty."""
+    if cell is None or cell != cell:
+        return ""
+    if isinstance(cell, dict):
+        is_part = cell.get("type") == "text"  # of a message's content
+        return as_text(cell.get("text")) if is_part else {k: as_text(x) for k, x in cell.items()}
+    if not isinstance(cell, list):
+        return valid_unicode(str(cell)).strip()
+    parts = [as_text(part) for part in cell]
+    if len(parts) == 1 and isinstance(parts[0], dict):
+        return parts[0].get("content", parts[0])
+    for i, part in enumerate(parts):
+        if isinstance(part, dict) and part.keys() >= {"role", "content"}:
+            parts[i] = f"{part['role'].capitalize()}: {part['content']}"
+    return "\n\n".join(map(str, parts))
+
 
 THOUGHT = r"(?:\w+[:_])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|scratchpad)"
 THINKING_OPENS = (  # <think>, <seed:think>, <|begin_of_thought|>, [THINK], a channel for thoughts
@@ -1360,6 +1303,15 @@ def evaluate(samples):
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
 
 
+def stop_ids(model, tokenizer):
+    """All tokens that end a completion: the generation config's, the tokenizer's, the chat's."""
+    own = model.generation_config.eos_token_id  # one id, a list of them (Qwen has two), or None
+    own = own if isinstance(own, list) else [own]
+    stop = {*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    require(stop, "the model has no token that ends a turn: its tokenizer needs an eos_token.")
+    return stop
+
+
 @dataclass
 class ModelWriter:
     """A model of this process. Its prompts are token ids; `sample` (prompts of ids -> pairs of ids
@@ -1608,29 +1560,6 @@ def sum_over_processes(model, sums):
 # ---- 9. Runs: teachers, adapters, schedule, files that survive a crash ---------------------------
 
 
-def make_teacher(model, kind):
-    """fixed, ema: a frozen copy of the weights in memory, fixed ones in bfloat16 on a GPU. live:
-    the student itself. Of a LoRA only the adapters are copied: they begin at 0, as the base
-    model."""
-    if kind == "live":
-        return model
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    teacher = copy.deepcopy(model, shared)
-    if kind == "fixed" and model.device.type == "cuda":
-        for p in teacher.parameters():  # not the buffers: rotary angles need float32
-            if p.requires_grad:
-                p.data = p.data.bfloat16()
-    return teacher.requires_grad_(False)
-
-
-@torch.no_grad()
-def ema_update(teacher, model, decay):
-    """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
-    for t, s in zip(teacher.parameters(), model.parameters()):
-        if s.requires_grad:
-            t.lerp_(s.to(t.dtype), 1 - decay)
-
-
 def add_lora(model, rank):
     """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train.
     UserError: its layers are of a kind that cannot be adapted."""
@@ -1647,22 +1576,6 @@ def add_lora(model, rank):
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
-
-
-def learning_rate(step, peak, warmup):
-    """Linear warm-up over so many steps, then constant; step counts from 0."""
-    return peak * min(1.0, (step + 1) / max(1, warmup))
-
-
-def step_rows(items, step, batch, seed):
-    """The items of one step: epoch after epoch, each in an order of its own; no state to save."""
-    n = len(items)
-    epoch, begin = divmod(step * batch, n)
-    ordered = []
-    while len(ordered) < begin + batch:
-        ordered += random.Random(f"{seed} {epoch}").sample(items, n)
-        epoch += 1
-    return ordered[begin : begin + batch]
 
 
 def lock(path):
@@ -1877,7 +1790,7 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
         if not said:
             teacher_top = seen.exp().topk(top)
         said.append(log_prob(seen, ids))
-        apart.append(kl_terms(seen, own).sum(-1))
+        apart.append(divergence(own, seen))
     student_top = own.exp().topk(top)
     said, apart = torch.stack(said), torch.stack(apart)
     return {
@@ -1938,7 +1851,7 @@ def check_model(model, tokenizer, name):
         f"--model {name}: {model.config.model_type}'s head is more than a product and a cap: not "
         "supported.",
     )
-    shown = render_chat(tokenizer, [{"role": "user", "content": "@@"}])
+    shown = tokenizer.decode(chat_ids(tokenizer, [{"role": "user", "content": "@@"}]))
     require("@@" in shown, f"--model {name}: its chat template drops the text of the question.")
 
 
@@ -2288,7 +2201,7 @@ class Train(Teaching):
     save_every: Count = 50  # Steps between two checkpoints.
     lr: Real = 5e-6  # Learning rate at its highest.
     warmup: Size = 5  # Steps of linear warm-up.
-    divergence: Literal[(*DIVERGENCES, "sampled")] = "forward"  # Per-token signal.
+    divergence: Literal[(*BETAS, "sampled")] = "forward"  # Per-token signal.
     support: Size = 0  # Compare on so many of the teacher's likeliest tokens; 0 is all.
     tail: bool = False  # With --support: one more bucket holds the rest of the mass.
     clip: Literal["none", "entry", "token"] = "none"  # Cap each entry, or their sum, at .05.
@@ -2304,15 +2217,15 @@ class Train(Teaching):
     def __post_init__(self):
         """The contexts that a method, a stage or a source of rubrics decides; UserError for what
         cannot be trained."""
-        _, sees, _, reward = METHODS[self.method]
+        method = METHODS[self.method]
         if STAGES[self.stage]:
             require(self.method == "rsd", f"--stage {self.stage} goes with --method rsd.")
             self.student_context, self.teacher_context = STAGES[self.stage]
-        elif sees == "solution":
+        elif method.sees == "solution":
             self.teacher_context = "solution"
-        elif sees == "student" or self.rubrics == "none":
+        elif method.sees is None or self.rubrics == "none":
             self.teacher_context = self.student_context
-        has_groups = self.rollouts > 1 or not reward
+        has_groups = self.rollouts > 1 or not method.reward
         require(has_groups, f"--method {self.method}: needs --rollouts 2 or more.")
         require(
             self.kl > 0 or self.method != "rsd-grpo", "--method rsd-grpo: needs a --kl above 0."
@@ -2510,20 +2423,20 @@ def training_writer(args, writer, reader, author):
     """Step 1 of `train_step` for this method: examples -> episodes, written, graded and masked.
     writer: of the completions, which the model `author` samples; reader: of the teacher's
     contexts."""
-    who, _, _, reward = METHODS[args.method]
+    method = METHODS[args.method]
     tokenizer, sample = writer.tokenizer, writer.sample
-    context = "teacher_ids" if who == "teacher" else "prompt_ids"
+    context = "teacher_ids" if method.writer == "teacher" else "prompt_ids"
     teacher_template = prompt_files(args, args.teacher_context)[0]
     has_feedback = "{feedback}" in teacher_template
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     known = end_thinking not in (None, tokenizer.unk_token_id)
     require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
-    on_engine = args.engine == "vllm" and who != "reference"
+    on_engine = args.engine == "vllm" and method.writer != "reference"
 
     def write(examples):
         if on_engine:
             sample.load(author)
-        if who == "reference":
+        if method.writer == "reference":
             episodes = reference_writes(tokenizer, examples)
         else:
             episodes = model_writes(sample, examples, args.rollouts, context)
@@ -2542,8 +2455,9 @@ def training_writer(args, writer, reader, author):
             if args.skip_thinking:  # all of it, where it is unfinished
                 ids = [*e.completion_ids[:-1], end_thinking]
                 e.train_from = ids.index(end_thinking) + 1
-        if reward:
-            gains = group_advantages([e.scores[reward] for e in episodes], args.rollouts)
+        if method.reward:
+            rewards = [e.scores[method.reward] for e in episodes]
+            gains = group_advantages(rewards, args.rollouts)
             for e, gain in zip(episodes, gains):
                 e.advantage = gain
         return episodes
@@ -2562,7 +2476,7 @@ def set_up(args, out, state):
     if args.lora_rank:
         add_lora(student, args.lora_rank)
     teacher = None
-    if args.kl or METHODS[args.method][1] != "student":
+    if args.kl or METHODS[args.method].sees:
         teacher = make_teacher(student, args.teacher)
     if state["step"]:
         own, _ = load_model(str(out))
@@ -2571,7 +2485,6 @@ def set_up(args, out, state):
             teacher.load_state_dict(state["teacher"], strict=False)
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
-    student.get_input_embeddings().sparse = True  # its gradient is of a few rows
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["step"]:
@@ -2581,7 +2494,7 @@ def set_up(args, out, state):
 
 def training_loss(args):
     """`token_loss` with this method's signal and the flags' options."""
-    signal = METHODS[args.method][2]
+    signal = METHODS[args.method].signal
     return functools.partial(
         token_loss,
         signal=args.divergence if signal == "divergence" else signal,
@@ -2631,44 +2544,42 @@ def cmd_train(args):
     state = open_run(out, kept, args.resume)
     start, history = state["step"], state["metrics"]
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
-    who, _, signal, reward = METHODS[args.method]
+    method = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
     rows = load_questions(args)
     student, tokenizer, teacher, optimizer = set_up(args, out, state)
-    author = teacher if who == "teacher" else student
+    author = teacher if method.writer == "teacher" else student
     writers = readers_of(args, model_writer(args, author, tokenizer))
-    needs = {reward, "solution" if who == "reference" else None} - {None}
+    needs = [method.reward] if method.reward else []
+    if method.writer == "reference":
+        needs.append("solution")
     examples = [Episode(*e) for e in make_examples(rows, templates, writers, needs)]
     for name in ("prompt_ids", "teacher_ids"):
         say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
-    write = training_writer(args, *writers, author)
-    scorer = teacher if args.kl or signal == "divergence" else None
-    loss = training_loss(args)
     kept["data_seen"] = crc32(repr(examples).encode())
     same = state.get("data_seen") in (None, kept["data_seen"])
     require(same, f"--out {out} holds a run on other data or prompts; choose another --out.")
     if RANK == 0:
         begin_run(out, kept, history)
-    for step in progress(range(start, args.steps), "train", initial=start, total=args.steps):
-        done = step + 1
-        torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
-        lr = learning_rate(step, args.lr, args.warmup)
-        episodes, figures = train_step(
-            student, scorer, step_rows(examples, step, args.batch, args.seed), write, loss,
-            [optimizer], lr, args.token_budget, split=my_micro_batches, combine=sum_over_processes,
-        )
-        require(
-            math.isfinite(figures["loss"] + figures["grad_norm"]),
-            f"step {done}: loss {figures['loss']}, norm {figures['grad_norm']}; stopped before "
-            f"the weights moved. What was saved before lies in {out}.",
-        )
-        if teacher and args.teacher == "ema":
-            ema_update(teacher, student, args.ema_decay)
-        history.append(log_step(out, done, episodes, figures, who != "reference"))
-        is_last = done == args.steps
-        if step == start or is_last or done % 5 == 0:
+    is_asked = args.kl or method.signal == "divergence"
+    steps = train(
+        student,
+        teacher if is_asked else None,
+        examples,
+        training_writer(args, *writers, author),
+        training_loss(args),
+        optimizer,
+        steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
+        start=start, rank=RANK,
+        ema=(teacher, args.ema_decay) if teacher and args.teacher == "ema" else None,
+        token_budget=args.token_budget, split=my_micro_batches, combine=sum_over_processes,
+    )
+    for step, episodes, figures in progress(steps, "train", initial=start, total=args.steps):
+        history.append(log_step(out, step, episodes, figures, method.writer != "reference"))
+        is_last = step == args.steps
+        if step == start + 1 or is_last or step % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
-        if is_last or done % args.save_every == 0:
+        if is_last or step % args.save_every == 0:
             save_checkpoint(out, student, teacher, optimizer, tokenizer, history)
     all_gather("the others wait for the last save")
     say(f"saved {out}; python rsd.py eval --model {out}")
