@@ -458,13 +458,13 @@ def trained_part(e):
 
 
 def optimizer_step(model, optimizer, lr, max_grad_norm=1.0):
-    """Clip, step, clear -> the gradient's norm before clipping. If that is not finite, nothing
-    moves."""
+    """Clip, step, clear -> the gradient's norm before clipping. UserError: it is not finite; then
+    nothing has moved."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm, foreach=False)
+    require(norm.isfinite(), f"the gradient's norm is {norm:g}; stopped before the weights moved.")
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if norm.isfinite():
-        optimizer.step()
+    optimizer.step()
     optimizer.zero_grad()
     return norm.item()
 
@@ -526,10 +526,9 @@ def make_teacher(model, kind):
         return model
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     teacher = copy.deepcopy(model, shared).eval()
-    if kind == "fixed" and model.device.type == "cuda":
-        for p in teacher.parameters():  # not the buffers: rotary angles need float32
-            if p.requires_grad:
-                p.data = p.data.bfloat16()
+    for p in teacher.parameters():  # not the buffers: rotary angles need float32
+        if p.requires_grad and kind == "fixed" and p.is_cuda:
+            p.data = p.data.bfloat16()
     return teacher.requires_grad_(False)
 
 
@@ -559,18 +558,14 @@ def train(
     and saves. A step depends on seed and number alone, so a run that begins again at `start` is
     the same run. The learning rate rises over `warmup` steps and is constant then. teacher None:
     it is not asked. ema: (the teacher that follows the student, its decay). options: `train_step`'s.
-    UserError: loss or gradient is not finite; the weights have not moved.
     """
-    rows = itertools.islice(batches(examples, batch, seed), start, steps)
-    for step, examples_now in enumerate(rows, start + 1):
+    of_steps = itertools.islice(batches(examples, batch, seed), start, steps)
+    for step, some in enumerate(of_steps, start + 1):
         torch.manual_seed(crc32(f"{seed} {step} {rank}".encode()))
         lr_now = lr * min(1.0, step / max(1, warmup))
         episodes, figures = train_step(
-            student, teacher, examples_now, write, loss, optimizer, lr_now, **options
+            student, teacher, some, write, loss, optimizer, lr_now, **options
         )
-        loss_now, norm = figures["loss"], figures["grad_norm"]
-        is_finite = math.isfinite(loss_now + norm)
-        require(is_finite, f"step {step}: loss {loss_now}, norm {norm}; nothing moved.")
         if ema:
             ema_update(*ema, student)
         yield step, episodes, figures

@@ -137,7 +137,7 @@ def gradient_of(model, teacher, episodes, signal="forward", budget=8192, **optio
     optimizer = KeepsGradients(model)
     loss = loss_of(signal, **options)
     _, figures = rsd.train_step(
-        model, teacher, episodes, as_given, loss, [optimizer], 0.0, budget,
+        model, teacher, episodes, as_given, loss, optimizer, 0.0, budget,
         max_grad_norm=math.inf,
     )
     return figures, optimizer.gradient
@@ -308,21 +308,43 @@ def tokenizer_of(names, vocabulary=(), normalizer=None, special=True):
     return made
 
 
-@pytest.mark.parametrize(
-    "names, attack, normalizer",
-    [
-        (["<|a|>", "|a|>"], "x<|a|>y", None), (["<|a|>", "<"], "<|a|><", None), (["§"], "a§b", None),
-        (["<a>", "a>b"], "<a>b", None), (["[inst]"], "[INST]", tokenizers.normalizers.Lowercase()),
-        (["<s>"], "＜s＞", tokenizers.normalizers.NFKC()), ([" <x> "], "a <x> <x> b", None),
-        (["<|a|>"], "<\u200b|a|>", tokenizers.normalizers.Replace("\u200b", "")),
-    ],
-)
-def test_no_spelling_of_a_control_token_passes(names, attack, normalizer):
+@pytest.mark.parametrize("names, attack, normalizer", [
+    (["<|a|>", "|a|>"], "x<|a|>y", None), (["§"], "a§b", None), ([" <x> "], "a <x> <x> b", None),
+    (["<a>", "a>b"], "<a>b", None), (["<|", "|>"], "<|a|>", None), (["[INST]"], "[INST]", None),
+    (["<｜User｜>"], "<｜User｜>", None),
+])
+def test_no_control_token_passes(names, attack, normalizer):
     tok = tokenizer_of(names, normalizer=normalizer)
     ids = rsd.context_ids(tok, "Q {question} E", {"question": attack})
     assert set(ids).isdisjoint(tok.get_added_vocab().values())
-    (own,) = rsd.context_ids(tok, names[0], {})[:1]
-    assert own in tok.get_added_vocab().values() or names[0][0] == " "  # in a prompt file it is one
+    assert len(ids) > len("Q  E")  # and it is not dropped
+
+
+@pytest.mark.parametrize("names, attack, normalizer", [
+    (["<|a|>", "<"], "<|a|><", None), (["[inst]"], "[INST]", tokenizers.normalizers.Lowercase()),
+    (["<s>"], "＜s＞", tokenizers.normalizers.NFKC()),
+    (["<|a|>"], "<\u200b|a|>", tokenizers.normalizers.Replace("\u200b", "")),
+])
+def test_a_spelling_that_cannot_be_kept_as_text_is_refused(names, attack, normalizer):
+    tok = tokenizer_of(names, normalizer=normalizer)
+    with pytest.raises(rsd.UserError, match=re.escape(attack[-3:])):
+        rsd.context_ids(tok, "Q {question} E", {"question": attack})
+    assert rsd.context_ids(tok, "Q {question} E", {"question": "harmless"})
+
+
+@pytest.mark.parametrize("format, day", [("%d %b %Y", "01 Jan 2026"), ("%Y-%m-%d", "2026-01-01")])
+def test_prompts_do_not_change_with_the_day(tok, format, day):
+    dated = copy.deepcopy(tok)
+    dated.chat_template = f"Today: {{{{ strftime_now('{format}') }}}}." + tok.chat_template
+    ids = rsd.context_ids(dated, "{question}", {"question": "x"})
+    assert dated.decode(ids) == f"Today: {day}." + chat_prompt("x")
+
+
+def test_a_template_that_raises_is_one_sentence(tok):
+    other = copy.deepcopy(tok)
+    other.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(rsd.UserError, match="no system turn.*a question"):
+        rsd.context_ids(other, "{question}", {"question": "a question"})
 
 
 def test_runs_of_blanks_that_are_tokens_stay_whole():
@@ -648,10 +670,11 @@ def test_clipping_the_entries_can_turn_the_divergence_negative():
     assert rsd.divergence(s, t).item() == pytest.approx(whole)
 
     ids, advantage = torch.tensor([0]), torch.ones(1)
-    for clip, at_the_cap in (("none", 0), ("token", 1), ("entry", 0.5)):
+    for clip, changed in (("none", 0), ("token", 1), ("entry", 1)):
         figures = rsd.token_loss(s, t, ids, advantage, clip=clip)
         assert figures["loss"].item() == rsd.divergence(s, t, clip=clip).item()
-        assert figures["clipped"].item() == at_the_cap
+        assert figures["clipped"].item() == changed
+        assert rsd.token_loss(s, s, ids, advantage, clip=clip)["clipped"].item() == 0
         assert figures["divergence"].item() == pytest.approx(whole)  # before it is clipped
 
 
@@ -701,19 +724,60 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
     want = grads(model).clone()
     entropy = torch.distributions.Categorical(logits=logits).entropy().sum()
 
-    def losses(student_logits, teacher_logits, rows):
-        return rsd.token_loss(student_logits, teacher_logits, ids[rows], advantage[rows], signal)
+    def losses(student_logits, teacher_logits, ids, advantage):
+        assert student_logits.numel() <= max(chunk, v)
+        return rsd.token_loss(student_logits, teacher_logits, ids, advantage, signal)
 
     v = len(tok)
-    for chunk, part in ((1, 1), (4 * v, v), (5 * v, 3 * v), (10**9, 10**9)):
+    for chunk in (1, 4 * v, 5 * v, 10**9):
         model.zero_grad()
         hidden = rsd.rescore(model, prompts, completions)
         sums = rsd.backward_in_chunks(
-            model, hidden, teacher, teacher_hidden, losses, n, chunk=chunk, part=part
+            losses, model, hidden, teacher, teacher_hidden, (ids, advantage), n, chunk
         )
         torch.testing.assert_close(grads(model), want, atol=1e-6, rtol=1e-4)
         assert sums["loss"] / n == pytest.approx(loss.item(), rel=1e-4)
         assert sums["entropy"] == pytest.approx(entropy.item(), rel=1e-4)
+
+
+def test_a_head_alone_can_train(tok):
+    model, (e,) = tiny(tok, tie_word_embeddings=False), random_episodes(tok, 1)
+    model.requires_grad_(False)
+    head = model.get_output_embeddings().weight.requires_grad_()
+    ids = torch.tensor(e.completion_ids)
+    logits = model(torch.tensor([e.prompt_ids + e.completion_ids])).logits[0]
+    F.cross_entropy(logits[len(e.prompt_ids) - 1 : -1], ids, reduction="sum").backward()
+    want = head.grad.clone()
+
+    head.grad = None
+    hidden = rsd.rescore(model, [e.prompt_ids], [e.completion_ids])
+    per_token = (ids, torch.ones(len(ids)))
+    loss = loss_of("advantage")
+    rsd.backward_in_chunks(loss, model, hidden, None, None, per_token, 1, chunk=3 * len(tok))
+    torch.testing.assert_close(head.grad, want, atol=1e-5, rtol=1e-4)
+
+
+def test_masked_entries_and_ties_are_exact():
+    """Entries of -inf on both sides count nothing; where S = T the mixture's gradient is right."""
+    nothing = -math.inf
+    s, t = torch.tensor([[1.0, 2, nothing, 0]]), torch.tensor([[2.0, 1, nothing, 0.5]])
+    kept = [0, 1, 3]
+    for beta in (0, 0.5, 1):
+        got = rsd.divergence(s, t, beta=beta)
+        torch.testing.assert_close(got, rsd.divergence(s[:, kept], t[:, kept], beta=beta))
+    half, one_hot = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log()
+    assert rsd.divergence(half, one_hot).item() == pytest.approx(math.log(2))
+    assert rsd.entropy(s).item() == pytest.approx(rsd.entropy(s[:, kept]).item())
+
+    s, t = torch.tensor([[0.2, 0.3, 0.5]]).log(), torch.tensor([[0.2, 0.5, 0.3]]).log()
+    exact = s.double().requires_grad_()
+    p, q = exact.softmax(-1), t.double().exp()
+    m = 0.3 * q + 0.7 * p
+    (0.3 * (q * (q / m).log()).sum() + 0.7 * (p * (p / m).log()).sum()).backward()
+    for options in ({}, {"clip": "entry", "clip_at": 9.0}):
+        x = s.clone().requires_grad_()
+        rsd.divergence(x, t, beta=0.3, **options).sum().backward()
+        torch.testing.assert_close(x.grad.double(), exact.grad, atol=1e-6, rtol=1e-4)
 
 
 # ---- 4. one step ---------------------------------------------------------------------------------
@@ -773,13 +837,16 @@ def test_identical_contexts_give_loss_zero(tok, signal):
 
 def test_nothing_to_train_on_gives_an_exact_zero(tok):
     model, episodes = tiny(tok), random_episodes(tok)
-    for e in episodes:
-        e.train_from = len(e.completion_ids)
-    figures, gradient = gradient_of(model, tiny(tok, 1), episodes, budget=60)
-    assert figures["loss"] == 0
-    assert figures["trained"] == 0
-    assert len(gradient) == sum(p.numel() for p in model.parameters())  # every weight has one
-    assert (gradient == 0).all()
+    empty = [replace(e, completion_ids=[], train_from=1) for e in episodes]
+    masked = [replace(e, train_from=len(e.completion_ids)) for e in episodes]
+    for nothing in (empty, masked):
+        figures, gradient = gradient_of(model, tiny(tok, 1), nothing, budget=60)
+        assert figures["loss"] == 0
+        assert figures["trained"] == 0
+        assert len(gradient) == sum(p.numel() for p in model.parameters())  # every weight has one
+        assert (gradient == 0).all()
+    figures, _ = gradient_of(model, tiny(tok, 1), empty[:1] + episodes[1:2], budget=10**6)
+    assert figures["trained"] == len(episodes[1].completion_ids)
 
 
 def test_the_stop_token_is_trained_on(tok):
@@ -890,7 +957,7 @@ def test_sft_on_the_teachers_completions_is_their_cross_entropy(tok, prompts):
     write = rsd.training_writer(args, replace(writer, sample=sample), writer, teacher)
     optimizer = KeepsGradients(model)
     episodes, figures = rsd.train_step(
-        model, None, examples, write, rsd.training_loss(args), [optimizer], 0.0,
+        model, None, examples, write, rsd.training_loss(args), optimizer, 0.0,
         max_grad_norm=math.inf,
     )
     assert asked == [e.teacher_ids for e in examples for _ in range(2)]

@@ -105,7 +105,6 @@ def bench_step(
     teacher = rsd.make_teacher(model, "fixed")
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.get_input_embeddings().sparse = True
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     vocabulary = model.config.vocab_size
@@ -128,7 +127,7 @@ def bench_step(
         examples = [rsd.Episode({}, random_ids(64), random_ids(context)) for _ in range(prompts)]
         start = clock()
         episodes, figures = rsd.train_step(
-            model, teacher, examples, write if sampled else write_at_random, loss, [optimizer],
+            model, teacher, examples, write if sampled else write_at_random, loss, optimizer,
             1e-5, 8192 if ON_GPU else 2048,
         )
         times.append([*(clock() - start).tolist(), *(figures[name] for name in names)])
@@ -305,15 +304,14 @@ def bench_loss(kind, tokens, frozen, vocabulary=151936, width=1536):
     weight = model.lm_head.weight.requires_grad_(not frozen)
     hidden = torch.randn(tokens, width, requires_grad=True) * 1.0
     teacher_hidden = torch.randn(tokens, width)
-    ids = torch.zeros(tokens, dtype=torch.long)
-
-    def loss_of(student_logits, teacher_logits, rows):
-        return rsd.token_loss(student_logits, teacher_logits, ids[rows], None, signal="forward")
+    per_token = torch.zeros(tokens, dtype=torch.long), torch.ones(tokens)
 
     forget_peak()
     before, start = peak_mib(), clock()
     if kind == "ours":
-        rsd.backward_in_chunks(model, hidden, teacher, teacher_hidden, loss_of, tokens)
+        rsd.backward_in_chunks(
+            rsd.token_loss, model, hidden, teacher, teacher_hidden, per_token, tokens
+        )
     elif kind == "plain":
         target = F.linear(teacher_hidden, teacher.lm_head.weight).log_softmax(-1)
         logp = F.linear(hidden, weight).log_softmax(-1)

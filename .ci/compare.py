@@ -186,8 +186,10 @@ def costs_elsewhere(model_name, rows, answers):
 
     def logits_and_ids(row, text):
         prompt = rsd.context_ids(tokenizer, template, rsd.row_fields(row))
-        ids = rsd.encode(tokenizer, text)[:128]
-        return rsd.logits_of(model, rsd.rescore(model, [prompt], [ids])), torch.tensor(ids)
+        chat = [{"role": "assistant", "content": text}]
+        ids = rsd.chat_ids(tokenizer, chat, rsd.JUST_TEXT)[:128]
+        logits = rsd.logits_of(model, rsd.rescore(model, [prompt], [ids]))
+        return logits, torch.tensor(ids, device=model.device)
 
     of_references, of_answers = [], []
     for row in rows:

@@ -236,6 +236,22 @@ class Muon(torch.optim.Optimizer):
             p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
 
 
+class Both:
+    """Two optimizers as one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+        self.param_groups = [group for o in optimizers for group in o.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
 def orthogonal(x):
     """Five Newton-Schulz steps from a matrix towards the nearest orthogonal one."""
     is_tall = x.shape[0] > x.shape[1]
@@ -263,7 +279,7 @@ def train_base(seed, steps=700, batch=16):
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "layers" not in name]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
-    optimizers = [Muon(matrices), adamw]
+    optimizer = Both(Muon(matrices), adamw)
 
     def write(lessons):
         ids = [rsd.context_ids(tokenizer, "{prompt}", row) for row in lessons]
@@ -273,9 +289,9 @@ def train_base(seed, steps=700, batch=16):
     loss = functools.partial(rsd.token_loss, signal="advantage")
     for step in tqdm(range(steps), desc=f"base model {seed}"):
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - 50) / (steps - 50)))
-        lr = cosine * rsd.learning_rate(step, 3e-3, 50)
+        lr = cosine * 3e-3 * min(1.0, (step + 1) / 50)
         some = lessons[batch * step : batch * step + batch]
-        rsd.train_step(model, None, some, write, loss, optimizers, lr, token_budget=1024)
+        rsd.train_step(model, None, some, write, loss, optimizer, lr, token_budget=1024)
     return model, tokenizer
 
 
