@@ -396,10 +396,10 @@ def backward_in_chunks(
         (figures["loss"].sum() / denominator).backward()  # into the head, and down to h
         gradient[some] = h.grad
         for name, values in figures.items():
-            sums[name] += values.sum().item()
+            sums[name] += values.detach().sum()
     if hidden.requires_grad:  # or the head alone is trained
         hidden.backward(gradient)  # through the rest of the model
-    return sums
+    return {name: total.item() for name, total in sums.items()}
 
 
 # ---- 4. One step, and the loop: methods as choices in one pipeline -------------------------------
