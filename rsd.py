@@ -2868,7 +2868,7 @@ def parse_args(argv=None):
     kind, name = given.pop("kind"), given.pop("command")
     if unknown:
         flags = [as_flag(f.name) for f in fields(kind)]
-        close = difflib.get_close_matches(unknown[0], flags, n=1)
+        close = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.75)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{unknown[0]}: {name} has no such flag{hint} (see rsd.py {name} --help)")
     return settle(kind, **given)
