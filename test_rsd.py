@@ -4512,14 +4512,6 @@ def test_the_problems_of_the_toy_are_what_its_program_writes(toy_maker, tmp_path
 # ---- 12. commands --------------------------------------------------------------------------------
 
 
-def cli(*words, cwd):
-    """The command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(REPO / "rsd.py"), *map(str, words)],
-        cwd=cwd, text=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-
-
 def test_generate_writes_a_rubric_or_a_reason_and_goes_on(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = Path("r.jsonl")
@@ -4543,37 +4535,38 @@ def test_generate_writes_a_rubric_or_a_reason_and_goes_on(base, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_real_command_line_trains_and_evaluates(base, tmp_path):
-    rows = rsd.load_rows("toy", "train", 12)  # those of the command
-    rows = [row | {"reference_answer": "", "rubric": [GOOD]} for row in rows]
-    write_lines(tmp_path / "r.jsonl", rows[:9])
-    run = cli(*train_args(base, "out", "--rubrics", "r.jsonl"), cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "left out 3 of 12 rows: {'no rubric': 3}" in run.stdout
-    assert "- Law: States it. (5)" in run.stdout
+def test_the_real_command_line_trains_and_refuses(base, tmp_path):
+    rows = [row | {"rubric": [GOOD]} for row in rsd.load_rows("toy", "train", 12)[:9]]
+    write_lines(tmp_path / "r.jsonl", rows)
+    words = train_args(base, "out", "--rubrics", "r.jsonl")
+    for code, stream, said in (
+        (0, "stdout", "left out 3 of 12 rows: {'no rubric': 3}"),
+        (2, "stderr", "add --resume, or choose another --out"),
+    ):
+        run = subprocess.run(
+            [sys.executable, str(REPO / "rsd.py"), *words], cwd=tmp_path, text=True,
+            capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        assert run.returncode == code, run.stderr
+        assert said in getattr(run, stream)
+        assert "Traceback" not in run.stderr
     assert len(metrics_of(tmp_path / "out")) == 4
 
-    words = ["eval", "--model", "out", "--data", "toy", "--limit", 5, "--max-new-tokens", 20]
-    run = cli(*words, "--out", "e.jsonl", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert len(rsd.read_jsonl(tmp_path / "e.jsonl")) == 5
-    assert "n 5)" in run.stdout
 
-    run = cli(*words, "--out", "e.jsonl", "--writer", "rubric", cwd=tmp_path)
-    assert run.returncode == 2
-    assert "--out e.jsonl" in run.stderr
-    assert "Traceback" not in run.stderr
-
-
-@pytest.mark.parametrize("method", [method for method in rsd.METHODS if method != "rsd"])
-def test_every_method_trains(base, tmp_path, method):
-    more = ["--rollouts", "3", "--kl", "0.1"] if "grpo" in method else []
-    assert rsd.main(train_args(base, tmp_path / "run", "--method", method, *more)) == 0
-    losses = [metrics["loss"] for metrics in metrics_of(tmp_path / "run")]
+@pytest.mark.parametrize("more", [
+    *(f"--method {method}" for method in rsd.METHODS if "grpo" not in method),
+    *(f"--method {method} --rollouts 3 --kl .1" for method in rsd.METHODS if "grpo" in method),
+    "--stage rubric", "--stage rubric-paper", "--teacher ema", "--teacher live",
+])
+def test_every_method_and_stage_trains(base, tmp_path, more):
+    assert rsd.main(train_args(base, tmp_path / "run", *more.split())) == 0
+    steps = metrics_of(tmp_path / "run")
+    losses = [metrics["loss"] for metrics in steps]
     assert len(losses) == 4
     assert all(map(math.isfinite, losses))
-    if method == "sft":
+    if more == "--method sft":
         assert losses[3] < losses[0]
+    assert ({"valid", "recall", "precision"} <= steps[0].keys()) == ("--stage" in more)
 
 
 def test_the_teacher_that_writes_and_scores_is_the_frozen_one_with_the_rubric(
@@ -4692,12 +4685,9 @@ def test_feedback_names_the_criteria_that_each_completion_meets(
 
 WARNINGS = {  # flags -> what is said of them
     "--divergence reverse --support 20": "the reverse KL on a --support goes wrong without --tail",
-    "--divergence reverse --support 20 --tail": "",
-    "--divergence forward --support 20": "",
-    "--divergence reverse": "",
+    "--divergence reverse --support 20 --tail": "", "--support 20": "", "--divergence reverse": "",
     "--thinking on --max-new-tokens 512": "--max-new-tokens will cut most of the thinking off",
-    "--thinking on --max-new-tokens 4096": "",
-    "--max-new-tokens 512": "",
+    "--thinking on --max-new-tokens 4096": "", "--max-new-tokens 512": "",
 }
 
 
@@ -4706,13 +4696,6 @@ def test_flags_that_go_wrong_together_are_warned_of(words, capsys):
     rsd.parse_args(["train", *words.split()])
     said = capsys.readouterr().out
     assert said == (f"warning: {WARNINGS[words]}\n" if WARNINGS[words] else "")
-
-
-@pytest.mark.parametrize("stage", ["rubric", "rubric-paper"])
-def test_stage_one_trains(base, tmp_path, stage):
-    words = with_flag(train_args(base, tmp_path / "run", "--stage", stage), "--steps", 1)
-    assert rsd.main(words) == 0
-    assert {"valid", "recall", "precision"} <= metrics_of(tmp_path / "run")[0].keys()
 
 
 @pytest.mark.parametrize("more, trained", [
@@ -4894,7 +4877,6 @@ REFUSED = {
     "judge --tries 2": "--tries: --temperature 0 does not use it",
     "eval --data d.jsonl --split train": "--split: a file does not use it",
     "eval --model m@http://x --thinking on": "--thinking: a server does not use it",
-    "eval --model m@https://x --top-k 3": "--top-k: a server does not use it",
     "inspect --n 0 --compare m": "--compare: --n 0 does not use it",
     # words that no command has
     "train --step 3": "--step: train has no such flag; did you mean --steps? (see rsd.py train",
@@ -4907,18 +4889,12 @@ REFUSED = {
     "": "required: command",
     # values
     "train --lr nan": "argument --lr: nan has to be from 0",
-    "train --lr inf": "argument --lr: ",
     "train --lr x": "argument --lr: invalid float value: 'x' (see rsd.py train --help)",
     "train --lr -1e-3": "argument --lr: ",
     "train --steps 0": "argument --steps: 0 has to be from 1",
-    "train --batch -1": "argument --batch: ",
-    "train --warmup 1.5": "argument --warmup: invalid int value",
     "train --method nope": "argument --method: invalid choice",
-    "train --ema-decay 1.5": "argument --ema-decay: ",
     "train --top-p 2": "argument --top-p: 2 has to be from 0 to 1",
     "eval --top-k -1": "argument --top-k: ",
-    "eval --engine-memory 30": "argument --engine-memory: ",
-    "eval --temperature nan": "argument --temperature: ",
     "eval --k 0": "argument --k: ",
     "eval --k": "argument --k: expected one argument",
 }
@@ -4936,24 +4912,25 @@ def test_a_refusal_is_one_sentence(line, tmp_path, capsys, monkeypatch):
 
 SAMPLES = {"rsd", "opsd", "grpo", "grpo-rubric", "sft-teacher", "rsd-teacher", "rsd-grpo"}
 BY_RUBRIC = {"rsd", "sft-teacher", "rsd-teacher", "rsd-reference", "rsd-grpo"}
-USERS = {  # a flag -> the methods to which it makes a difference, besides the flags of the loss
-    **dict.fromkeys(("temperature", "top_p", "top_k", "batch_size", "rollouts"), SAMPLES),
-    "engine": SAMPLES,
-    "teacher": BY_RUBRIC | {"opsd"},
-    "teacher_context": BY_RUBRIC,
-    "max_new_tokens": {*rsd.METHODS},  # a reference needs room too
-    "skip_thinking": {*rsd.METHODS},
+FLAGS_OF_METHODS = {  # a flag: another value than the default's, and the methods that use it
+    "temperature": (0.5, SAMPLES), "top_p": (0.9, SAMPLES), "top_k": (3, SAMPLES),
+    "batch_size": (3, SAMPLES), "rollouts": (4, SAMPLES), "engine": ("vllm", SAMPLES),
+    "teacher": ("live", BY_RUBRIC | {"opsd"}), "teacher_context": ("solution", BY_RUBRIC),
+    "max_new_tokens": (9, {*rsd.METHODS}),  # a reference needs room too
+    "skip_thinking": (True, {*rsd.METHODS}),
 }
-OTHER = {  # another value than the default's
-    "temperature": 0.5, "top_p": 0.9, "top_k": 3, "batch_size": 3, "rollouts": 4, "engine": "vllm",
-    "teacher": "live", "teacher_context": "solution", "max_new_tokens": 9, "skip_thinking": True,
-}
-LOSS_FLAGS = {
+FLAGS_OF_THE_LOSS = {
     "divergence": "jsd", "support": 3, "clip": "entry", "loss_temperature": 2.0, "kl": 3.0,
 }
+NEEDED = {method: {"method": method} for method in rsd.METHODS}  # what a method needs beside it
+for method in ("grpo", "grpo-rubric", "rsd-grpo"):
+    NEEDED[method]["rollouts"] = 2
+NEEDED["rsd-grpo"]["kl"] = 1.0
+NEEDED["sampled"] = {"divergence": "sampled"}
 
 
 def is_refused(flags):
+    """Are these settings refused, and because one of them would do nothing?"""
     try:
         rsd.settle(rsd.Train, **flags)
     except rsd.UserError as error:
@@ -4964,41 +4941,29 @@ def is_refused(flags):
 
 @pytest.mark.parametrize("method", rsd.METHODS)
 def test_a_method_takes_the_flags_that_make_a_difference_to_it(method):
-    needed = {"method": method, "rollouts": 2} if "grpo" in method else {"method": method}
-    if method == "rsd-grpo":
-        needed["kl"] = 1.0
-    refused = {name for name in USERS if is_refused(needed | {name: OTHER[name]})}
-    assert refused == {name for name, methods in USERS.items() if method not in methods}
+    for name, (value, users) in FLAGS_OF_METHODS.items():
+        assert is_refused(NEEDED[method] | {name: value}) == (method not in users), name
+    if not rsd.METHODS[method].sees:  # there is a teacher if the KL to it is asked for
+        assert is_refused(NEEDED[method] | {"teacher": "ema", "ema_decay": 0.5})
+        assert not is_refused(NEEDED[method] | {"teacher": "ema", "ema_decay": 0.5, "kl": 0.1})
+        assert is_refused(NEEDED[method] | {"teacher_context": "rubric", "kl": 0.1})
 
 
-@pytest.mark.parametrize("method", [*rsd.METHODS, "sampled"])
-def test_flags_of_the_loss_are_refused_if_and_only_if_the_loss_is_the_same(method):
+@pytest.mark.parametrize("method", NEEDED)
+def test_a_flag_of_the_loss_is_refused_if_and_only_if_the_loss_is_the_same(method):
     torch.manual_seed(0)
     logits = (torch.randn(5, 9), torch.randn(5, 9), torch.arange(5), torch.randn(5))
-    needed = {"method": method, "rollouts": 2} if "grpo" in method else {"method": method}
-    if method == "rsd-grpo":
-        needed["kl"] = 1.0
-    if method == "sampled":
-        needed = {"divergence": "sampled"}
 
     def loss(flags):
         return rsd.training_loss(rsd.Train(**flags))(*logits)["loss"]
 
-    for name, value in (LOSS_FLAGS if method != "sampled" else OPTIONS).items():
-        flags = needed | {name: value}
-        assert is_refused(flags) == torch.equal(loss(flags), loss(needed)), name
-    tail = needed | {"support": 3, "tail": True}
-    assert is_refused(tail) == torch.equal(loss(tail), loss(needed | {"support": 3}))
-
-
-OPTIONS = {name: value for name, value in LOSS_FLAGS.items() if name != "divergence"}
-
-
-def test_a_flag_of_the_teacher_goes_where_a_kl_asks_one():
-    grpo = {"method": "grpo", "rollouts": 2}
-    assert is_refused(grpo | {"teacher": "ema"})
-    assert not is_refused(grpo | {"teacher": "ema", "ema_decay": 0.5, "kl": 0.1})
-    assert is_refused(grpo | {"teacher_context": "rubric", "kl": 0.1})
+    needed = NEEDED[method]
+    cases = [(needed, {name: value}) for name, value in FLAGS_OF_THE_LOSS.items()]
+    cases += [(needed, {"tail": True}), (needed | {"support": 3}, {"tail": True})]
+    for without, flag in cases:
+        if flag.keys().isdisjoint(without):  # or it is another run altogether
+            same = torch.equal(loss(without | flag), loss(without))
+            assert is_refused(without | flag) == (same or is_refused(without)), flag
 
 
 KINDS = {kind.__name__.lower(): kind for kind in rsd.COMMANDS}
@@ -5013,56 +4978,29 @@ def test_help_has_every_flag_in_its_group_with_its_default_and_an_example(
         rsd.main([command, "--help"])
     assert stop.value.code == 0
     page = capsys.readouterr().out
-    titles, said, title = [], {}, ""
-    for line in re.sub(r"\n {8,}", "  ", page).splitlines():  # a long flag stands by itself
-        match = re.fullmatch(r"  (--[\w-]+)(?: \S+| \{.*?\})?  +(\S+ .+)", line)
-        if match:
-            said[match[1]] = (title, match[2])
-        elif re.fullmatch(r"\w+:", line):
-            title = line[:-1]
-            titles.append(title)
+    lines = re.sub(r"\n {8,}", "  ", page).splitlines()  # a long flag stands by itself
+    titles = [line[:-1] for line in lines if re.fullmatch(r"\w+:", line)]
+    has_method = ["method"] if command in ("train", "inspect") else []
+    groups = [] if command == "demo" else ["data", "sampling", *has_method, "memory"]
+    assert titles == ["options", "run", *groups]
 
-    kind = KINDS[command]
-    assert said.keys() == {"--" + name.replace("_", "-") for name in vars(kind()) if name in hints(kind)}
-    for name in hints(kind):
-        title, text = said["--" + name.replace("_", "-")]
-        default = getattr(kind, name)
-        if default != "":
-            assert f"(default: {default}" in text
-        if name in rsd.TOY_DEFAULTS and name != "data":
-            assert text.endswith(f"; toy: {rsd.TOY_DEFAULTS[name]})")
-    expected = {"train": "run data sampling method memory", "demo": "run"}
-    wanted = expected.get(command, "run data sampling memory").split()
-    assert [t for t in titles if t not in ("options", "method")] == [t for t in wanted if t != "method"]
-    assert ("method" in titles) == (command in ("train", "inspect"))
-
+    settings = dataclasses.fields(KINDS[command])
+    found = [re.match(r"  --([\w-]+)(?: \S+| \{.*?\})?  +(\w.*)$", line) for line in lines]
+    said = {match[1].replace("-", "_"): match[2] for match in found if match}
+    assert said.keys() == {setting.name for setting in settings}
+    for setting in settings:
+        default, text = setting.default, said[setting.name]
+        if setting.name in rsd.TOY_DEFAULTS:
+            default = f"{default}; toy: {rsd.TOY_DEFAULTS[setting.name]}"
+        assert default == "" or text.endswith(f" (default: {default})")
     example = re.search(r"example: python rsd\.py (.+)", page)[1]
-    assert isinstance(rsd.parse_args(example.split()), kind)
-    with pytest.raises(SystemExit):
-        rsd.main(["--help"])
-    assert rsd.COMMANDS[kind].__doc__ in " ".join(capsys.readouterr().out.split())
+    assert isinstance(rsd.parse_args(example.split()), KINDS[command])
 
 
-def hints(kind):
-    """The settings that are flags."""
-    return [field.name for field in dataclasses.fields(kind)]
-
-
-@pytest.mark.parametrize("line, name", [
-    ("train --warmup 0", "warmup"), ("train --teacher ema --ema-decay 0", "ema_decay"),
-    ("train --temperature 0", "temperature"), ("train --lora-rank 0", "lora_rank"),
-    ("eval --top-k 0", "top_k"), ("eval --limit 0", "limit"),
-])
-def test_zero_is_a_value(line, name):
-    assert getattr(rsd.parse_args(line.split()), name) == 0
-
-
-def test_a_limit_beyond_the_toy_gives_all_of_it():
-    args = rsd.parse_args(["eval", "--limit", "99999"])
-    questions = [row["question"] for row in rsd.load_questions(args)]
-    everything = [row["question"] for row in rsd.read_jsonl(TOY / "test.jsonl")]
-    assert len(everything) == 400
-    assert sorted(questions) == sorted(everything)
+def test_zero_is_a_value():
+    words = "train --teacher ema --ema-decay 0 --warmup 0 --temperature 0 --lora-rank 0 --limit 0"
+    args = rsd.parse_args(words.split())
+    assert (args.ema_decay, args.warmup, args.temperature, args.lora_rank, args.limit) == (0,) * 5
 
 
 def test_the_toys_defaults_come_with_its_data():
@@ -5261,17 +5199,13 @@ def test_vllms_server_answers_as_the_model_does_here(tmp_path, monkeypatch):
         process.wait()
 
 
-def test_without_vllm_the_engine_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_an_engine_that_cannot_start_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    words = ["eval", "--engine", "vllm", "--limit", "2", "--out", tmp_path / "o"]
+    words = ["eval", "--engine", "vllm", "--limit", "2"]
     assert "pip install vllm" in error_of(words, capsys)
-
-
-def test_the_engine_takes_one_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rsd, "WORLD_SIZE", 2)
-    args = rsd.parse_args(["eval", "--engine", "vllm"])
     with pytest.raises(rsd.UserError, match="one process"):
-        rsd.model_writer(args, *rsd.load_model(f"{TOY}/base-0"))
+        rsd.model_writer(rsd.parse_args(words), *rsd.load_model(f"{TOY}/base-0"))
 
 
 def test_the_engine_gets_a_loras_weights_merged_and_the_head_apart(tok, tmp_path):
@@ -5299,13 +5233,9 @@ def test_the_engine_gets_a_loras_weights_merged_and_the_head_apart(tok, tmp_path
 
 
 def test_a_check_does_not_search_the_thinking():
-    criterion = {"title": "", "description": "d", "weight": 1, "check": "gold"}
-    row = {"reference_answer": "4", "rubric": [criterion]}
-    for text, met in (
-        ("gold", 1), ("<think>gold</think> lead", 0), ("<think>lead</think> gold", 1),
-        ("<think>gold", 0),
-    ):
-        assert rsd.score(text, row)["rubric_score"] == met
+    row = {"reference_answer": "4", "rubric": [GOOD | {"check": "gold"}]}
+    wrong, right = ("<think>gold</think> lead", "<think>gold"), ("gold", "<think>lead</think> gold")
+    assert [rsd.score(text, row)["rubric_score"] for text in (*wrong, *right)] == [0, 0, 1, 1]
 
 
 def test_inspect_shows_a_single_criterion_in_any_prompt_file(base, tmp_path):
