@@ -2237,7 +2237,7 @@ class ManyRows(Sampling):
     """What all of them have but inspect."""
 
     limit: Size = data_flag(0, "Rows of the data, at most; 0 is all.")
-    engine: Literal["transformers", "vllm"] = sampling_flag("transformers", "What samples.")
+    engine: Literal["transformers", "vllm"] = sampling_flag("transformers", "What writes.")
     engine_memory: Share = memory_flag(0.3, "Share of the GPU's memory that vllm takes.")
 
 
@@ -2335,6 +2335,11 @@ class Train(Teaching, ManyRows):
         require(is_rsd, f"--stage {self.stage} goes with --method rsd.")
         has_rubric = self.rubrics != "none" or method.sees != "rubric"
         require(has_rubric, f"--rubrics none: {named} teaches what a rubric says.")
+        sees_more = self.teacher_context != self.student_context
+        require(
+            sees_more or method.signal != "divergence",
+            f"--teacher-context {self.teacher_context}: the teacher has to see more than that.",
+        )
         has_groups = self.rollouts > 1 or not method.reward
         require(has_groups, f"{named}: needs --rollouts 2 or more.")
         require(self.kl > 0 or self.method != "rsd-grpo", f"{named}: needs a --kl above 0.")
