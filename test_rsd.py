@@ -27,7 +27,6 @@ import subprocess
 import sys
 import threading
 import time
-import tokenize
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
