@@ -2311,7 +2311,7 @@ class Train(Teaching, ManyRows):
     divergence: Literal[(*DIVERGENCES, "sampled")] = method_flag("forward", "Per-token signal.")
     support: Size = method_flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
     tail: bool = method_flag(False, "With --support: one more bucket holds the rest of the mass.")
-    clip: Literal["none", "entry", "token"] = method_flag("none", "Cap entries or their sum at .05.")
+    clip: Literal["none", "entry", "token"] = method_flag("none", "Cap entries or the sum at .05.")
     loss_temperature: Real = method_flag(1.0, "Divides both logits in the divergence.")
     teacher: Literal["fixed", "ema", "live"] = method_flag("fixed", "The teacher's weights.")
     ema_decay: Share = method_flag(0.99, "Decay of --teacher ema, per step.")
