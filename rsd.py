@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import functools
 import hashlib
 import itertools
@@ -1349,6 +1350,7 @@ class ModelWriter:
     tokenizer: object
     room: float  # the longest prompt, in tokens
     thinking: bool = False
+    engine: object = None  # what samples in the model's place and has to `load` its weights
 
     def prompt(self, template, fields):
         """The ids of one prompt."""
@@ -1437,6 +1439,7 @@ class VllmSampler:
             self.llm = vllm.LLM(
                 folder,
                 load_format="dummy",
+                distributed_executor_backend="external_launcher" if WORLD_SIZE > 1 else None,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # the model's own defaults are set aside
                 dtype=self.dtype,
@@ -2172,159 +2175,179 @@ def make_examples(rows, templates, readers, needs=()):
 
 # ---- 12. Commands: the only functions that see the command line's arguments ----------------------
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: a finite number of this kind from low to high."""
+LEAK = re.compile(r"(?i)\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b")
+SERVER = re.compile("@https?://")
+STAGES = {  # what is learned: (the student's prompt file, the teacher's)
+    "reason": ("student", None),  # None: --teacher-context or the method says it
+    "rubric": ("writer+answer", "writer+answer+rubric"),  # stage 1 as in the paper's code
+    "rubric-paper": ("writer", "writer+answer"),  # and as in its text
+}
+TOY_DEFAULTS = {  # what other defaults --data toy brings
+    "prompts": str(TOY),
+    "batch_size": 256,
+    "max_new_tokens": 220,
+    "teacher_context": "rubric+answer",
+    "lr": 1e-3,
+}
+
+# -- the settings of each command: a field is a flag; where a class changes the default alone, the
+# help is its parent's
+
+
+def number(kind, low, high=10**9):
+    """A type for argparse: a number of this kind from low to high."""
 
     def read(text):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it has to be {bounds}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} has to be from {low} to {high}")
         return value
 
     read.__name__ = kind.__name__  # argparse says "invalid int value"
     return read
 
 
-Count, Size, Real, Share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
-LEAK = re.compile(r"(?i)\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b")
-STAGES = {  # what is learned: (the student's prompt file, the teacher's); None: as the flags say
-    "reason": None,
-    "rubric": ("writer+answer", "writer+answer+rubric"),  # stage 1 as in the paper's code
-    "rubric-paper": ("writer", "writer+answer"),  # and as in its text
-}
+def flag(default, text, group="run"):
+    """A field with its default, its help, and the title under which --help shows it."""
+    return field(default=default, metadata={"help": text, "group": group})
 
-# The settings of each command: a field is a flag, and the comment behind it is the flag's help.
+
+Count, Size, Real, Share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+data_flag = functools.partial(flag, group="data")
+sampling_flag = functools.partial(flag, group="sampling")
+method_flag = functools.partial(flag, group="method")
+memory_flag = functools.partial(flag, group="memory")
 
 
 @dataclass
 class Sampling:
     """What every command has that lets a model write."""
 
-    seed: int = 0  # Seed of data and sampling, and which of the toy's two models.
-    model: str = "toy"  # Directory or hub name; NAME@URL of a server for generate, eval, judge.
-    data: str = ""  # Data set's name, hub id, or file; without it toy, or with --model rar-science.
-    split: str = "test"  # Split of the data.
-    limit: Size = 0  # Rows of the data, at most; 0 is all.
-    prompts: str = str(HERE / "prompts")  # Directory of the prompt files.
-    thinking: Literal["off", "on"] = "off"  # What the chat template is told about thinking.
-    engine: Literal["transformers", "vllm"] = "transformers"  # What samples the completions.
-    engine_memory: Share = 0.3  # Share of the GPU's memory that vllm takes.
-    batch_size: Count = 64  # Completions that are sampled at a time.
-    max_new_tokens: Count = 4096  # Tokens of a completion, at most.
-    temperature: Real = 0.7  # Sampling temperature; 0 takes the likeliest token.
-    top_p: Share = 0.95  # Sample from the likeliest tokens of this mass; 1 is all.
-    top_k: Size = 20  # Sample from this many of the likeliest tokens; 0 is all.
+    model: str = data_flag("toy", "Directory or hub name; NAME@URL of a server, but to train.")
+    data: str = data_flag("", "Data set's name, hub id or file (default: rar-science; toy: toy).")
+    split: str = data_flag("test", "Split of the data set.")
+    prompts: str = data_flag(str(HERE / "prompts"), "Directory of the prompt files.")
+    seed: int = data_flag(0, "Seed of data and sampling, and which of the toy's two models.")
+    thinking: Literal["off", "on"] = sampling_flag("off", "What the chat template is told of it.")
+    max_new_tokens: Count = sampling_flag(4096, "Tokens of a completion, at most.")
+    temperature: Real = sampling_flag(0.7, "Sampling temperature; 0 takes the likeliest token.")
+    top_p: Share = sampling_flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
+    top_k: Size = sampling_flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
+    batch_size: Count = memory_flag(64, "Completions that are sampled at a time.")
 
 
 @dataclass
-class Writing(Sampling):
-    """What every command has that keeps what is written in a file."""
+class ManyRows(Sampling):
+    """What all of them have but inspect."""
 
-    writer: str = "student"  # Prompt file that the writing model sees.
-    out: str = ""  # JSON Lines file; what it holds already is not asked again.
-    tries: Count = 3  # Draws, at most, until what is written can be read.
-
-
-@dataclass
-class Generate(Writing):
-    """generate"""
-
-    split: str = "train"  # Split of the data.
-    writer: str = "writer+answer"  # Prompt file that the writing model sees.
-    out: str = "runs/rubrics.jsonl"  # JSON Lines file; what it holds already is not asked again.
-    max_new_tokens: Count = 1024  # Tokens of a rubric, at most.
+    limit: Size = data_flag(0, "Rows of the data, at most; 0 is all.")
+    engine: Literal["transformers", "vllm"] = sampling_flag("transformers", "What writes.")
+    engine_memory: Share = memory_flag(0.3, "Share of the GPU's memory that vllm takes.")
 
 
 @dataclass
-class Eval(Writing):
-    """eval"""
+class Eval(ManyRows):
+    """python rsd.py eval --model runs/train --data gpqa-diamond --out runs/answers.jsonl"""
 
-    k: Count = 1  # Answers to each question, for their mean and pass@m.
+    writer: str = flag("student", "Prompt file that the writing model sees.")
+    out: str = flag("", "JSON Lines file; what it holds already is not asked again.")
+    k: Count = flag(1, "Answers to each question, for their mean and pass@m.")
 
 
 @dataclass
-class Judge(Writing):
-    """judge"""
+class Generate(ManyRows):
+    """python rsd.py generate --model Qwen2.5-7B-Instruct --limit 3200"""
 
-    writer: str = "judge"  # Prompt file that the judge sees.
-    out: str = "runs/verdicts.jsonl"  # JSON Lines file; what it holds already is not asked again.
-    max_new_tokens: Count = 1024  # Tokens of a list of verdicts, at most.
-    temperature: Real = 0.0  # Sampling temperature; 0 takes the likeliest token.
+    split: str = "train"
+    max_new_tokens: Count = 1024
+    writer: str = flag("writer+answer", "Prompt file that the writing model sees.")
+    out: str = flag("runs/rubrics.jsonl", "JSON Lines file; what it holds is not asked again.")
+    tries: Count = flag(3, "Draws, at most, until what is written can be read.")
+
+
+@dataclass
+class Judge(Generate):
+    """python rsd.py judge --model Qwen2.5-7B-Instruct --data runs/answers.jsonl"""
+
+    split: str = "test"
+    temperature: Real = 0.0
+    writer: str = "judge"
+    out: str = "runs/verdicts.jsonl"
 
 
 @dataclass
 class Teaching(Sampling):
     """What the commands have in which a teacher looks on."""
 
-    rubrics: str = "data"  # data, none, or a .jsonl file of generate.
-    student_context: str = "student"  # Prompt file that the student sees.
-    teacher_context: str = "rubric"  # Prompt file that the teacher of rsd sees.
-    teacher_thinking: Literal["", "off", "on"] = ""  # The same for the teacher, if other.
-    temperature: Real = 1.0  # Sampling temperature; 0 takes the likeliest token.
-    top_p: Share = 1.0  # Sample from the likeliest tokens of this mass; 1 is all.
-    top_k: Size = 0  # Sample from this many of the likeliest tokens; 0 is all.
+    temperature: Real = 1.0
+    top_p: Share = 1.0
+    top_k: Size = 0
+    rubrics: str = data_flag("data", "data, none, or a .jsonl file of generate.")
+    teacher_context: str = method_flag("rubric", "Prompt file that a teacher with rubric sees.")
 
 
 @dataclass
 class Inspect(Teaching):
-    """inspect"""
+    """python rsd.py inspect --model Qwen2.5-1.5B --compare runs/train --run runs/train"""
 
-    n: Size = 5  # Held-out questions; 0 is none, for the curves alone.
-    compare: str = ""  # A trained model to show beside the student.
-    run: str = ""  # Directory of a run whose curves are drawn.
-    out: str = "runs/credit.html"  # The page; its figures go to .json beside it.
-
-    def __post_init__(self):
-        require(self.engine == "transformers", "--engine vllm: not for inspect.")
+    n: Size = flag(5, "Held-out questions; 0 is none, for the curves alone.")
+    compare: str = flag("", "A trained model to show beside the student.")
+    run: str = flag("", "Directory of a run whose curves are drawn.")
+    out: str = flag("runs/credit.html", "The page; its figures go to .json beside it.")
+    engine = "transformers"  # no flag
 
 
 @dataclass
-class Train(Teaching):
-    """train"""
+class Train(Teaching, ManyRows):
+    """python rsd.py train --model Qwen2.5-1.5B --rubrics runs/rubrics.jsonl"""
 
-    split: str = "train"  # Split of the data.
-    out: str = "runs/train"  # Directory of the checkpoint.
-    resume: bool = False  # Go on with the run in --out.
-    method: Literal[tuple(METHODS)] = "rsd"  # Who writes, what the teacher sees, which signal.
-    stage: Literal[tuple(STAGES)] = "reason"  # Learn to reason, or to write rubrics.
-    steps: Count = 100  # Optimizer steps.
-    batch: Count = 32  # Prompts of one step.
-    rollouts: Count = 1  # Completions of each prompt; GRPO needs 2 or more.
-    save_every: Count = 50  # Steps between two checkpoints.
-    lr: Real = 5e-6  # Learning rate at its highest.
-    warmup: Size = 5  # Steps of linear warm-up.
-    divergence: Literal[(*BETAS, "sampled")] = "forward"  # Per-token signal.
-    support: Size = 0  # Compare on so many of the teacher's likeliest tokens; 0 is all.
-    tail: bool = False  # With --support: one more bucket holds the rest of the mass.
-    clip: Literal["none", "entry", "token"] = "none"  # Cap each entry, or their sum, at .05.
-    loss_temperature: Real = 1.0  # Divides both logits in the divergence.
-    teacher: Literal["fixed", "ema", "live"] = "fixed"  # The teacher's weights.
-    ema_decay: Share = 0.99  # Decay of --teacher ema, per step.
-    kl: Real = 0.0  # Weight of the reverse KL to the teacher beside an advantage.
-    skip_thinking: bool = False  # No loss on the tokens up to </think>.
-    token_budget: Count = 8192  # Tokens of a micro-batch, padding included.
-    lora_rank: Size = 0  # Train adapters of this rank (by peft); 0 is all weights.
-    gradient_checkpointing: bool = False  # Take less memory and more time.
+    split: str = "train"
+    out: str = flag("runs/train", "Directory of the checkpoint.")
+    resume: bool = flag(False, "Go on with the run in --out.")
+    steps: Count = flag(100, "Optimizer steps.")
+    batch: Count = flag(32, "Prompts of one step.")
+    save_every: Count = flag(50, "Steps between two checkpoints.")
+    lr: Real = flag(5e-6, "Learning rate at its highest.")
+    warmup: Size = flag(5, "Steps of linear warm-up.")
+    rollouts: Count = sampling_flag(1, "Completions of each prompt; GRPO needs 2 or more.")
+    method: Literal[tuple(METHODS)] = method_flag("rsd", "Who writes, who looks on, which signal.")
+    stage: Literal[tuple(STAGES)] = method_flag("reason", "Learn to reason, or to write rubrics.")
+    divergence: Literal[(*BETAS, "sampled")] = method_flag("forward", "Per-token signal.")
+    support: Size = method_flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
+    tail: bool = method_flag(False, "With --support: one more bucket holds the rest of the mass.")
+    clip: Literal["none", "entry", "token"] = method_flag("none", "Cap entries or the sum at .05.")
+    loss_temperature: Real = method_flag(1.0, "Divides both logits in the divergence.")
+    teacher: Literal["fixed", "ema", "live"] = method_flag("fixed", "The teacher's weights.")
+    ema_decay: Share = method_flag(0.99, "Decay of --teacher ema, per step.")
+    kl: Real = method_flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
+    skip_thinking: bool = method_flag(False, "No loss on the tokens up to </think>.")
+    token_budget: Count = memory_flag(8192, "Tokens of a micro-batch, padding included.")
+    lora_rank: Size = memory_flag(0, "Train adapters of this rank (by peft); 0 is all weights.")
+    gradient_checkpointing: bool = memory_flag(False, "Take less memory and more time.")
 
     def __post_init__(self):
-        """The contexts that a method, a stage or a source of rubrics decides; UserError for what
-        cannot be trained."""
-        method = METHODS[self.method]
-        if STAGES[self.stage]:
-            require(self.method == "rsd", f"--stage {self.stage} goes with --method rsd.")
-            self.student_context, self.teacher_context = STAGES[self.stage]
-        elif method.sees == "solution":
+        """The contexts that a method or a stage decides; UserError for what cannot be trained."""
+        method, named = METHODS[self.method], f"--method {self.method}"
+        self.student_context, of_stage = STAGES[self.stage]
+        if method.sees == "solution":
             self.teacher_context = "solution"
-        elif method.sees is None or self.rubrics == "none":
+        elif not method.sees:
             self.teacher_context = self.student_context
-        has_groups = self.rollouts > 1 or not method.reward
-        require(has_groups, f"--method {self.method}: needs --rollouts 2 or more.")
+        elif of_stage:
+            self.teacher_context = of_stage
+        is_rsd = self.method == "rsd" or not of_stage
+        require(is_rsd, f"--stage {self.stage} goes with --method rsd.")
+        has_rubric = self.rubrics != "none" or method.sees != "rubric"
+        require(has_rubric, f"--rubrics none: {named} teaches what a rubric says.")
+        sees_more = self.teacher_context != self.student_context
         require(
-            self.kl > 0 or self.method != "rsd-grpo", "--method rsd-grpo: needs a --kl above 0."
+            sees_more or method.signal != "divergence",
+            f"--teacher-context {self.teacher_context}: the teacher has to see more than that.",
         )
+        has_groups = self.rollouts > 1 or not method.reward
+        require(has_groups, f"{named}: needs --rollouts 2 or more.")
+        require(self.kl > 0 or self.method != "rsd-grpo", f"{named}: needs a --kl above 0.")
         require(self.loss_temperature > 0, "--loss-temperature: has to be above 0.")
-        require(self.support or not self.tail, "--tail: needs a --support.")
         enough = self.batch >= WORLD_SIZE
         require(enough, f"--batch {self.batch}: each of {WORLD_SIZE} processes needs a prompt.")
         if self.divergence == "reverse" and self.support and not self.tail:
@@ -2335,48 +2358,80 @@ class Train(Teaching):
 
 @dataclass
 class Demo:
-    """demo"""
+    """python rsd.py demo --seed 1 --out runs/demo1"""
 
-    seed: int = 0  # Seed of data and sampling, and which of the toy's two models.
-    steps: Count = 60  # Training steps.
-    n: Count = 200  # Held-out problems.
-    limit: Count = 256  # Training problems.
-    out: str = "runs/demo"  # Directory of the results.
+    seed: int = flag(0, "Seed of data and sampling, and which of the toy's two models.")
+    steps: Count = flag(60, "Training steps.")
+    n: Count = flag(200, "Held-out problems.")
+    limit: Count = flag(256, "Training problems.")
+    out: str = flag("runs/demo", "Directory of the results.")
 
 
-TOY_DEFAULTS = {  # what other defaults --data toy brings
-    "prompts": str(TOY),
-    "batch_size": 256,
-    "max_new_tokens": 220,
-    "teacher_context": "rubric+answer",
-    "lr": 1e-3,
-}
+def unused_flags(args):
+    """What this run does not use: (in which case, what does not use them, the flags)."""
+    of_file = re.search(r"\.(jsonl?|parquet)$", args.data)
+    cases = [
+        (of_file, "a file", "split"),
+        (SERVER.search(args.model), "a server", "top_k thinking engine engine_memory"),
+        (args.engine != "vllm", f"--engine {args.engine}", "engine_memory"),
+        (args.temperature == 0, "--temperature 0", "top_p top_k tries k"),
+    ]
+    if isinstance(args, Inspect):
+        return [*cases, (args.n == 0, "--n 0", "compare")]
+    if not isinstance(args, Train):
+        return cases
+    method, named = METHODS[args.method], f"method {args.method}"
+    has_divergence = method.signal == "divergence"
+    is_sampled = args.divergence == "sampled"
+    drawing = "rollouts temperature top_p top_k batch_size engine engine_memory"
+    shape = "support tail clip loss_temperature"
+    return cases + [
+        (method.writer == "reference", named, drawing),
+        (not has_divergence, named, f"divergence {shape}"),
+        (has_divergence and not is_sampled, named, "kl"),
+        (method.sees != "rubric", named, "teacher_context"),
+        (not method.sees and not args.kl, named, "teacher ema_decay"),
+        (is_sampled, "--divergence sampled", shape),
+        (args.support == 0, "--support 0", "tail"),
+        (args.teacher != "ema", f"--teacher {args.teacher}", "ema_decay"),
+        (args.stage != "reason", f"--stage {args.stage}", "teacher_context"),
+    ]
 
 
 def settle(kind, **given):
-    """Settings of this kind with these flags given; where they are of the toy, so are the
-    defaults."""
-    known = {f.name for f in fields(kind)}
-    if "data" in known:
-        is_toy = given.get("model", "toy") == "toy"
-        given = {"data": "toy" if is_toy else "rar-science"} | given
-        if is_toy:
-            given["model"] = f"{TOY}/base-{given.get('seed', 0) % 2}"  # there are two
-        if given["data"] == "toy":
-            given = {k: v for k, v in TOY_DEFAULTS.items() if k in known} | given
-    return kind(**given)
+    """Settings of this kind with these flags given; where the data are the toy's, so are the
+    defaults. UserError: one of these flags would change nothing."""
+    if kind is Demo:
+        return Demo(**given)
+    is_toy = given.get("model", "toy") == "toy"
+    settings = {"data": "toy" if is_toy else "rar-science"} | given
+    if is_toy:
+        settings["model"] = f"{TOY}/base-{given.get('seed', 0) % 2}"  # there are two
+    if settings["data"] == "toy":
+        settings = {k: v for k, v in TOY_DEFAULTS.items() if hasattr(kind, k)} | settings
+    args = kind(**settings)
+    for applies, what, names in unused_flags(args):
+        for name in names.split():
+            is_unused = applies and name in given
+            require(not is_unused, f"{as_flag(name)}: {what} does not use it.")
+    return args
+
+
+def as_flag(name):
+    """A setting's name as the command line has it."""
+    return "--" + name.replace("_", "-")
 
 
 def prompt_files(args, *names):
-    """The texts of these prompt files. UserError: there is none of that name."""
+    """The texts of these prompt files. UserError: there is none of that name, or it is broken."""
     prompts = load_prompts(args.prompts)
     for name in names:
         require(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
-        file = f"{args.prompts}/{name}.txt"
-        require("{question}" in prompts[name], f"{file}: it has no {{question}}.")
+        file, text = f"{args.prompts}/{name}.txt", prompts[name]
+        require("{question}" in text, f"{file}: it has no {{question}}.")
         known = "question|answer|solution|rubric|rubric_json|feedback|response|statements|fence"
-        begun = re.search(rf"\{{({known})\b(?!\}})", prompts[name])
-        require(not begun, f"{file}: the brace of {begun and begun[0]} is not closed.")
+        for begun in re.findall(rf"\{{(?:{known})\b(?!\}})", text):
+            raise UserError(f"{file}: the brace of {begun} is not closed.")
     return [prompts[name] for name in names]
 
 
@@ -2403,27 +2458,20 @@ def sampling_of(args):
 
 def model_writer(args, model, tokenizer):
     """The writer that samples from this model, each process a share."""
-    stop = stop_ids(model, tokenizer)
+    stop, engine = stop_ids(model, tokenizer), None
     longest = getattr(model.config, "max_position_embeddings", math.inf)
+    sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
     if args.engine == "vllm":
-        require(WORLD_SIZE == 1, "--engine vllm: goes with one process.")
-        sample = VllmSampler(model, stop, args.engine_memory, **sampling_of(args))
-        longest = sample.llm.llm_engine.model_config.max_model_len
-    else:
-        sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
-        sample = functools.partial(sample_together, sample)
-    return ModelWriter(sample, tokenizer, longest - args.max_new_tokens, args.thinking == "on")
-
-
-def readers_of(args, writer):
-    """The writer twice: as the student's prompts are built, and as the teacher's contexts are."""
-    thinking = args.teacher_thinking or args.thinking
-    return writer, replace(writer, thinking=thinking == "on")
+        sample = engine = VllmSampler(model, stop, args.engine_memory, **sampling_of(args))
+        longest = engine.llm.llm_engine.model_config.max_model_len
+    sample = functools.partial(sample_together, sample)
+    room = longest - args.max_new_tokens
+    return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine)
 
 
 def open_writer(args):
     """The writer that --model names: a server's model, or one that is loaded here."""
-    if re.search("@https?://", args.model) and WORLD_SIZE == 1:
+    if SERVER.search(args.model) and WORLD_SIZE == 1:
         return ServerWriter(args.model, sampling_of(args))
     return model_writer(args, *load_from_flags(args, half=True))
 
@@ -2435,19 +2483,19 @@ def write_lines(args, name, columns, ask, rate, k=1):
     """What generate, eval and judge have in common: they let a model write what --out lacks, k
     times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
     prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
-    templates = prompt_files(args, args.writer)
+    (template,) = prompt_files(args, args.writer)
     rows = load_questions(args)
     writer = open_writer(args)
     jobs = []
-    for example, number in itertools.product(make_examples(rows, templates, [writer]), range(k)):
-        row = example[0]
-        item = {column: row.get(column) for column in columns}
-        item["sample"] = (row["sample"] or 0) if name == "judge" else number
-        jobs.append((item, example))
+    for row, prompt in make_examples(rows, [template], [writer]):
+        for number in range(k):
+            item = {column: row.get(column) for column in columns}
+            item["sample"] = (row["sample"] or 0) if name == "judge" else number
+            jobs.append((item, (row, prompt)))
     saved = [file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")]
     origin = {
         "model": args.model, "saved": max(saved, default=0.0), "writer": args.writer,
-        "prompt": crc32(templates[0].encode()), "thinking": args.thinking, **sampling_of(args)
+        "prompt": crc32(template.encode()), "thinking": args.thinking, **sampling_of(args)
     }
     del origin["batch_size"]  # it shapes nothing
     seed_process(args.seed)
@@ -2477,9 +2525,9 @@ def report(lines, name, row_of, rate):
         shown = "n/a"
         if n:
             shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})"
-            if figure not in ("tokens", "criteria"):
-                low, high = interval(mean, se, n)
-                shown += f", 95 %: {low:.3f} to {high:.3f}"
+        if n and figure not in ("tokens", "criteria"):
+            low, high = interval(mean, se, n)
+            shown += f", 95 %: {low:.3f} to {high:.3f}"
         say(f"{figure:18s} {shown}")
     return summary
 
@@ -2512,46 +2560,44 @@ def cmd_judge(args):
 # -- train
 
 
-def training_writer(args, writer, reader, author):
-    """Step 1 of `train_step` for this method: examples -> episodes, written, graded and masked.
-    writer: of the completions, which the model `author` samples; reader: of the teacher's
-    contexts."""
+def training_writer(args, writer, author):
+    """Step 1 of `train_step` for this method: examples -> episodes, written by the model `author`,
+    graded and masked."""
     method = METHODS[args.method]
-    tokenizer, sample = writer.tokenizer, writer.sample
+    tokenizer, engine = writer.tokenizer, writer.engine
     context = "teacher_ids" if method.writer == "teacher" else "prompt_ids"
-    teacher_template = prompt_files(args, args.teacher_context)[0]
-    has_feedback = "{feedback}" in teacher_template
+    (teacher_template,) = prompt_files(args, args.teacher_context)
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     known = end_thinking not in (None, tokenizer.unk_token_id)
     require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
-    on_engine = args.engine == "vllm" and method.writer != "reference"
+
+    def look_at(e):
+        text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
+        e.scores = {"leak": float(bool(LEAK.search(text)))}
+        if args.stage == "reason":
+            e.scores |= score(text, e.row)
+        else:
+            e.scores |= score_rubric(parse_rubric(text)[0], e.row)
+        if "{feedback}" in teacher_template:
+            met = [check_criterion(c, text) for c in e.row["rubric"]]
+            e.teacher_ids = writer.prompt(teacher_template, row_fields(e.row | {"met": met}))
+        if args.skip_thinking:  # all of it, where it is unfinished
+            e.train_from = [*e.completion_ids[:-1], end_thinking].index(end_thinking) + 1
 
     def write(examples):
-        if on_engine:
-            sample.load(author)
         if method.writer == "reference":
             episodes = reference_writes(tokenizer, examples)
         else:
-            episodes = model_writes(sample, examples, args.rollouts, context)
-        gap = {"engine_gap": sample.gap(author)} if on_engine else {}
+            if engine:
+                engine.load(author)
+            episodes = model_writes(writer.sample, examples, args.rollouts, context)
         for e in episodes:
-            text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
-            if args.stage == "reason":
-                e.scores = score(text, e.row)
-            else:
-                e.scores = score_rubric(parse_rubric(text)[0], e.row)
-            e.scores |= gap | {"leak": float(bool(LEAK.search(text)))}
-            if has_feedback:
-                met = [check_criterion(c, text) for c in e.row["rubric"]]
-                fields = row_fields(e.row | {"met": met})
-                e.teacher_ids = reader.prompt(teacher_template, fields)
-            if args.skip_thinking:  # all of it, where it is unfinished
-                ids = [*e.completion_ids[:-1], end_thinking]
-                e.train_from = ids.index(end_thinking) + 1
+            look_at(e)
+        if args.engine == "vllm":
+            episodes[0].scores["engine_gap"] = engine.gap(author)
         if method.reward:
             rewards = [e.scores[method.reward] for e in episodes]
-            gains = group_advantages(rewards, args.rollouts)
-            for e, gain in zip(episodes, gains):
+            for e, gain in zip(episodes, group_advantages(rewards, args.rollouts)):
                 e.advantage = gain
         return episodes
 
@@ -2642,11 +2688,11 @@ def cmd_train(args):
     rows = load_questions(args)
     student, tokenizer, teacher, optimizer = set_up(args, out, state)
     author = teacher if method.writer == "teacher" else student
-    writers = readers_of(args, model_writer(args, author, tokenizer))
+    writer = model_writer(args, author, tokenizer)
     needs = [method.reward] if method.reward else []
     if method.writer == "reference":
         needs.append("solution")
-    examples = [Episode(*e) for e in make_examples(rows, templates, writers, needs)]
+    examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
     for name in ("prompt_ids", "teacher_ids"):
         say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     kept["data_seen"] = crc32(repr(examples).encode())
@@ -2659,7 +2705,7 @@ def cmd_train(args):
         student,
         teacher if is_asked else None,
         examples,
-        training_writer(args, *writers, author),
+        training_writer(args, writer, author),
         training_loss(args),
         optimizer,
         steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
@@ -2700,67 +2746,65 @@ def inspect_rollouts(args):
     """The student's rollouts, and those of --compare, with their `token_credit`; and the text of
     every token that they name."""
     args.limit = args.n
-    templates = prompt_files(args, args.student_context, args.teacher_context)
+    templates = prompt_files(args, "student", args.teacher_context)
     rows = load_questions(args)
     teacher, tokenizer = load_from_flags(args, half=True)
     students = {"the student": teacher}
     if args.compare:
         students[args.compare], _ = load_model(args.compare, teacher.dtype)
     writers = [model_writer(args, student, tokenizer) for student in students.values()]
-    readers = readers_of(args, writers[0])
-    examples = [Episode(*e) for e in make_examples(rows, templates, readers, ["rubric"])]
+    reader = writers[0]
+    examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, ["rubric"])]
     seed_process(args.seed)
     written = [model_writes(writer.sample, examples) for writer in writers]
     rollouts, text = [], {}
     for episodes in progress(list(zip(*written)), "credit"):  # of one question
         row = episodes[0].row
-        rubric = row["rubric"]
-        without = []
-        for k in range(len(rubric)):
-            others = rubric[:k] + rubric[k + 1 :]
-            nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")
-            fields_left = nothing | row_fields(row | {"rubric": others})
-            without.append(readers[1].prompt(templates[1], fields_left))
+        without = contexts_without(reader, templates[1], row)
         for (name, student), e in zip(students.items(), episodes):
             ids = e.completion_ids
             credit = token_credit(student, teacher, e.prompt_ids, e.teacher_ids, without, ids)
             rollout = {figure: values.tolist() for figure, values in credit.items()}
             likely = itertools.chain(*rollout["student_ids"], *rollout["teacher_ids"])
             text |= {i: tokenizer.decode([i]) for i in {*ids, *likely}}
-            rollout |= {"student": name, "question": row["question"], "criteria": rubric}
+            rollout |= {"student": name, "question": row["question"], "criteria": row["rubric"]}
             rollouts.append(rollout | {"tokens": ids})
     return {"rollouts": rollouts, "text": text}
+
+
+def contexts_without(reader, template, row):
+    """The teacher's contexts that lack the first criterion, the second ..."""
+    nothing = dict.fromkeys(PLACEHOLDER.findall(template), "-")  # no criterion may be left
+    contexts = []
+    for k in range(len(row["rubric"])):
+        others = row["rubric"][:k] + row["rubric"][k + 1 :]
+        contexts.append(reader.prompt(template, nothing | row_fields(row | {"rubric": others})))
+    return contexts
 
 
 # -- demo
 
 
-def run(kind, **flags):
-    """Run the command of these settings, shown as one would type it."""
-    shown = []
-    for name, value in flags.items():
-        word = f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-        shown.append(word.removesuffix(" True"))
-    say(f"\n$ python rsd.py {kind.__name__.lower()}", *shown)
-    return COMMANDS[kind](settle(kind, **flags))
+def run(line):
+    """Run one command, shown as one would type it -> its figures."""
+    say(f"\n$ python rsd.py {line}")
+    args = parse_args(shlex.split(line))
+    return COMMANDS[type(args)](args)
 
 
 def cmd_demo(args):
     """Show the whole method on the toy, in minutes on a CPU."""
-    rubrics = f"{args.out}/rubrics.jsonl"
-    model = f"{args.out}/model"
-    page = f"{args.out}/credit.html"
-    toy = {"data": "toy", "seed": args.seed}
-    test = toy | {"limit": args.n, "max_new_tokens": 80}
-    before = run(Eval, **test)
-    teacher = run(Eval, writer="rubric+answer", **test)
-    run(Generate, limit=args.limit, out=rubrics, **toy)
-    training = run(
-        Train, limit=args.limit, max_new_tokens=80, rubrics=rubrics, steps=args.steps, out=model,
-        resume=True, **toy,
-    )
-    after = training | run(Eval, model=model, **test)
-    run(Inspect, n=3, run=model, compare=model, out=page, **toy)
+    out = shlex.quote(args.out)
+    toy = f"--data toy --seed {args.seed}"
+    test = f"{toy} --limit {args.n} --max-new-tokens 80"
+    train = f"{toy} --limit {args.limit} --max-new-tokens 80 --steps {args.steps} --resume"
+    before = run(f"eval {test}")
+    teacher = run(f"eval {test} --writer rubric+answer")
+    run(f"generate {toy} --limit {args.limit} --out {out}/rubrics.jsonl")
+    training = run(f"train {train} --rubrics {out}/rubrics.jsonl --out {out}/model")
+    after = training | run(f"eval {test} --model {out}/model")
+    page = f"{out}/credit.html"
+    run(f"inspect {toy} --n 3 --run {out}/model --compare {out}/model --out {page}")
     results = {"student before": before, "teacher": teacher, "student after": after}
     (Path(args.out) / "results.json").write_text(json.dumps(results, indent=1))
     say(f"\n{args.n} held-out problems     accuracy          rubric score")
@@ -2784,38 +2828,55 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one sentence of ours."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
 def add_flags(parser, kind):
-    """A flag for each field of the settings of this kind; a bool is a switch."""
-    texts = {}
-    source = Path(__file__).read_text(encoding="utf-8")
+    """A flag for each field of these settings; a bool is a switch."""
+    titles = ("run", "data", "sampling", "method", "memory")
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    about = {}
     for parent in reversed(kind.__mro__[:-1]):
-        body = source.partition(f"\nclass {parent.__name__}")[2].partition("\n\n\n")[0]
-        texts |= re.findall(r"(?m)^    (\w+): .*  # (.*)$", body)
+        about |= {f.name: f.metadata for f in fields(parent) if f.metadata}
     for name, hint in get_type_hints(kind).items():
         options = {"type": hint}
         if get_args(hint):
             options = {"choices": get_args(hint)}
         elif hint is bool:
             options = {"action": "store_true"}
-        default = str(getattr(kind, name))
-        if default and name in TOY_DEFAULTS:
-            default += f"; toy: {TOY_DEFAULTS[name]}"
-        text = f"{texts[name]} (default: {default})" if default else texts[name]
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+        group, text = groups[about[name]["group"]], about[name]["help"]
+        default = getattr(kind, name)
+        if name in TOY_DEFAULTS:
+            default = f"{default}; toy: {TOY_DEFAULTS[name]}"
+        if default != "":
+            text += f" (default: {default})"
+        group.add_argument(as_flag(name), default=argparse.SUPPRESS, help=text, **options)
 
 
 def parse_args(argv=None):
-    """The settings that the command line says."""
-    parser = argparse.ArgumentParser(prog="rsd.py", description=__doc__.split("\n")[0])
+    """The settings that the command line says. UserError: it says what no command has."""
+    parser = Parser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    kinds = {}
-    for kind, command in COMMANDS.items():
-        name, text = kind.__name__.lower(), command.__doc__
-        kinds[name] = kind
-        add_flags(commands.add_parser(name, help=text, description=text, allow_abbrev=False), kind)
-    given = vars(parser.parse_args(argv))
-    return settle(kinds[given.pop("command")], **given)
+    for kind, run_it in COMMANDS.items():
+        text, example = run_it.__doc__, f"example: {kind.__doc__}"
+        command = commands.add_parser(
+            kind.__name__.lower(), help=text, description=text, epilog=example, allow_abbrev=False
+        )
+        command.set_defaults(kind=kind)
+        add_flags(command, kind)
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
+    kind, name = given.pop("kind"), given.pop("command")
+    if unknown:
+        flags = [as_flag(f.name) for f in fields(kind)]
+        close = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.75)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{unknown[0]}: {name} has no such flag{hint} (see rsd.py {name} --help)")
+    return settle(kind, **given)
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,16 @@ CHOSEN = {  # row -> the rate that `rates` found best, where it is not 1e-3
 }
 
 
+def run(kind, **flags):
+    """Run the command of these settings, shown as one would type it -> its figures."""
+    words = [kind.__name__.lower()]
+    for name, value in flags.items():
+        words.append(rsd.as_flag(name))
+        if value is not True:
+            words.append(str(value))
+    return rsd.run(shlex.join(words))
+
+
 def ablate(rubrics, source, generic=None, seed=0):
     """The rubrics of an ablation in place of each question's own: generic (the same for all),
     random (another question's), noisy (every second criterion is another's) or reduced (half of
@@ -116,8 +127,8 @@ def toy_rubrics(args, source, seed, out):
     model = "toy"
     if source == "learned":
         model = f"{out}/writer"
-        rsd.run(rsd.Train, stage="rubric", steps=20, out=model, resume=True, **toy)
-    rsd.run(rsd.Generate, **{"model": model, "out": file} | toy)
+        run(rsd.Train, stage="rubric", steps=20, out=model, resume=True, **toy)
+    run(rsd.Generate, **{"model": model, "out": file} | toy)
     return file
 
 
@@ -134,15 +145,15 @@ def toy_system(args, name, seed, lr, split):
     flags = SYSTEMS[name]
     if flags is None:
         writer = "rubric+answer" if name == "teacher" else "student"
-        return rsd.run(rsd.Eval, writer=writer, **test)
+        return run(rsd.Eval, writer=writer, **test)
     if flags.get("rubrics"):
         flags = flags | {"rubrics": toy_rubrics(args, flags["rubrics"], seed, out)}
     model = str(out / "model")
-    trained = rsd.run(
+    trained = run(
         rsd.Train, data="toy", seed=seed, limit=args.limit, steps=args.steps, lr=lr,
         max_new_tokens=100, out=model, resume=True, **flags,
     )
-    return trained | rsd.run(rsd.Eval, model=model, **test)
+    return trained | run(rsd.Eval, model=model, **test)
 
 
 # ---- A real model: criteria that every answer has to meet ---------------------------------------
@@ -211,14 +222,14 @@ def real_system(args, name, seed, lr, split):
     if REAL_SYSTEMS[name]:
         model = f"{out}/model"
         flags = {"batch": 8, "warmup": 2, "lr": lr} | REAL_SYSTEMS[name]
-        figures = rsd.run(
+        figures = run(
             rsd.Train, model=args.model, data=f"{args.out}/train.jsonl", steps=args.steps,
             out=model, resume=True, **flags, **common,
         )
     writer = "rubric" if name == "teacher" else "student"
     answers = f"{out}/answers.jsonl"
     test = f"{args.out}/{split}.jsonl"
-    tested = rsd.run(
+    tested = run(
         rsd.Eval, model=model, data=test, writer=writer, out=answers, batch_size=25, **common,
     )
     texts = {line["question"]: line["text"] for line in rsd.read_jsonl(Path(answers))}
