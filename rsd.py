@@ -1425,7 +1425,7 @@ class VllmSampler:
     engine with old or other weights would spoil every on-policy method in silence.
     """
 
-    def __init__(self, model, stop, memory, max_new_tokens, batch_size, **sampling):
+    def __init__(self, model, stop, memory, max_new_tokens, batch_size, launcher=None, **sampling):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it takes the weights in this process
         import vllm  # optional; main says how to get it
@@ -1439,7 +1439,7 @@ class VllmSampler:
             self.llm = vllm.LLM(
                 folder,
                 load_format="dummy",
-                distributed_executor_backend="external_launcher" if WORLD_SIZE > 1 else None,
+                distributed_executor_backend=launcher,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # the model's own defaults are set aside
                 dtype=self.dtype,
@@ -2462,7 +2462,10 @@ def model_writer(args, model, tokenizer):
     longest = getattr(model.config, "max_position_embeddings", math.inf)
     sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
     if args.engine == "vllm":
-        sample = engine = VllmSampler(model, stop, args.engine_memory, **sampling_of(args))
+        launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
+        sample = engine = VllmSampler(
+            model, stop, args.engine_memory, launcher=launcher, **sampling_of(args)
+        )
         longest = engine.llm.llm_engine.model_config.max_model_len
     sample = functools.partial(sample_together, sample)
     room = longest - args.max_new_tokens
@@ -2650,7 +2653,7 @@ def log_step(out, step, episodes, figures, sampled):
     n = len(episodes)
     tokens = sum(len(e.completion_ids) for e in episodes)
     seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-    scores = {k: mean_se([e.scores[k] for e in episodes])[0] for k in episodes[0].scores}
+    scores = {k: mean_se([e.scores.get(k) for e in episodes])[0] for k in episodes[0].scores}
     metrics = {
         "step": step,
         **figures,

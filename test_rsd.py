@@ -547,7 +547,7 @@ def test_token_in_token_out(tok):
 
     row = toy_rows("train", 1)[0]
     writer = rsd.ModelWriter(sample, tok, math.inf)
-    write = rsd.training_writer(rsd.settle(rsd.Train), writer, writer, None)  # it decodes, to grade
+    write = rsd.training_writer(rsd.settle(rsd.Train), writer, None)  # it decodes, to grade
     (episode,) = write([rsd.Episode(row, [5, 6], [7, 8, 9])])
     assert episode.completion_ids == pieces + [2]
 
@@ -948,7 +948,7 @@ def test_sft_on_the_teachers_completions_is_their_cross_entropy(tok, prompts):
 
     args = rsd.parse_args(["train", "--method", "sft-teacher", "--rollouts", "2"])
     examples = episodes_of(tok, toy_rows("train", 3), prompts["student"], prompts["rubric"])
-    write = rsd.training_writer(args, replace(writer, sample=sample), writer, teacher)
+    write = rsd.training_writer(args, replace(writer, sample=sample), teacher)
     optimizer = KeepsGradients(model)
     episodes, figures = rsd.train_step(
         model, None, examples, write, rsd.training_loss(args), optimizer, 0.0,
