@@ -1389,13 +1389,15 @@ class StaticSampler:
     written in stages of `stage` tokens, each with a cache of the size it needs.
     """
 
-    def __init__(self, model, stop, max_new_tokens, stage=512, **sampling):
+    def __init__(self, model, stop, max_new_tokens, stage=512, is_trained=True, **sampling):
         self.stop, self.max_new_tokens, self.stage = stop, max_new_tokens, stage
         self.sampling = sampling
-        dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
-        with model.device:
-            self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
-        self.load(model)
+        self.copy = model
+        if is_trained:
+            dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
+            with model.device:
+                self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+            self.load(model)
 
     @torch.no_grad()
     def load(self, model):
@@ -1973,7 +1975,10 @@ def load_model(name, dtype=torch.float32):
     return model, tokenizer
 
 
-def compile_layers(model, backend="inductor"):
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # a CPU gains nothing
+
+
+def compile_layers(model, backend=BACKEND):
     """Compile a model's decoder layers in place; its weights keep their names. One that does not
     compile goes on as it is, which is said."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -2243,6 +2248,7 @@ class ManyRows(Sampling):
     limit: Size = data_flag(0, "Rows of the data, at most; 0 is all.")
     engine: Literal["transformers", "vllm"] = sampling_flag("transformers", "What writes.")
     engine_memory: Share = memory_flag(0.3, "Share of the GPU's memory that vllm takes.")
+    compile: Literal["auto", "on", "off"] = memory_flag("auto", "Compile; auto: where it pays.")
 
 
 @dataclass
@@ -2294,7 +2300,7 @@ class Inspect(Teaching):
     compare: str = flag("", "A trained model to show beside the student.")
     run: str = flag("", "Directory of a run whose curves are drawn.")
     out: str = flag("runs/credit.html", "The page; its figures go to .json beside it.")
-    engine = "transformers"  # no flag
+    engine, compile = "transformers", "off"  # no flags
 
 
 @dataclass
@@ -2321,7 +2327,7 @@ class Train(Teaching, ManyRows):
     ema_decay: Share = method_flag(0.99, "Decay of --teacher ema, per step.")
     kl: Real = method_flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
     skip_thinking: bool = method_flag(False, "No loss on the tokens up to </think>.")
-    token_budget: Count = memory_flag(8192, "Tokens of a micro-batch, padding included.")
+    token_budget: Size = memory_flag(0, "Padded tokens of a micro-batch; 0: 8,192 or 16,384.")
     lora_rank: Size = memory_flag(0, "Train adapters of this rank (by peft); 0 is all weights.")
     gradient_checkpointing: bool = memory_flag(False, "Take less memory and more time.")
 
@@ -2456,8 +2462,20 @@ def sampling_of(args):
     return {name: getattr(args, name) for name in names}
 
 
-def model_writer(args, model, tokenizer):
-    """The writer that samples from this model, each process a share."""
+def has_gpu(gigabytes=0):
+    """Is there a GPU, with so much memory?"""
+    is_there = torch.cuda.is_available()
+    return is_there and torch.cuda.get_device_properties().total_memory > gigabytes * 1e9
+
+
+def is_compiled(args, completions):
+    """Does --compile say so, or do so many completions pay for a minute or two of compiling?"""
+    pays = has_gpu() and completions > 250
+    return pays if args.compile == "auto" else args.compile == "on"
+
+
+def model_writer(args, model, tokenizer, completions=0):
+    """The writer that samples from this model, each process a share of so many completions."""
     stop, engine = stop_ids(model, tokenizer), None
     longest = getattr(model.config, "max_position_embeddings", math.inf)
     sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
@@ -2467,16 +2485,21 @@ def model_writer(args, model, tokenizer):
             model, stop, args.engine_memory, launcher=launcher, **sampling_of(args)
         )
         longest = engine.llm.llm_engine.model_config.max_model_len
+    elif is_compiled(args, completions):
+        is_trained = isinstance(args, Train)
+        sample = engine = StaticSampler(model, stop, is_trained=is_trained, **sampling_of(args))
+        memory = sum(p.nbytes for p in engine.copy.parameters()) / 1e9
+        say(f"the sampler is compiled once, in about 2 minutes; its weights take {memory:.1f} GB")
     sample = functools.partial(sample_together, sample)
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine)
 
 
-def open_writer(args):
+def open_writer(args, completions):
     """The writer that --model names: a server's model, or one that is loaded here."""
     if SERVER.search(args.model) and WORLD_SIZE == 1:
         return ServerWriter(args.model, sampling_of(args))
-    return model_writer(args, *load_from_flags(args, half=True))
+    return model_writer(args, *load_from_flags(args, half=True), completions)
 
 
 # -- generate, eval, judge
@@ -2488,7 +2511,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
     (template,) = prompt_files(args, args.writer)
     rows = load_questions(args)
-    writer = open_writer(args)
+    writer = open_writer(args, k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):
         for number in range(k):
@@ -2607,14 +2630,12 @@ def training_writer(args, writer, author):
     return write
 
 
-def set_up(args, out, state):
+def set_up(args, out, state, compiled):
     """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its
     start or as the checkpoint in `out` has them."""
     student, tokenizer = load_from_flags(args, half=args.lora_rank > 0)
-    require(
-        not hasattr(student, "peft_config"),
-        f"--model {args.model}: is an adapter; merge it into its base first; README says how.",
-    )
+    is_whole = not hasattr(student, "peft_config")
+    require(is_whole, f"--model {args.model}: merge the adapter into its base; README says how.")
     if args.lora_rank:
         add_lora(student, args.lora_rank)
     teacher = None
@@ -2627,6 +2648,9 @@ def set_up(args, out, state):
             teacher.load_state_dict(state["teacher"], strict=False)
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        for model in {student, teacher} - {None}:
+            compile_layers(model)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["step"]:
@@ -2634,11 +2658,11 @@ def set_up(args, out, state):
     return student, tokenizer, teacher, optimizer
 
 
-def training_loss(args):
+def training_loss(args, compiled=False):
     """`token_loss` with this method's signal and the flags' options."""
     signal = METHODS[args.method].signal
     return functools.partial(
-        token_loss,
+        torch.compile(token_loss, dynamic=True, backend=BACKEND) if compiled else token_loss,
         signal=args.divergence if signal == "divergence" else signal,
         kl=args.kl,
         top_k=args.support,
@@ -2689,9 +2713,11 @@ def cmd_train(args):
     method = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
     rows = load_questions(args)
-    student, tokenizer, teacher, optimizer = set_up(args, out, state)
+    completions = args.steps * args.batch * args.rollouts
+    compiled = is_compiled(args, completions)
+    student, tokenizer, teacher, optimizer = set_up(args, out, state, compiled)
     author = teacher if method.writer == "teacher" else student
-    writer = model_writer(args, author, tokenizer)
+    writer = model_writer(args, author, tokenizer, completions)
     needs = [method.reward] if method.reward else []
     if method.writer == "reference":
         needs.append("solution")
@@ -2709,14 +2735,19 @@ def cmd_train(args):
         teacher if is_asked else None,
         examples,
         training_writer(args, writer, author),
-        training_loss(args),
+        training_loss(args, compiled),
         optimizer,
         steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
         start=start, rank=RANK,
         ema=(teacher, args.ema_decay) if teacher and args.teacher == "ema" else None,
-        token_budget=args.token_budget, split=my_micro_batches, combine=sum_over_processes,
+        token_budget=args.token_budget or (16384 if has_gpu(gigabytes=75) else 8192),
+        chunk=192_000_000 if has_gpu() else 24_000_000,
+        split=my_micro_batches, combine=sum_over_processes,
     )
-    for step, episodes, figures in progress(steps, "train", initial=start, total=args.steps):
+    title = "compiling (once, about 2 minutes)" if compiled else "train"
+    bar = progress(steps, title, initial=start, total=args.steps)
+    for step, episodes, figures in bar:
+        bar.set_description("train")
         history.append(log_step(out, step, episodes, figures, method.writer != "reference"))
         is_last = step == args.steps
         if step == start + 1 or is_last or step % 5 == 0:
@@ -2882,12 +2913,21 @@ def parse_args(argv=None):
     return settle(kind, **given)
 
 
+LESS_MEMORY = (
+    "lower --token-budget, --batch-size, --max-new-tokens or --engine-memory, or take "
+    "--gradient-checkpointing or --lora-rank 64."
+)
+
+
 def main(argv=None):
     """Run one command -> its exit code. A user's mistake is one sentence on stderr, and 2."""
     try:
         args = parse_args(argv)
         start_processes()
         COMMANDS[type(args)](args)
+    except torch.OutOfMemoryError as error:
+        print(f"rsd.py: out of memory ({error!s:.100}); {LESS_MEMORY}", file=sys.stderr)
+        return 2
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"rsd.py: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
