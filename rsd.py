@@ -1666,11 +1666,10 @@ def step_rows(items, step, batch, seed):
 
 
 def lock(path):
-    """Open a file to append to it, for this process alone until it ends. UserError: another one has
-    it, or it is no file."""
-    import fcntl
+    """Open a file to append to it, for this process alone until it is closed. UserError: another
+    one has it."""
+    import fcntl  # not on Windows
 
-    require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+b")
     try:
@@ -1680,120 +1679,114 @@ def lock(path):
     return file
 
 
-# A checkpoint is written into a folder inside --out, which gets another name once it is whole, and
-# then its files take their places, one by one. Whatever else lies in --out is never touched.
+# The folder of a run holds metrics.jsonl and its last two checkpoints. Each is a folder of its own,
+# written under a hidden name and renamed once it is whole and on the disk; before one is removed it
+# gets the hidden name again. So checkpoint-N is whole, at whichever moment the process is killed.
+
+LOCK = "rsd.lock"  # the folder that holds this file is a run's
+MAY_CHANGE = ("out", "resume", "steps", "save_every")  # settings, where a run goes on
 
 
-def finish_save(out):
-    """Move the files of a checkpoint that is ready into their places."""
-    ready = out / ".rsd-ready"
-    if ready.exists():
-        shutil.copytree(ready, out, dirs_exist_ok=True, copy_function=shutil.move)
-        shutil.rmtree(ready)
+def last_checkpoint(folder):
+    """The last checkpoint-N of the run in this folder; None if there is none."""
+    from transformers.trainer_utils import get_last_checkpoint  # this import takes a second
+
+    is_run = Path(folder, LOCK).exists()
+    return get_last_checkpoint(folder) if is_run else None
 
 
-def save_checkpoint(out, model, teacher, optimizer, tokenizer, metrics):
-    """Write a checkpoint into `out`; every process calls it. A crash at any moment leaves the last
-    one whole (`open_run` finishes the move). UserError: it cannot be written."""
+def to_disk(path):
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
+    """Write checkpoint-N after N steps, as state["metrics"] counts them, and remove all but the
+    last two; every process calls it. UserError: it cannot be written."""
     if RANK > 0:
         return
-    taught = {}
-    if teacher is not None and teacher is not model:
-        for (name, t), s in zip(teacher.named_parameters(), model.parameters()):
-            if s.requires_grad:
-                taught[name] = t
-    state = {
-        "step": len(metrics),
-        "metrics": metrics,
-        "optimizer": optimizer.state_dict(),
-        "teacher": taught,
-    }
-    new = out / ".rsd-new"
-    shutil.rmtree(new, ignore_errors=True)
+    shared = {id(p) for p in student.parameters()}
+    theirs = (teacher or student).named_parameters()
+    state["teacher"] = {name: p for name, p in theirs if id(p) not in shared}
+    state["optimizer"] = optimizer.state_dict()
+    state["saved"].append(len(state["metrics"]))
+    *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
+
+    part = out / ".rsd-part"
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(new)  # of a LoRA, the adapters
-        tokenizer.save_pretrained(new)
-        torch.save(state, new / "trainer.pt")
+        student.save_pretrained(part)  # of a LoRA, the adapters
+        tokenizer.save_pretrained(part)
+        torch.save(state, part / "trainer.pt")
+        for weights in part.glob("*.safetensors"):  # which only the owner may read so far
+            shutil.copymode(part / "trainer.pt", weights)
+        for path in [*part.rglob("*"), part]:
+            to_disk(path)
+        part.rename(new)
+        to_disk(out)
     except Exception as error:  # of safetensors, torch and the disk
-        shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"--out {out}: cannot save ({error}); the last one stays.") from error
-    new.rename(out / ".rsd-ready")
-    finish_save(out)
+        shutil.rmtree(part, ignore_errors=True)
+        message = f"--out {out}: cannot save, and the last checkpoint stays ({error})."
+        raise UserError(message) from error
+
+    for old in older[:-1]:
+        if old.exists() and {*os.listdir(old)} <= {*os.listdir(new)}:  # or the user's are in it
+            old.rename(part)
+            shutil.rmtree(part)
 
 
 def open_run(out, settings, resume):
-    """The trainer state of the run in `out` that is to go on, or of step 0 where one may begin; it
-    holds the lock. UserError where `out` holds anything else: nothing is ever written over."""
-    known = out / "rsd.json"
-    is_free = not out.exists() or out.is_dir() and all(f.name[0] == "." for f in out.iterdir())
-    require(is_free or known.exists(), f"--out {out} is no run of rsd.py; choose another --out.")
-    state = {"step": 0, "metrics": []}
+    """The run in the folder `out`, new or as its last checkpoint has it -> (lock, state).
+
+    Keep the lock; it is None on other processes than the first. state: settings; metrics, a dict
+    for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
+    UserError: `out` holds something else, or a run with other settings or without `resume`.
+    """
+    is_free = (out / LOCK).exists() or not any(out.glob("[!.]*"))
+    require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
+    last = last_checkpoint(out)
+    held = lock(out / LOCK) if RANK == 0 else None
+    now = {}
+    for name, value in settings.items():
+        if name not in MAY_CHANGE:
+            now[name] = Path(str(value)).name  # a path's last part: files and folders may move
+    state = {"settings": now, "metrics": [], "saved": []}
+    if last:
+        require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
+        try:
+            state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
+            was = state["settings"]
+        except Exception as error:  # of torch and pickle
+            message = f"{last}/trainer.pt is damaged ({error!r:.150}); move {last} away, to go on "
+            raise UserError(message + "from the checkpoint before.") from error
+        changed = [f"{name} was {was.get(name)}" for name in now if was.get(name) != now[name]]
+        require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
     if RANK == 0:
-        state["held"] = lock(out / ".lock")
-        finish_save(out)
-    all_gather("the others wait for that")
-    if not known.exists():
-        return state
-    changed = []
-    try:
-        was = json.loads(known.read_text())
-        state["data_seen"] = was.get("data_seen")
-        for name, value in settings.items():
-            if name not in ("steps", "save_every") and was.get(name) != value:
-                changed.append(f"{name} {was.get(name)!r} -> {value!r}")
-        if (out / "trainer.pt").exists():  # or it ended before its first checkpoint
-            state |= torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # of json and torch
-        damaged = f"--out {out}: rsd.json or trainer.pt is damaged ({str(error)!r:.150})"
-        raise UserError(f"{damaged}; choose another --out.") from error
-    require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
-    begun = state["step"] > 0
-    require(
-        resume or not begun,
-        f"--out {out} holds this run already; add --resume, or choose another --out.",
-    )
-    return state
-
-
-def begin_run(out, settings, history):
-    """Note in `out` what run it holds, and the figures of its steps so far; a file in one move."""
-    lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-    for name, text in (("metrics.jsonl", lines), ("rsd.json", json.dumps(settings, indent=1))):
-        new = out / ".rsd-text"
-        new.write_text(text)
-        new.replace(out / name)
+        lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
+        (out / "metrics.jsonl").write_text("".join(lines))
+    return held, state
 
 
 def read_lines(path, text):
     """The objects in the text of a JSON Lines file. UserError names a line that is none."""
     rows = []
     for number, line in enumerate(text.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row = error
-        is_row = isinstance(row, dict)
-        require(is_row, f"{path}, line {number}: no JSON object ({row!r:.80}); mend it.")
-        rows.append(row)
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = error
+            is_row = isinstance(row, dict)
+            require(is_row, f"{path}, line {number}, is no JSON object; mend it ({row!r:.80}).")
+            rows.append(row)
     return rows
 
 
 def read_jsonl(path):
-    """The objects of a JSON Lines file. UserError: a line is none, or there is no such file."""
-    require(path.is_file(), f"{path}: there is no such file.")
+    """The objects of a JSON Lines file. UserError: a line is none. OSError: no such file."""
     return read_lines(path, path.read_bytes())
-
-
-def is_cut_off(line):
-    """Is it the beginning of a line that `remember` was writing?"""
-    beginning = b'{"question": '
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return line[: len(beginning)] == beginning[: len(line)]
-    return False
 
 
 def open_lines(path, origin):
@@ -1802,20 +1795,19 @@ def open_lines(path, origin):
     file = lock(path)
     file.seek(0)
     text = file.read()
-    *whole, last = text.split(b"\n")
-    if not is_cut_off(last):
-        whole.append(last)
-        last = b""
-    lines = read_lines(path, b"\n".join(whole))
+    begun = text.rfind(b"\n") + 1
+    try:
+        lines = read_lines(path, text)
+    except UserError:
+        if not b'{"question": '.startswith(text[begun:][:13]):  # so begins each line of ours
+            raise
+        text = text[:begun]
+        lines = read_lines(path, text)
     for line in lines:
-        other = {name: line.get(name) for name in origin if line.get(name) != origin[name]}
-        require(
-            not other,
-            f"--out {path} has lines of other settings ({other}, now {origin}); choose another "
-            "--out.",
-        )
-    file.truncate(len(text) - len(last))
-    if text and not last and not text.endswith(b"\n"):
+        other = [name for name in origin if line.get(name) != origin[name]]
+        require(not other, f"--out {path} has lines with another {other}; choose another --out.")
+    file.truncate(len(text.rstrip()))
+    if lines:
         file.write(b"\n")
     return file, lines
 
@@ -1832,12 +1824,12 @@ def remember(path, jobs, work, size, description, origin):
     names = list(jobs[0][0])
 
     def key(line):
-        return json.dumps([line.get(name, 0) for name in names])
+        return json.dumps([line.get(name) for name in names])
 
     done = {key(line): line for line in all_gather(old)[0]}
     wanted = {key(job[0]): job for job in jobs}  # equal ones are asked once
     todo = [job for k, job in wanted.items() if k not in done]
-    say(f"{len(todo)} of {len(jobs)} are still to do (others repeat, or are done)")
+    say(len(todo), "of", len(jobs), "are still to do (others repeat, or are done)")
     torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
     for start in progress(range(0, len(todo), size), description):
         batch = todo[start : start + size]
@@ -1952,10 +1944,10 @@ def switch_off_dropout(model):
 
 
 def load_model(name, dtype=torch.float32):
-    """(model, tokenizer) of a directory or of the hub, from safetensors only. UserError: it is not
-    found, it lacks weights, or `check_model` refuses it."""
+    """(model, tokenizer) of a directory, of a run's last checkpoint or of the hub, from safetensors
+    only. UserError: it is not found, it lacks weights, or `check_model` refuses it."""
     require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
-    source = hub_name(name)
+    source = last_checkpoint(name) or hub_name(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -2278,7 +2270,7 @@ class Train(Teaching):
     """train"""
 
     split: str = "train"  # Split of the data.
-    out: str = "runs/train"  # Directory of the checkpoint.
+    out: str = "runs/train"  # Directory of metrics.jsonl and of checkpoint-N, after N steps.
     resume: bool = False  # Go on with the run in --out.
     method: Literal[tuple(METHODS)] = "rsd"  # Who writes, what the teacher sees, which signal.
     stage: Literal[tuple(STAGES)] = "reason"  # Learn to reason, or to write rubrics.
@@ -2438,7 +2430,8 @@ def write_lines(args, name, columns, ask, rate, k=1):
         item = {column: row.get(column) for column in columns}
         item["sample"] = (row["sample"] or 0) if name == "judge" else number
         jobs.append((item, example))
-    saved = [file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")]
+    folder = Path(last_checkpoint(args.model) or args.model)
+    saved = [file.stat().st_mtime for file in folder.glob("*.safetensors")]
     origin = {
         "model": args.model, "saved": max(saved, default=0.0), "writer": args.writer,
         "prompt": crc32(templates[0].encode()), "thinking": args.thinking, **sampling_of(args)
@@ -2564,7 +2557,7 @@ def set_up(args, out, state):
     teacher = None
     if args.kl or METHODS[args.method][1] != "student":
         teacher = make_teacher(student, args.teacher)
-    if state["step"]:
+    if state["metrics"]:
         own, _ = load_model(str(out))
         student.load_state_dict(own.state_dict())
         if teacher is not None and teacher is not student:
@@ -2574,7 +2567,7 @@ def set_up(args, out, state):
     student.get_input_embeddings().sparse = True  # its gradient is of a few rows
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
-    if state["step"]:
+    if state["metrics"]:
         optimizer.load_state_dict(state["optimizer"])
     return student, tokenizer, teacher, optimizer
 
@@ -2625,15 +2618,16 @@ def show_step(metrics, sample):
 
 
 def cmd_train(args):
-    """Train a student, by default towards its rubric-guided teacher; --out is a checkpoint."""
-    kept = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+    """Train a student, by default towards its rubric-guided teacher; --out holds its checkpoints."""
     out = Path(args.out).resolve()
-    state = open_run(out, kept, args.resume)
-    start, history = state["step"], state["metrics"]
-    require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     who, _, signal, reward = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
     rows = load_questions(args)
+    seen = crc32(repr((templates, rows)).encode())
+    held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
+    history = state["metrics"]
+    start = len(history)
+    require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     student, tokenizer, teacher, optimizer = set_up(args, out, state)
     author = teacher if who == "teacher" else student
     writers = readers_of(args, model_writer(args, author, tokenizer))
@@ -2644,11 +2638,6 @@ def cmd_train(args):
     write = training_writer(args, *writers, author)
     scorer = teacher if args.kl or signal == "divergence" else None
     loss = training_loss(args)
-    kept["data_seen"] = crc32(repr(examples).encode())
-    same = state.get("data_seen") in (None, kept["data_seen"])
-    require(same, f"--out {out} holds a run on other data or prompts; choose another --out.")
-    if RANK == 0:
-        begin_run(out, kept, history)
     for step in progress(range(start, args.steps), "train", initial=start, total=args.steps):
         done = step + 1
         torch.manual_seed(crc32(f"{args.seed} {step} {RANK}".encode()))  # no state to save
@@ -2669,7 +2658,7 @@ def cmd_train(args):
         if step == start or is_last or done % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
         if is_last or done % args.save_every == 0:
-            save_checkpoint(out, student, teacher, optimizer, tokenizer, history)
+            save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
     say(f"saved {out}; python rsd.py eval --model {out}")
     sums = ("rollouts", "sampled", "trained", "seconds")
