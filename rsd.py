@@ -1667,9 +1667,10 @@ def step_rows(items, step, batch, seed):
 
 def lock(path):
     """Open a file to append to it, for this process alone until it is closed. UserError: another
-    one has it."""
+    one has it, or it is no file."""
     import fcntl  # not on Windows
 
+    require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+b")
     try:
