@@ -1778,7 +1778,7 @@ def read_lines(path, text):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                row = error
+                row = str(error)
             is_row = isinstance(row, dict)
             require(is_row, f"{path}, line {number}, is no JSON object; mend it ({row!r:.80}).")
             rows.append(row)
