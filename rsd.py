@@ -1745,14 +1745,13 @@ def open_run(out, settings, resume):
     for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
     UserError: `out` holds something else, or a run with other settings or without `resume`.
     """
-    is_free = (out / LOCK).exists() or not any(out.glob("[!.]*"))
+    is_empty = not any(out.glob("[!.]*"))  # first: another process may be making the lock
+    is_free = is_empty or (out / LOCK).exists()
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
     last = last_checkpoint(out)
     held = lock(out / LOCK) if RANK == 0 else None
-    now = {}
-    for name, value in settings.items():
-        if name not in MAY_CHANGE:
-            now[name] = Path(str(value)).name  # a path's last part: files and folders may move
+    kept = settings.keys() - MAY_CHANGE
+    now = {name: Path(str(settings[name])).name for name in sorted(kept)}  # what may move, by name
     state = {"settings": now, "metrics": [], "saved": []}
     if last:
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
@@ -1760,8 +1759,8 @@ def open_run(out, settings, resume):
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
             was = state["settings"]
         except Exception as error:  # of torch and pickle
-            message = f"{last}/trainer.pt is damaged ({error!r:.150}); move {last} away, to go on "
-            raise UserError(message + "from the checkpoint before.") from error
+            message = f"{last} is damaged; move it away to go on from the one before ({error!r:.99})."
+            raise UserError(message) from error
         changed = [f"{name} was {was.get(name)}" for name in now if was.get(name) != now[name]]
         require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
     if RANK == 0:
@@ -1779,8 +1778,8 @@ def read_lines(path, text):
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 row = str(error)
-            is_row = isinstance(row, dict)
-            require(is_row, f"{path}, line {number}, is no JSON object; mend it ({row!r:.80}).")
+            message = f"{path}, line {number}, is no JSON object; mend it or remove it: {row!r:.80}"
+            require(isinstance(row, dict), message)
             rows.append(row)
     return rows
 
@@ -1794,8 +1793,7 @@ def open_lines(path, origin):
     """A JSON Lines file of `remember`, locked, and its lines. A last line that was cut off goes.
     UserError: it holds lines of another origin, and is left as it is."""
     file = lock(path)
-    file.seek(0)
-    text = file.read()
+    text = path.read_bytes()
     begun = text.rfind(b"\n") + 1
     try:
         lines = read_lines(path, text)
