@@ -1759,7 +1759,7 @@ def open_run(out, settings, resume):
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
             was = state["settings"]
         except Exception as error:  # of torch and pickle
-            message = f"{last} is damaged; move it away to go on from the one before ({error!r:.99})."
+            message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
             raise UserError(message) from error
         changed = [f"{name} was {was.get(name)}" for name in now if was.get(name) != now[name]]
         require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
@@ -2617,7 +2617,7 @@ def show_step(metrics, sample):
 
 
 def cmd_train(args):
-    """Train a student, by default towards its rubric-guided teacher; --out holds its checkpoints."""
+    """Train a student, by default towards its rubric-guided teacher; --out gets checkpoints."""
     out = Path(args.out).resolve()
     who, _, signal, reward = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)

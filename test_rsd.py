@@ -3023,15 +3023,10 @@ def test_a_run_keeps_its_last_two_checkpoints_and_the_users_modes(
 
 
 def test_plain_transformers_loads_a_checkpoint_by_its_path(runs):
-    folder = runs / "fixed" / "checkpoint-4"
-    model, tok = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    ours, _ = rsd.load_model(str(runs / "fixed"))
-    prompt = rsd.context_ids(tok, "{question}", {"question": "At 3 m/s a cart moves for 2 min."})
-    plain = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)
-    plain = plain[0, len(prompt) :].tolist()
-    stop = rsd.stop_ids(ours, tok)
-    got, _ = rsd.sample_completions(ours, [prompt], stop, 10, temperature=0)[0]
-    assert plain[: len(got)] == got
+    folder, ids = runs / "fixed" / "checkpoint-4", torch.tensor([[5, 6, 7, 8]])
+    ours, tok = rsd.load_model(str(runs / "fixed"))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, ours(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder)("J/min").input_ids == tok("J/min").input_ids
 
 
 def test_another_trainers_folder_is_loaded_as_it_stands(base, runs, tmp_path):
@@ -3209,15 +3204,11 @@ def test_an_out_that_does_not_fit_is_one_sentence_and_left_alone(
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["/dev/null", "file", "file/below", "link"])
-def test_an_out_of_train_that_is_no_folder_is_one_sentence(name, base, tmp_path, capsys):
+def test_an_out_of_train_may_be_a_link_but_no_file(base, half, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert error_of(train_args(base, tmp_path / name), capsys)
-    assert files_of(tmp_path) == {"file": b"mine", "link": b"mine"}
-
-
-def test_an_out_of_train_may_be_a_link(base, half, tmp_path):
+    for out in ("/dev/null", tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(out)[:5] in error_of(train_args(base, out), capsys)
+    assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "link").symlink_to(half)
     assert rsd.main(train_args(base, tmp_path / "link", "--resume")) == 0
     assert (tmp_path / "link").is_symlink()
@@ -3225,14 +3216,11 @@ def test_an_out_of_train_may_be_a_link(base, half, tmp_path):
 
 
 def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, monkeypatch):
-    real, calls = rsd.token_loss, []
+    real, factors = rsd.token_loss, iter([1, 1, 1, math.nan])
 
     def broken(*words, **options):
-        calls.append(1)
         figures = real(*words, **options)
-        if len(calls) > 3:
-            figures["loss"] = figures["loss"] * math.nan
-        return figures
+        return figures | {"loss": figures["loss"] * next(factors)}
 
     monkeypatch.setattr(rsd, "token_loss", broken)
     out = tmp_path / "run"
@@ -3956,11 +3944,12 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     answers = tmp_path / "e.jsonl"
     words = ["eval", "--model", str(run), *common, "--temperature", "0", "--out", str(answers)]
     assert rsd.main(words) == 0
-    trained = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+    saved = rsd.last_checkpoint(run)
+    trained = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     pairs = zip(trained.parameters(), model.parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)
     line = rsd.read_jsonl(answers)[0]
-    own = AutoTokenizer.from_pretrained(run)  # some families cut a text in a way of their own
+    own = AutoTokenizer.from_pretrained(saved)  # some families cut a text in a way of their own
     ids = rsd.context_ids(own, "{question}", line)
     out = trained.generate(
         torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0
