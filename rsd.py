@@ -586,12 +586,12 @@ def batches(items, size, seed):
 
 def train(
     student, teacher, examples, write, loss, optimizer, steps=100, batch=32, lr=5e-6, warmup=5,
-    seed=0, start=0, rank=0, ema=None, **options,
+    seed=0, start=0, rank=0, ema_teacher=None, ema_decay=0.99, **options,
 ):
     """The loop: yields (step from 1, episodes, figures) after each step, for a caller that logs
     and saves. A step depends on seed and number alone, so a run that begins again at `start` is
     the same run. The learning rate rises over `warmup` steps and is constant then. teacher None:
-    it is not asked. ema: (the teacher that follows the student, its decay). options: `train_step`'s.
+    it is not asked. ema_teacher: the one that follows the student. options: `train_step`'s.
     """
     of_steps = itertools.islice(batches(examples, batch, seed), start, steps)
     for step, some in enumerate(of_steps, start + 1):
@@ -600,8 +600,8 @@ def train(
         episodes, figures = train_step(
             student, teacher, some, write, loss, optimizer, lr_now, **options
         )
-        if ema:
-            ema_update(*ema, student)
+        if ema_teacher is not None:
+            ema_update(ema_teacher, student, ema_decay)
         yield step, episodes, figures
 
 
@@ -1640,31 +1640,13 @@ def sum_over_processes(model, sums):
     return total
 
 
-# ---- 9. Runs: teachers, adapters, schedule, files that survive a crash ---------------------------
-
-
-def add_lora(model, rank):
-    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train.
-    UserError: its layers are of a kind that cannot be adapted."""
-    from peft import LoraConfig  # optional; main says how to get it
-
-    model.requires_grad_(False)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+# ---- 9. Files: checkpoints, and lines that go on -------------------------------------------------
 
 
 def lock(path):
-    """Open a file to append to it, for this process alone until it ends. UserError: another one has
-    it, or it is no file."""
-    import fcntl
+    """Open a file to append to it, for this process alone until it is closed. UserError: another
+    one has it, or it is no file."""
+    import fcntl  # not on Windows
 
     require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1676,142 +1658,133 @@ def lock(path):
     return file
 
 
-# A checkpoint is written into a folder inside --out, which gets another name once it is whole, and
-# then its files take their places, one by one. Whatever else lies in --out is never touched.
+# The folder of a run holds metrics.jsonl and its last two checkpoints. Each is a folder of its own,
+# written under a hidden name and renamed once it is whole and on the disk; before one is removed it
+# gets the hidden name again. So checkpoint-N is whole, at whichever moment the process is killed.
+
+LOCK = "rsd.lock"  # the folder that holds this file is a run's
+MAY_CHANGE = ("out", "resume", "steps", "save_every")  # settings, where a run goes on
 
 
-def finish_save(out):
-    """Move the files of a checkpoint that is ready into their places."""
-    ready = out / ".rsd-ready"
-    if ready.exists():
-        shutil.copytree(ready, out, dirs_exist_ok=True, copy_function=shutil.move)
-        shutil.rmtree(ready)
+def last_checkpoint(folder):
+    """The last checkpoint-N of the run in this folder; None if there is none."""
+    from transformers.trainer_utils import get_last_checkpoint  # this import takes a second
+
+    is_run = Path(folder, LOCK).exists()
+    return get_last_checkpoint(folder) if is_run else None
 
 
-def save_checkpoint(out, model, teacher, optimizer, tokenizer, metrics):
-    """Write a checkpoint into `out`; every process calls it. A crash at any moment leaves the last
-    one whole (`open_run` finishes the move). UserError: it cannot be written."""
+def to_disk(path):
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
+    """Write checkpoint-N after N steps, as state["metrics"] counts them, and remove all but the
+    last two; every process calls it. UserError: it cannot be written."""
     if RANK > 0:
         return
-    taught = {}
-    if teacher is not None and teacher is not model:
-        for (name, t), s in zip(teacher.named_parameters(), model.parameters()):
-            if s.requires_grad:
-                taught[name] = t
-    state = {
-        "step": len(metrics),
-        "metrics": metrics,
-        "optimizer": optimizer.state_dict(),
-        "teacher": taught,
-    }
-    new = out / ".rsd-new"
-    shutil.rmtree(new, ignore_errors=True)
+    shared = {id(p) for p in student.parameters()}
+    theirs = (teacher or student).named_parameters()
+    state["teacher"] = {name: p for name, p in theirs if id(p) not in shared}
+    state["optimizer"] = optimizer.state_dict()
+    state["saved"].append(len(state["metrics"]))
+    *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
+
+    part = out / ".rsd-part"
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(new)  # of a LoRA, the adapters
-        tokenizer.save_pretrained(new)
-        torch.save(state, new / "trainer.pt")
+        student.save_pretrained(part)  # of a LoRA, the adapters
+        tokenizer.save_pretrained(part)
+        torch.save(state, part / "trainer.pt")
+        for weights in part.glob("*.safetensors"):  # which only the owner may read so far
+            shutil.copymode(part / "trainer.pt", weights)
+        for path in [*part.rglob("*"), part]:
+            to_disk(path)
+        part.rename(new)
+        to_disk(out)
     except Exception as error:  # of safetensors, torch and the disk
-        shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"--out {out}: cannot save ({error}); the last one stays.") from error
-    new.rename(out / ".rsd-ready")
-    finish_save(out)
+        shutil.rmtree(part, ignore_errors=True)
+        message = f"--out {out}: cannot save, and the last checkpoint stays ({error})."
+        raise UserError(message) from error
+
+    for old in older[:-1]:
+        if old.exists() and {*os.listdir(old)} <= {*os.listdir(new)}:  # or the user's are in it
+            old.rename(part)
+            shutil.rmtree(part)
 
 
 def open_run(out, settings, resume):
-    """The trainer state of the run in `out` that is to go on, or of step 0 where one may begin; it
-    holds the lock. UserError where `out` holds anything else: nothing is ever written over."""
-    known = out / "rsd.json"
-    is_free = not out.exists() or out.is_dir() and all(f.name[0] == "." for f in out.iterdir())
-    require(is_free or known.exists(), f"--out {out} is no run of rsd.py; choose another --out.")
-    state = {"step": 0, "metrics": []}
+    """The run in the folder `out`, new or as its last checkpoint has it -> (lock, state).
+
+    Keep the lock; it is None on other processes than the first. state: settings; metrics, a dict
+    for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
+    UserError: `out` holds something else, or a run with other settings or without `resume`.
+    """
+    is_empty = not any(out.glob("[!.]*"))  # first: another process may be making the lock
+    is_free = is_empty or (out / LOCK).exists()
+    require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
+    last = last_checkpoint(out)
+    held = lock(out / LOCK) if RANK == 0 else None
+    kept = settings.keys() - MAY_CHANGE
+    now = {name: Path(str(settings[name])).name for name in sorted(kept)}  # what may move, by name
+    state = {"settings": now, "metrics": [], "saved": []}
+    if last:
+        require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
+        try:
+            state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
+            was = state["settings"]
+        except Exception as error:  # of torch and pickle
+            message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
+            raise UserError(message) from error
+        changed = [f"{name} was {was.get(name)}" for name in now if was.get(name) != now[name]]
+        require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
     if RANK == 0:
-        state["held"] = lock(out / ".lock")
-        finish_save(out)
-    all_gather("the others wait for that")
-    if not known.exists():
-        return state
-    changed = []
-    try:
-        was = json.loads(known.read_text())
-        state["data_seen"] = was.get("data_seen")
-        for name, value in settings.items():
-            if name not in ("steps", "save_every") and was.get(name) != value:
-                changed.append(f"{name} {was.get(name)!r} -> {value!r}")
-        if (out / "trainer.pt").exists():  # or it ended before its first checkpoint
-            state |= torch.load(out / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # of json and torch
-        damaged = f"--out {out}: rsd.json or trainer.pt is damaged ({str(error)!r:.150})"
-        raise UserError(f"{damaged}; choose another --out.") from error
-    require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
-    begun = state["step"] > 0
-    require(
-        resume or not begun,
-        f"--out {out} holds this run already; add --resume, or choose another --out.",
-    )
-    return state
-
-
-def begin_run(out, settings, history):
-    """Note in `out` what run it holds, and the figures of its steps so far; a file in one move."""
-    lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-    for name, text in (("metrics.jsonl", lines), ("rsd.json", json.dumps(settings, indent=1))):
-        new = out / ".rsd-text"
-        new.write_text(text)
-        new.replace(out / name)
+        lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
+        (out / "metrics.jsonl").write_text("".join(lines))
+    return held, state
 
 
 def read_lines(path, text):
     """The objects in the text of a JSON Lines file. UserError names a line that is none."""
     rows = []
     for number, line in enumerate(text.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row = error
-        is_row = isinstance(row, dict)
-        require(is_row, f"{path}, line {number}: no JSON object ({row!r:.80}); mend it.")
-        rows.append(row)
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = str(error)
+            message = f"{path}, line {number}, is no JSON object; mend it or remove it: {row!r:.80}"
+            require(isinstance(row, dict), message)
+            rows.append(row)
     return rows
 
 
 def read_jsonl(path):
-    """The objects of a JSON Lines file. UserError: a line is none, or there is no such file."""
-    require(path.is_file(), f"{path}: there is no such file.")
+    """The objects of a JSON Lines file. UserError: a line is none. OSError: no such file."""
     return read_lines(path, path.read_bytes())
-
-
-def is_cut_off(line):
-    """Is it the beginning of a line that `remember` was writing?"""
-    beginning = b'{"question": '
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return line[: len(beginning)] == beginning[: len(line)]
-    return False
 
 
 def open_lines(path, origin):
     """A JSON Lines file of `remember`, locked, and its lines. A last line that was cut off goes.
     UserError: it holds lines of another origin, and is left as it is."""
     file = lock(path)
-    file.seek(0)
-    text = file.read()
-    *whole, last = text.split(b"\n")
-    if not is_cut_off(last):
-        whole.append(last)
-        last = b""
-    lines = read_lines(path, b"\n".join(whole))
+    text = path.read_bytes()
+    begun = text.rfind(b"\n") + 1
+    try:
+        lines = read_lines(path, text)
+    except UserError:
+        if not b'{"question": '.startswith(text[begun:][:13]):  # so begins each line of ours
+            raise
+        text = text[:begun]
+        lines = read_lines(path, text)
     for line in lines:
-        other = {name: line.get(name) for name in origin if line.get(name) != origin[name]}
-        require(
-            not other,
-            f"--out {path} has lines of other settings ({other}, now {origin}); choose another "
-            "--out.",
-        )
-    file.truncate(len(text) - len(last))
-    if text and not last and not text.endswith(b"\n"):
+        other = [name for name in origin if line.get(name) != origin[name]]
+        require(not other, f"--out {path} has lines with another {other}; choose another --out.")
+    file.truncate(len(text.rstrip()))
+    if lines:
         file.write(b"\n")
     return file, lines
 
@@ -1828,12 +1801,12 @@ def remember(path, jobs, work, size, description, origin):
     names = list(jobs[0][0])
 
     def key(line):
-        return json.dumps([line.get(name, 0) for name in names])
+        return json.dumps([line.get(name) for name in names])
 
     done = {key(line): line for line in all_gather(old)[0]}
     wanted = {key(job[0]): job for job in jobs}  # equal ones are asked once
     todo = [job for k, job in wanted.items() if k not in done]
-    say(f"{len(todo)} of {len(jobs)} are still to do (others repeat, or are done)")
+    say(len(todo), "of", len(jobs), "are still to do (others repeat, or are done)")
     torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
     for start in progress(range(0, len(todo), size), description):
         batch = todo[start : start + size]
@@ -1948,10 +1921,10 @@ def switch_off_dropout(model):
 
 
 def load_model(name, dtype=torch.float32):
-    """(model, tokenizer) of a directory or of the hub, from safetensors only. UserError: it is not
-    found, it lacks weights, or `check_model` refuses it."""
+    """(model, tokenizer) of a directory, of a run's last checkpoint or of the hub, from safetensors
+    only. UserError: it is not found, it lacks weights, or `check_model` refuses it."""
     require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
-    source = hub_name(name)
+    source = last_checkpoint(name) or hub_name(name)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1973,6 +1946,24 @@ def load_model(name, dtype=torch.float32):
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
+
+
+def add_lora(model, rank):
+    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train.
+    UserError: its layers are of a kind that cannot be adapted."""
+    from peft import LoraConfig  # optional; main says how to get it
+
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
 
 
 BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # a CPU gains nothing
@@ -2308,7 +2299,7 @@ class Train(Teaching, ManyRows):
     """python rsd.py train --model Qwen2.5-1.5B --rubrics runs/rubrics.jsonl"""
 
     split: str = "train"
-    out: str = flag("runs/train", "Directory of the checkpoint.")
+    out: str = flag("runs/train", "Directory of metrics and checkpoints.")
     resume: bool = flag(False, "Go on with the run in --out.")
     steps: Count = flag(100, "Optimizer steps.")
     batch: Count = flag(32, "Prompts of one step.")
@@ -2518,7 +2509,8 @@ def write_lines(args, name, columns, ask, rate, k=1):
             item = {column: row.get(column) for column in columns}
             item["sample"] = (row["sample"] or 0) if name == "judge" else number
             jobs.append((item, (row, prompt)))
-    saved = [file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")]
+    folder = Path(last_checkpoint(args.model) or args.model)
+    saved = [file.stat().st_mtime for file in folder.glob("*.safetensors")]
     origin = {
         "model": args.model, "saved": max(saved, default=0.0), "writer": args.writer,
         "prompt": crc32(template.encode()), "thinking": args.thinking, **sampling_of(args)
@@ -2641,7 +2633,7 @@ def set_up(args, out, state, compiled):
     teacher = None
     if args.kl or METHODS[args.method].sees:
         teacher = make_teacher(student, args.teacher)
-    if state["step"]:
+    if state["metrics"]:
         own, _ = load_model(str(out))
         student.load_state_dict(own.state_dict())
         if teacher is not None and teacher is not student:
@@ -2653,7 +2645,7 @@ def set_up(args, out, state, compiled):
             compile_layers(model)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
-    if state["step"]:
+    if state["metrics"]:
         optimizer.load_state_dict(state["optimizer"])
     return student, tokenizer, teacher, optimizer
 
@@ -2704,15 +2696,16 @@ def show_step(metrics, sample):
 
 
 def cmd_train(args):
-    """Train a student, by default towards its rubric-guided teacher; --out is a checkpoint."""
-    kept = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+    """Train a student, by default towards its rubric-guided teacher; --out gets checkpoints."""
     out = Path(args.out).resolve()
-    state = open_run(out, kept, args.resume)
-    start, history = state["step"], state["metrics"]
-    require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     method = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
     rows = load_questions(args)
+    seen = crc32(repr((templates, rows)).encode())
+    held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
+    history = state["metrics"]
+    start = len(history)
+    require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts
     compiled = is_compiled(args, completions)
     student, tokenizer, teacher, optimizer = set_up(args, out, state, compiled)
@@ -2724,11 +2717,6 @@ def cmd_train(args):
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
     for name in ("prompt_ids", "teacher_ids"):
         say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
-    kept["data_seen"] = crc32(repr(examples).encode())
-    same = state.get("data_seen") in (None, kept["data_seen"])
-    require(same, f"--out {out} holds a run on other data or prompts; choose another --out.")
-    if RANK == 0:
-        begin_run(out, kept, history)
     is_asked = args.kl or method.signal == "divergence"
     steps = train(
         student,
@@ -2739,7 +2727,7 @@ def cmd_train(args):
         optimizer,
         steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
         start=start, rank=RANK,
-        ema=(teacher, args.ema_decay) if teacher and args.teacher == "ema" else None,
+        ema_teacher=teacher if args.teacher == "ema" else None, ema_decay=args.ema_decay,
         token_budget=args.token_budget or (16384 if has_gpu(gigabytes=75) else 8192),
         chunk=192_000_000 if has_gpu() else 24_000_000,
         split=my_micro_batches, combine=sum_over_processes,
@@ -2753,7 +2741,7 @@ def cmd_train(args):
         if step == start + 1 or is_last or step % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
         if is_last or step % args.save_every == 0:
-            save_checkpoint(out, student, teacher, optimizer, tokenizer, history)
+            save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
     say(f"saved {out}; python rsd.py eval --model {out}")
     sums = ("rollouts", "sampled", "trained", "seconds")

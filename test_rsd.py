@@ -209,8 +209,8 @@ def trained_names(model):
 
 
 def weights_of(run):
-    """The tensors of a run's checkpoint: {name: tensor}."""
-    (file,) = Path(run).glob("*.safetensors")
+    """The tensors of a model's folder, or of a run's last checkpoint: {name: tensor}."""
+    (file,) = Path(rsd.last_checkpoint(run) or run).glob("*.safetensors")
     return safetensors.torch.load_file(file)
 
 
@@ -2758,20 +2758,33 @@ def test_real_questions_over_a_real_server(
 
 # ---- 8. many processes ---------------------------------------------------------------------------
 
+MANY_CALLS = """
+import json, os, sys, rsd
 
-def torchrun(*words, cwd, script=REPO / "rsd.py"):
-    """Two processes that run a script, without a GPU; they are on their way when it returns."""
+for words in json.loads(sys.argv[1]):
+    code = rsd.main([word.replace("{rank}", os.environ["RANK"]) for word in words])
+    if code:
+        rsd.leave(code)
+    rsd.start_processes = lambda: None  # they are together already
+rsd.leave(0)
+"""
+
+
+def start_two(*calls, cwd):
+    """Two processes without a GPU, which run these command lines one after the other, since their
+    start takes longest; {rank} is replaced by each one's. They are on their way when it returns."""
+    (cwd / "calls.py").write_text(MANY_CALLS)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["calls.py", json.dumps([[*map(str, call)] for call in calls])]
     return subprocess.Popen(
-        [*launcher, "--nproc-per-node", "2", str(script), *map(str, words)],
-        cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        words, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
-def in_two_processes(*words, cwd, script=REPO / "rsd.py", code=0):
+def in_two_processes(*calls, cwd, code=0):
     """Run that to its end -> what was said."""
-    run = torchrun(*words, cwd=cwd, script=script)
+    run = start_two(*calls, cwd=cwd)
     said = run.communicate()[0]
     assert run.returncode == code, said
     return said
@@ -2791,46 +2804,30 @@ def test_micro_batches_give_every_row_to_one_rank_and_every_rank_a_row(tok, monk
 
 def test_a_rank_samples_its_share_and_gets_all_in_order(monkeypatch):
     prompts = [[k] * length for k, length in enumerate((3, 1, 4, 1, 5))]
-    shares = []
+    want = [(prompt + [9], True) for prompt in prompts]
+    shares, sent = [], []
 
     def sample(prompts):
         shares.append(prompts)
         return [(prompt + [9], True) for prompt in prompts]
 
-    assert rsd.sample_together(sample, prompts) == [(prompt + [9], True) for prompt in prompts]
-
+    assert rsd.sample_together(sample, prompts) == want
     monkeypatch.setattr(rsd, "WORLD_SIZE", 2)
-    sent = []
     for rank in range(2):
         monkeypatch.setattr(rsd, "RANK", rank)
         monkeypatch.setattr(rsd, "all_gather", lambda x: sent.append(x) or [x])
         with pytest.raises(KeyError):  # the other's share is not there
             rsd.sample_together(sample, prompts)
-    assert len(shares[1]) == 3
-    assert len(shares[2]) == 2
+    assert [len(share) for share in shares] == [5, 3, 2]
     monkeypatch.setattr(rsd, "all_gather", lambda x: sent)
-    assert rsd.sample_together(sample, prompts) == [(prompt + [9], True) for prompt in prompts]
+    assert rsd.sample_together(sample, prompts) == want
 
 
-MANY_CALLS = """
-import json, os, sys, rsd
-
-for words in json.loads(sys.argv[1]):
-    code = rsd.main([word.replace("{rank}", os.environ["RANK"]) for word in words])
-    if code:
-        rsd.leave(code)
-    rsd.start_processes = lambda: None  # they are together already
-rsd.leave(0)
-"""
-
-
-def calls_in_two_processes(*calls, cwd, code=0):
-    """Several command lines, one after the other in the same two processes, whose start takes
-    longest; {rank} is replaced by each one's -> what was said."""
-    script = cwd / "calls.py"
-    script.write_text(MANY_CALLS)
-    calls = [[*map(str, words)] for words in calls]
-    return in_two_processes(json.dumps(calls), cwd=cwd, script=script, code=code)
+def test_a_batch_gives_every_rank_a_prompt(monkeypatch):
+    monkeypatch.setattr(rsd, "WORLD_SIZE", 3)
+    assert rsd.parse_args(["train", "--batch", "3"]).batch == 3
+    with pytest.raises(rsd.UserError, match="--batch 2: each of 3 processes needs a prompt"):
+        rsd.parse_args(["train", "--batch", "2"])
 
 
 STEP_ON_A_GPU = """
@@ -2893,35 +2890,40 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu_also_with_nccl():
     assert all(1 <= n <= 12 for n in found["lengths"])
 
 
-KINDS_OF_RUNS = {
+ADAPTERS = {"lora": ["--lora-rank", 4]} if HAS_PEFT else {}
+KINDS_OF_RUNS = ADAPTERS | {
     "full": [],
     "ema": ["--teacher", "ema", "--gradient-checkpointing"],
     "live": ["--teacher", "live"],
 }
-if HAS_PEFT:
-    KINDS_OF_RUNS["lora"] = ["--lora-rank", "4"]
 
 
 @pytest.fixture(scope="module")
-def runs_of_two(base, tmp_path_factory):
-    """Each kind of run in one process and in two."""
+def of_two(base, tmp_path_factory):
+    """Each kind of run, and answers, of one process and of two; and what the two said."""
     where = tmp_path_factory.mktemp("two")
-    common = ["train", "--model", base, "--data", "toy", "--limit", 9, "--batch", 5, "--steps", 3]
-    common += ["--warmup", 0, "--temperature", 0, "--max-new-tokens", 12, "--token-budget", 600]
-    common += ["--lr", 1e-3]
-    calls = []
-    for kind, more in KINDS_OF_RUNS.items():
-        one = [*common, *more, "--out", where / f"{kind}-one"]
-        assert rsd.main([*map(str, one)]) == 0
-        calls.append([*common, *more, "--out", where / f"{kind}-two"])
-    calls_in_two_processes(*calls, cwd=where)
-    return where
+    common = ["--model", base, "--data", "toy", "--temperature", 0]
+    train = ["train", *common, "--limit", 9, "--batch", 5, "--steps", 3, "--save-every", 2, "--lr"]
+    train += [1e-3, "--warmup", 0, "--max-new-tokens", 12, "--token-budget", 600]
+    calls = {kind: [*train, *more] for kind, more in KINDS_OF_RUNS.items()}
+    for command in ("generate", "eval"):
+        calls[command] = [command, *common, "--limit", 5, "--max-new-tokens", 8, "--batch-size", 2]
+
+    for name, words in calls.items():
+        assert rsd.main([*map(str, words), "--out", str(where / name)]) == 0
+    own = with_flag([*calls["eval"], "--out", where / "node0"], "--limit", 2)
+    assert rsd.main([*map(str, own)]) == 0  # the file of a node that shares none
+    for name in calls:
+        calls[name] = [*calls[name], "--out", where / f"{name}2"]
+    nodes = [*calls["eval"][:-1], "node{rank}"]
+    return where, in_two_processes(*calls.values(), nodes, cwd=where)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_RUNS)
-def test_two_processes_give_the_weights_of_one(base, runs_of_two, kind):
-    one, two = (weights_of(runs_of_two / f"{kind}-{way}") for way in ("one", "two"))
+def test_two_processes_give_the_weights_and_figures_of_one(base, of_two, kind):
+    where, _ = of_two
+    one, two = weights_of(where / kind), weights_of(where / f"{kind}2")
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
@@ -2929,106 +2931,55 @@ def test_two_processes_give_the_weights_of_one(base, runs_of_two, kind):
         start = weights_of(base)
         assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS_OF_RUNS)
-def test_every_figure_is_that_of_all_processes(runs_of_two, kind):
-    one, two = (metrics_of(runs_of_two / f"{kind}-{way}") for way in ("one", "two"))
-    for x, y in zip(one, two, strict=True):
-        x, y = without_timing(x), without_timing(y)
+    for x, y in zip(untimed(where / kind), untimed(where / f"{kind}2"), strict=True):
         assert x.keys() == y.keys()
         for name in x:
             assert x[name] == pytest.approx(y[name], rel=1e-3), name
 
 
 @pytest.mark.slow
+def test_two_processes_write_and_report_as_one(of_two):
+    where, said = of_two
+    assert said.count("valid  ") == 1, said
+    assert said.count("accuracy  ") == 2, said
+    for command in ("generate", "eval"):
+        assert len(rsd.read_jsonl(where / command)) == 5
+        assert (where / command).read_text() == (where / f"{command}2").read_text()
+    assert (where / "node0").read_text() == (where / "eval").read_text()
+    assert not (where / "node1").exists()  # a file is the first process's alone
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_to_the_bit(base, tmp_path):
-    words = ["train", "--model", base, "--data", "toy", "--limit", 9, "--batch", 4, "--warmup", 0]
-    words += ["--max-new-tokens", 8, "--lr", 1e-3, "--teacher", "ema"]
-    whole, half = tmp_path / "a", tmp_path / "b"
-    calls_in_two_processes(
-        [*words, "--steps", 4, "--out", whole], [*words, "--steps", 2, "--out", half], cwd=tmp_path
-    )
-    in_two_processes(*words, "--steps", 4, "--out", half, "--resume", cwd=tmp_path)
-    assert_same_weights(whole, half)
-
-    a, b = (torch.load(run / "trainer.pt") for run in (whole, half))
+    words = train_args(base, "whole", "--teacher", "ema")
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    in_two_processes(words, with_flag(with_flag(words, "--out", "half"), "--steps", 2), cwd=tmp_path)
+    in_two_processes([*with_flag(words, "--out", "half"), "--resume"], cwd=tmp_path)
+    assert_same_state(whole, half)
     names = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters()).keys()
-    assert a["teacher"].keys() == names
-    assert a["teacher"].keys() == b["teacher"].keys()
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
-    torch.testing.assert_close(a["teacher"], b["teacher"], atol=0, rtol=0)
-    torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], atol=0, rtol=0)
-
-    x, y = metrics_of(whole)[-1], metrics_of(half)[-1]
-    assert x["step"] == 4
-    for name in ("step", "loss", "grad_norm"):
-        assert x[name] == y[name]
+    assert state_of(whole)["teacher"].keys() == names
 
 
 @pytest.mark.slow
 def test_a_run_that_nodes_do_not_share_is_one_sentence(base, tmp_path):
-    words = ["train", "--steps", "1", "--batch", "2", "--resume", "--data", "toy", "--limit", "3"]
-    words += ["--model", str(base), "--max-new-tokens", "4"]
-    assert rsd.main([*words, "--out", str(tmp_path / "node0")]) == 0  # the other has none of it
-    said = calls_in_two_processes([*words, "--out", "node{rank}"], cwd=tmp_path, code=1)
+    words = train_args(base, tmp_path / "node0", "--resume")
+    assert rsd.main(with_flag(words, "--steps", 1)) == 0  # the other has none of it
+    said = in_two_processes(with_flag(words, "--out", "node{rank}"), cwd=tmp_path, code=1)
     assert "all nodes have to see it" in said
     assert 'rsd.py", line' not in said
 
 
 @pytest.mark.slow
-def test_two_processes_write_and_report_as_one(base, tmp_path):
-    common = ["--model", base, "--data", "toy", "--limit", 5, "--temperature", 0]
-    common += ["--max-new-tokens", 8, "--batch-size", 2]
-    calls = []
-    for command in ("generate", "eval"):
-        words = [command, *common]
-        assert rsd.main([*map(str, words), "--out", str(tmp_path / f"{command}1.jsonl")]) == 0
-        calls.append([*words, "--out", tmp_path / f"{command}2.jsonl"])
-
-    begun = ["eval", *common, "--out", tmp_path / "node0"]  # a file that nodes do not share
-    assert rsd.main([*map(str, with_flag(begun, "--limit", 2))]) == 0
-    calls.append(with_flag(begun, "--out", "node{rank}"))
-
-    said = calls_in_two_processes(*calls, cwd=tmp_path)
-    assert said.count("valid  ") == 1, said
-    assert said.count("accuracy  ") == 2, said
-    for command in ("generate", "eval"):
-        one, two = tmp_path / f"{command}1.jsonl", tmp_path / f"{command}2.jsonl"
-        assert len(rsd.read_jsonl(two)) == 5
-        assert one.read_text() == two.read_text()
-    assert (tmp_path / "node0").read_text() == (tmp_path / "eval1.jsonl").read_text()
-    assert not (tmp_path / "node1").exists()  # it is the first process's alone
-
-
-def test_a_batch_gives_every_rank_a_prompt(monkeypatch):
-    monkeypatch.setattr(rsd, "WORLD_SIZE", 3)
-    assert rsd.parse_args(["train", "--batch", "3"]).batch == 3
-    with pytest.raises(rsd.UserError, match="--batch 2: each of 3 processes needs a prompt"):
-        rsd.parse_args(["train", "--batch", "2"])
-
-
-def children_of(pid):
-    """The ids of the processes that a process has started."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # it may end at any moment
-            if folder.name.isdigit() and f"\nPPid:\t{pid}\n" in (folder / "status").read_text():
-                found.append(int(folder.name))
-    return found
-
-
-@pytest.mark.slow
 def test_a_dead_rank_ends_the_run_and_resume_goes_on(base, tmp_path):
-    out = tmp_path / "r"
-    words = ["train", "--model", base, "--data", "toy", "--limit", 4, "--batch", 2]
-    words += ["--max-new-tokens", 4, "--save-every", 1, "--out", out]
-    run = torchrun(*words, "--steps", 10000, cwd=tmp_path)
-    while run.poll() is None and not (out / "trainer.pt").exists():
+    out = tmp_path / "run"
+    words = with_flag(train_args(base, out, "--resume"), "--save-every", 1)
+    run = start_two(with_flag(words, "--steps", 10000), cwd=tmp_path)
+    while run.poll() is None and not rsd.last_checkpoint(out):
         time.sleep(0.2)
-    ranks = children_of(run.pid)
+    tasks = Path(f"/proc/{run.pid}/task").iterdir()
+    ranks = [pid for task in tasks for pid in (task / "children").read_text().split()]
     assert len(ranks) == 2
-    os.kill(ranks[1], 9)
+    os.kill(int(ranks[1]), 9)
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 1
     assert "Signal 9" in said
@@ -3036,417 +2987,334 @@ def test_a_dead_rank_ends_the_run_and_resume_goes_on(base, tmp_path):
         assert not Path(f"/proc/{pid}").exists()
 
     done = len(metrics_of(out))
-    saved = torch.load(out / "trainer.pt")["step"]
-    assert saved >= 1
-    assert rsd.main([*map(str, words), "--steps", str(done + 2), "--resume"]) == 0
+    assert len(state_of(out)["metrics"]) >= 1
+    assert rsd.main(with_flag(words, "--steps", done + 2)) == 0
     assert [m["step"] for m in metrics_of(out)] == [*range(1, done + 3)]
 
 
-# ---- 9. runs -------------------------------------------------------------------------------------
+# ---- 9. files: checkpoints, lines that go on -----------------------------------------------------
 
-
-def weights_in(model):
-    return {name: x.clone() for name, x in model.state_dict().items()}
-
-
-def test_fixed_teacher_never_moves_and_ema_follows_its_closed_form(tok):
-    model = tiny(tok)
-    with torch.no_grad():  # changed in memory: a teacher reloaded from a name would differ
-        model.base_model.norm.weight.mul_(1.5)
-    start = weights_in(model)
-    fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
-    optimizer, history = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for k in range(3):
-        episodes = random_episodes(tok, seed=k)
-        rsd.train_step(model, fixed, episodes, as_given, rsd.token_loss, [optimizer], 1e-2)
-        rsd.ema_update(ema, model, 0.9)
-        history.append(weights_in(model))
-
-    assert all(torch.equal(x, start[name]) for name, x in fixed.state_dict().items())
-    assert rsd.make_teacher(model, "live") is model
-    a, b, c = history
-    for name, x in ema.state_dict().items():
-        want = 0.9**3 * start[name] + 0.1 * (0.81 * a[name] + 0.9 * b[name] + c[name])
-        torch.testing.assert_close(x, want)
-        if not torch.equal(c[name], start[name]):
-            assert not torch.equal(x, start[name])
-
-
-def test_step_rows_visits_every_row_once_an_epoch():
-    items = list(range(10))
-    seen = [x for step in range(5) for x in rsd.step_rows(items, step, 4, 7)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == items
-    assert seen[:10] != seen[10:]
-    assert rsd.step_rows(items, 3, 4, 7) == seen[12:16]
-    assert rsd.step_rows(items, 3, 4, 8) != seen[12:16]
-
-
-def test_learning_rate():
-    assert [rsd.learning_rate(k, 1.0, 2) for k in range(4)] == [0.5, 1, 1, 1]
-    assert [rsd.learning_rate(k, 3.0, 0) for k in range(2)] == [3, 3]
-
-
-def test_small_updates_are_not_lost(tok, tmp_path):
-    tiny(tok).to(torch.bfloat16).save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    model, _ = rsd.load_model(str(tmp_path))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-    before = weights_in(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0)
-    teacher, episodes = tiny(tok, 1), random_episodes(tok)
-    rsd.train_step(model, teacher, episodes, as_given, rsd.token_loss, [optimizer], 5e-6)
-    matrices = {name: x for name, x in model.state_dict().items() if x.ndim == 2}
-    moved = [(x != before[name]).float().mean() for name, x in matrices.items()]
-    in_half = [
-        (x.bfloat16() != before[name].bfloat16()).float().mean() for name, x in matrices.items()
-    ]
-    assert min(moved) > 0.5
-    assert max(in_half) < 0.1  # what bfloat16 weights would have kept of it
-
-
-# ---- 9. runs: teachers, adapters, checkpoints, files ---------------------------------------------
 
 def untimed(run):
     """The figures of each step, without those that a clock gives."""
     return [without_timing(line) for line in metrics_of(run)]
 
 
+def state_of(run):
+    """What a run's last checkpoint holds beside the weights."""
+    return torch.load(f"{rsd.last_checkpoint(run)}/trainer.pt", weights_only=True)
+
+
+def assert_same_state(one, other):
+    """Weights, optimizer, teacher and figures of two runs are the same to the bit."""
+    assert_same_weights(one, other)
+    assert untimed(one) == untimed(other)
+    a, b = state_of(one), state_of(other)
+    assert a["optimizer"]["state"]
+    for name in ("optimizer", "teacher"):
+        torch.testing.assert_close(a[name], b[name], atol=0, rtol=0)
+
+
 def files_of(folder):
     """Each file below a folder and what it holds; the lock is nobody's."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "rsd.lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.fixture(scope="session")
-def finished(base, tmp_path_factory):
-    """The directory of a run of four steps, not to be changed."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert rsd.main(train_args(base, out)) == 0
-    return out
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of that run."""
-    return shutil.copytree(finished, tmp_path / "run")
+HALVES = {"fixed": [], "ema": ["--teacher", "ema", "--ema-decay", "0.5"]}
+if HAS_PEFT:
+    HALVES["lora"] = [*HALVES["ema"], "--lora-rank", "4", "--lr", "0.01"]
 
 
 @pytest.fixture(scope="session")
-def halfway(base, tmp_path_factory):
-    """The directory of the same run after two steps, not to be changed."""
-    out = tmp_path_factory.mktemp("halfway") / "run"
-    assert rsd.main(with_flag(train_args(base, out), "--steps", 2)) == 0
-    return out
+def runs(base, tmp_path_factory):
+    """The folders of runs of four steps, saved at 2 and 4, not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind, more in HALVES.items():
+        assert rsd.main(train_args(base, folder / kind, *more)) == 0
+    return folder
 
 
 @pytest.fixture
-def half(halfway, tmp_path):
-    """A copy of that run."""
-    return shutil.copytree(halfway, tmp_path / "half")
+def run(runs, tmp_path):
+    """A copy of a finished run."""
+    return shutil.copytree(runs / "fixed", tmp_path / "run")
 
 
-# -- a run that goes on
+@pytest.fixture
+def half(run):
+    """A copy of that run after its first checkpoint: a crash after step 4 leaves its lines."""
+    shutil.rmtree(run / "checkpoint-4")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    return run
 
 
-@pytest.mark.parametrize("teacher", ["fixed", "ema"])
-def test_resume_equals_uninterrupted_to_the_bit(base, tmp_path, teacher):
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    assert rsd.main(train_args(base, whole, "--teacher", teacher)) == 0
-    words = train_args(base, half, "--teacher", teacher)
-    assert rsd.main(with_flag(words, "--steps", 2)) == 0
-    with open(half / "metrics.jsonl", "a") as file:  # what a crash after step 3 leaves
-        file.write(json.dumps({"step": 3}) + '\n{"step": 4, "lo')
-    assert rsd.main([*words, "--resume"]) == 0
-    assert_same_weights(whole, half)
-    assert untimed(whole) == untimed(half)
-    assert len(untimed(whole)) == 4
+# -- checkpoints
 
 
-def test_checkpoint_generates_the_same_tokens(finished):
-    model = AutoModelForCausalLM.from_pretrained(finished)
-    tok = AutoTokenizer.from_pretrained(finished)
-    ours, _ = rsd.load_model(str(finished))
-    prompt = rsd.context_ids(tok, "{question}", {"question": "At 3 m/s a cart moves for 2 min."})
-    plain = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)
-    plain = plain[0, len(prompt) :].tolist()
-    stop = rsd.stop_ids(ours, tok)
-    got, _ = rsd.sample_completions(ours, [prompt], stop, 10, temperature=0)[0]
-    assert plain[: len(got)] == got
+@pytest.mark.parametrize("kind", HALVES)
+def test_resume_equals_uninterrupted_to_the_bit(kind, base, runs, tmp_path):
+    half = shutil.copytree(runs / kind, tmp_path / "half")
+    shutil.rmtree(half / "checkpoint-4")
+    assert rsd.main(train_args(base, half, *HALVES[kind], "--resume")) == 0
+    assert_same_state(half, runs / kind)
+    assert len(untimed(half)) == 4
 
 
-def test_a_step_is_logged_with_its_figures(finished):
-    names = "loss divergence entropy clipped length truncated leak accuracy grad_norm lr s_sampling"
-    names += " s_rescoring s_update sampled"
-    for line in metrics_of(finished):
-        assert {*names.split()} <= line.keys()
+@pytest.mark.parametrize("mask, mode, file_mode", [(0o022, 0o2770, 0o644), (0o027, 0o700, 0o640)])
+def test_a_run_keeps_its_last_two_checkpoints_and_the_users_modes(
+    mask, mode, file_mode, base, tmp_path
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    out.chmod(mode)
+    before = os.umask(mask)
+    try:
+        assert rsd.main(with_flag(train_args(base, out), "--save-every", 1)) == 0
+    finally:
+        os.umask(before)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"rsd.lock", "metrics.jsonl", "checkpoint-3", "checkpoint-4"}
+    assert out.stat().st_mode & 0o7777 == mode
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o777 == file_mode, path
+    assert not any(str(tmp_path).encode() in content for content in files_of(out).values())
 
 
-def test_resume_keeps_the_runs_own_teacher(base, finished, tmp_path):
-    start, half = tmp_path / "base", tmp_path / "half"
-    shutil.copytree(base, start)
-    assert rsd.main(with_flag(train_args(start, half), "--steps", 2)) == 0
-    model = AutoModelForCausalLM.from_pretrained(base)
-    with torch.no_grad():  # somebody changes the base model on disk
-        model.base_model.norm.weight.add_(0.1)
-    model.save_pretrained(start)
-    assert rsd.main(train_args(start, half, "--resume")) == 0
-    assert_same_weights(finished, half)
+def test_plain_transformers_loads_a_checkpoint_by_its_path(runs):
+    folder, ids = runs / "fixed" / "checkpoint-4", torch.tensor([[5, 6, 7, 8]])
+    ours, tok = rsd.load_model(str(runs / "fixed"))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, ours(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder)("J/min").input_ids == tok("J/min").input_ids
+
+
+def test_another_trainers_folder_is_loaded_as_it_stands(base, runs, tmp_path):
+    mine = shutil.copytree(base, tmp_path / "mine")
+    shutil.copytree(runs / "fixed" / "checkpoint-4", mine / "checkpoint-500")
+    model, _ = rsd.load_model(str(mine))
+    want = weights_of(base)
+    assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items() if name in want)
+
+
+KILLER = """
+import json, os, signal, sys, time, rsd
+words, out, n, by = json.loads(sys.argv[1])
+rsd.load_model(words[2])  # or each child imports what that needs
+touches = "open os.rename os.mkdir os.remove os.rmdir os.chmod os.listdir".split()
+begun, seen = time.time(), []
+
+def watch(event, args):
+    if event == "os.remove" or event in touches and str(args[0]).startswith(out):
+        seen.append(event)
+        if len(seen) == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+for number in range(n + 1):  # the first one lives
+    kill = by == "operations" and number * 125 // (n + 1)
+    child = os.fork()
+    if child == 0:
+        out += f"/{number}"
+        sys.addaudithook(watch)
+        os._exit(rsd.main([*words, "--out", out]))
+    if number and by == "moments":
+        time.sleep(number * seconds / n)
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if number == 0:
+        seconds = time.time() - begun
+"""
+
+
+@pytest.mark.parametrize(
+    "n, by",
+    [
+        (4, "operations"),  # on files
+        pytest.param(60, "operations", marks=pytest.mark.slow),
+        pytest.param(30, "moments", marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_leaves_whole_checkpoints_and_resume_goes_on_to_the_bit(n, by, base, tmp_path):
+    words = with_flag(train_args(base, "")[:-2], "--save-every", 1)
+    given = json.dumps([words, str(tmp_path), n, by])
+    subprocess.run([sys.executable, "-c", KILLER, given], cwd=REPO, check=True)
+    killed = 0
+    for number in range(n + 1):
+        out = tmp_path / str(number)
+        for folder in out.glob("checkpoint-*"):
+            assert AutoModelForCausalLM.from_pretrained(folder)
+            state = torch.load(folder / "trainer.pt")
+            assert folder.name == f"checkpoint-{len(state['metrics'])}"
+        if not (out / "checkpoint-4").exists():
+            killed += 1
+            assert rsd.main([*words, "--out", str(out), "--resume"]) == 0
+            assert {path.name for path in out.iterdir()} >= {"checkpoint-3", "checkpoint-4"}
+        assert_same_state(out, tmp_path / "0")
+    assert killed > n // 3
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(base, half, monkeypatch):
+    sync, rename, on_disk, named = os.fsync, Path.rename, set(), []
+
+    def identity(file):
+        return file.st_ino, file.st_mtime_ns
+
+    def seen_sync(handle):
+        sync(handle)
+        on_disk.add(identity(os.fstat(handle)))
+
+    def seen_rename(path, new):
+        named.append(new.name)
+        assert {identity(file.stat()) for file in [path, *path.rglob("*")]} <= on_disk
+        return rename(path, new)
+
+    monkeypatch.setattr(os, "fsync", seen_sync)
+    monkeypatch.setattr(Path, "rename", seen_rename)
+    assert rsd.main(train_args(base, half, "--resume")) == 0
+    assert named == ["checkpoint-4"]
+    assert identity(half.stat()) in on_disk  # the new name as well
+
+
+def test_what_a_user_puts_into_a_run_survives(base, run):
+    (run / "mine").mkdir()
+    mine = [run / "notes.txt", run / "mine" / "notes.txt", run / "checkpoint-2" / "notes.txt"]
+    for file in mine:
+        file.write_text("mine")
+    kept = shutil.copytree(run / "checkpoint-4", run / "checkpoint-4-best")
+    half_written = run / ".rsd-part"
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes(b"half")
+    more = train_args(base, run, "--resume")
+    assert rsd.main(with_flag(with_flag(more, "--steps", 7), "--save-every", 1)) == 0
+    assert [file.read_text() for file in mine] == ["mine"] * 3
+    names = "rsd.lock metrics.jsonl mine notes.txt checkpoint-2 checkpoint-4-best checkpoint-6"
+    assert {path.name for path in run.iterdir()} == {*names.split(), "checkpoint-7"}
+    assert weights_of(kept).keys() == weights_of(run).keys()
+
+
+def test_a_run_its_model_its_data_and_its_prompts_may_move(base, tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(base, here / "model")
+    shutil.copytree(TOY, here / "prompts", ignore=shutil.ignore_patterns("base-*"))
+    write_lines(here / "d.jsonl", toy_rows("train", 8))
+
+    def words_in(folder):
+        more = ["--data", folder / "d.jsonl", "--prompts", folder / "prompts", "--resume"]
+        return train_args(folder / "model", folder / "run", *more)
+
+    assert rsd.main(with_flag(words_in(here), "--steps", 2)) == 0
+    here.rename(there)
+    before = files_of(there / "run")
+    for name in ("prompts/student.txt", "prompts/rubric.txt", "d.jsonl"):
+        text = (there / name).read_text()
+        (there / name).write_text(text.replace("{question}", "{question}!").replace(" km", " mm"))
+        assert "data and prompts was" in error_of(words_in(there), capsys)
+        (there / name).write_text(text)
+    assert files_of(there / "run") == before
+    assert rsd.main(words_in(there)) == 0
+    assert len(metrics_of(there / "run")) == 4
+
+
+# -- what a run refuses
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("sprung"),)
+
+
+def pickled(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return file.getvalue()
+
+
+WEIGHTS, TRAINER = "checkpoint-4/model.safetensors", "checkpoint-4/trainer.pt"
+EMPTY = safetensors.torch.save({}, {"format": "pt"})
+REFUSED = [  # a finished run's files that change (None: is lost), flags, words of the sentence
+    ({}, [], "add --resume"),
+    ({TRAINER: None}, [], "add --resume"),
+    ({}, ["--resume", "--lr", "0.5"], "lr was 0.001"),
+    ({}, ["--resume", "--seed", "9"], "seed was 0"),
+    ({TRAINER: None}, ["--resume"], "checkpoint-4 is damaged; move"),
+    ({TRAINER: b""}, ["--resume"], "checkpoint-4 is damaged; move"),
+    ({TRAINER: b"PK\3\4[1]"}, ["--resume"], "checkpoint-4 is damaged; move"),
+    ({TRAINER: pickled({"settings": Trap()})}, ["--resume"], "checkpoint-4 is damaged; move"),
+    ({WEIGHTS: EMPTY}, ["--resume"], "lack 47 weights"),
+    ({WEIGHTS: None, "checkpoint-4/pytorch_model.bin": pickled(Trap())}, ["--resume"], "--model"),
+    ({"rsd.lock": None, "thesis.tex": b"mine"}, ["--resume"], "is no run of rsd.py"),
+    ({"rsd.lock": None}, [], "is no run of rsd.py"),
+]
+
+
+@pytest.mark.parametrize("files, more, word", REFUSED, ids=range(len(REFUSED)))
+def test_an_out_that_does_not_fit_is_one_sentence_and_left_alone(
+    files, more, word, base, run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        if content is None:
+            (run / name).unlink()
+        else:
+            (run / name).write_bytes(content)
+    before = files_of(tmp_path)
+    assert word in error_of(train_args(base, run, *more), capsys)
+    assert files_of(tmp_path) == before
+
+
+def test_an_out_of_train_may_be_a_link_but_no_file(base, half, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in ("/dev/null", tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(out)[:5] in error_of(train_args(base, out), capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "link").symlink_to(half)
+    assert rsd.main(train_args(base, tmp_path / "link", "--resume")) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert len(metrics_of(half)) == 4
 
 
 def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, monkeypatch):
-    real, calls = rsd.token_loss, []
+    real, factors = rsd.token_loss, iter([1, 1, 1, math.nan])
 
     def broken(*words, **options):
-        calls.append(1)
         figures = real(*words, **options)
-        if len(calls) > 3:
-            figures["loss"] = figures["loss"] * math.nan
-        return figures
+        return figures | {"loss": figures["loss"] * next(factors)}
 
     monkeypatch.setattr(rsd, "token_loss", broken)
     out = tmp_path / "run"
     message = error_of(train_args(base, out, "--token-budget", 10**6), capsys)
     assert "step 4" in message
     assert str(out) in message
-    for p in AutoModelForCausalLM.from_pretrained(out).parameters():  # the last good checkpoint
-        assert p.isfinite().all()
-    assert torch.load(out / "trainer.pt")["step"] == 2
+    assert all(x.isfinite().all() for x in weights_of(out).values())  # the last good checkpoint
+    assert len(state_of(out)["metrics"]) == 2
 
 
-# -- what a run refuses
-
-
-def test_out_with_other_settings_is_refused_and_left_alone(base, run, capsys):
-    before = files_of(run)
-    cases = [
-        ([], "--resume"),
-        (["--lr", "0.5"], "lr 0.001 -> 0.5"),
-        (["--resume", "--seed", "9"], "seed 0 -> 9"),
-    ]
-    for more, word in cases:
-        assert word in error_of(train_args(base, run, *more), capsys)
-        assert files_of(run) == before
-
-
-@pytest.mark.parametrize("name", ["thesis.tex", "metrics.jsonl", "model.safetensors", "a/b.txt"])
-def test_a_directory_that_holds_anything_else_is_refused_and_left_alone(
-    name, base, tmp_path, capsys
+@pytest.mark.parametrize("breaks", ["torch.save", "os.fsync", "pathlib.Path.write_text"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_disk_that_is_full_is_one_sentence_and_resume_goes_on(
+    begun, breaks, base, half, runs, tmp_path, capsys, monkeypatch
 ):
-    mine = tmp_path / "mine" / name
-    mine.parent.mkdir(parents=True)
-    mine.write_text('{"loss": 1, "by": "another trainer"}\n')
-    before = files_of(tmp_path / "mine")
-    assert "is no run of rsd.py" in error_of(train_args(base, tmp_path / "mine"), capsys)
-    assert files_of(tmp_path / "mine") == before
+    out = half if begun else tmp_path / "new"
+    before = {name: x for name, x in files_of(out).items() if name != "metrics.jsonl"}
 
+    def full(file, *words, **options):
+        raise OSError(28, "No space left on device")
 
-@pytest.mark.parametrize(
-    "name, named",
-    [("/dev/null", "/dev/null"), ("file", "file"), ("link", "file"), ("file/below", "file")],
-)
-def test_an_out_of_train_that_is_no_directory_is_one_sentence(name, named, base, tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert str(tmp_path / named) in error_of(train_args(base, tmp_path / name), capsys)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_an_out_of_train_may_be_a_link(base, run, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(run)
-    assert rsd.main(with_flag(train_args(base, link, "--resume"), "--steps", 5)) == 0
-    assert link.is_symlink()
-    assert len(metrics_of(run)) == 5
-
-
-def test_resume_on_other_data_or_another_prompt_is_refused(base, tmp_path, capsys):
-    out, prompts = tmp_path / "run", tmp_path / "prompts"
-    shutil.copytree(TOY, prompts, ignore=shutil.ignore_patterns("base-*"))
-    rows = toy_rows("train", 8)
-    data = write_lines(tmp_path / "d.jsonl", rows)
-    words = train_args(base, out, "--data", data, "--prompts", prompts)
-    assert rsd.main(with_flag(words, "--steps", 2)) == 0
-    words.append("--resume")
-    before = files_of(out)
-
-    write_lines(tmp_path / "d.jsonl", [rows[0] | {"question": "Why?"}, *rows[1:]])
-    assert "other data or prompts" in error_of(words, capsys)
-    write_lines(tmp_path / "d.jsonl", rows)
-    for name in ("student", "rubric"):
-        file = prompts / f"{name}.txt"
-        text = file.read_text()
-        file.write_text("Please: " + text)
-        assert "other data or prompts" in error_of(words, capsys)
-        file.write_text(text)
-    assert files_of(out) == before
-    assert rsd.main(words) == 0
-
-
-def test_a_checkpoint_without_some_of_its_weights_is_refused(base, run, capsys):
-    tensors = weights_of(run)
-    lacking = "model.layers.1.mlp.up_proj.weight"
-    tensors.pop(lacking)
-    safetensors.torch.save_file(tensors, run / "model.safetensors", {"format": "pt"})
-    for words in (train_args(base, run, "--resume"), ["eval", "--model", run, "--data", "toy"]):
-        message = error_of(words, capsys)
-        assert "lack 1 weights" in message
-        assert lacking in message
-
-
-class Trap:
-    """Unpickled, it leaves a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("beside_safetensors", [True, False])
-def test_pickled_weights_are_never_read(beside_safetensors, base, run, tmp_path, capsys):
-    torch.save({"w": Trap(tmp_path / "sprung")}, run / "pytorch_model.bin")
-    words = with_flag(train_args(base, run, "--resume"), "--steps", 5)
-    if beside_safetensors:
-        assert rsd.main(words) == 0
-        assert (run / "pytorch_model.bin").exists()
-    else:
-        (run / "model.safetensors").unlink()
-        assert "--model" in error_of(words, capsys)
-    assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize("name", ["rsd.json", "trainer.pt"])
-def test_a_damaged_state_of_a_run_is_one_sentence(name, base, run, tmp_path, capsys):
-    file = run / name
-    content = file.read_bytes()
-    for damaged in (b"", content[: len(content) // 2], b"[1]"):
-        file.write_bytes(damaged)
-        assert name in error_of(train_args(base, run, "--resume"), capsys)
-    torch.save({"step": Trap(tmp_path / "sprung")}, file)
-    assert name in error_of(train_args(base, run, "--resume"), capsys)
-    assert not (tmp_path / "sprung").exists()
-
-
-# -- saving
-
-
-def test_what_a_user_puts_beside_a_checkpoint_survives_the_next_save(base, run):
-    (run / "notes.txt").write_text("my notes")
-    (run / "mine").mkdir()
-    (run / "mine" / "answers.jsonl").write_text("{}")
-    assert rsd.main(with_flag(train_args(base, run, "--resume"), "--steps", 5)) == 0
-    assert (run / "notes.txt").read_text() == "my notes"
-    assert (run / "mine" / "answers.jsonl").read_text() == "{}"
-    assert torch.load(run / "trainer.pt")["step"] == 5
-    assert not [*run.glob(".rsd-*")]
-
-
-@pytest.mark.parametrize("moved", [[], ["model.safetensors"], ["trainer.pt", "config.json"]])
-def test_a_save_that_was_cut_off_is_finished_by_resume(moved, base, half, finished):
-    not_saved = shutil.ignore_patterns(".lock", "rsd.json", "metrics.jsonl")
-    ready = shutil.copytree(finished, half / ".rsd-ready", ignore=not_saved)
-    for name in moved:
-        (ready / name).replace(half / name)
-    assert rsd.main(train_args(base, half, "--resume")) == 0  # no step is left to do
-    assert torch.load(half / "trainer.pt")["step"] == 4
-    assert not ready.exists()
-    assert_same_weights(half, finished)
-    assert untimed(half) == untimed(finished)
-
-
-def test_a_save_that_never_became_ready_harms_nothing(base, half, finished):
-    (half / ".rsd-new").mkdir()
-    (half / ".rsd-new" / "model.safetensors").write_bytes(b"half")
-    (half / ".rsd-new" / "other.txt").write_bytes(b"half")
-    assert rsd.main(train_args(base, half, "--resume")) == 0
-    assert_same_weights(half, finished)
-    assert files_of(half).keys() == files_of(finished).keys()
-
-
-def test_a_save_that_fails_is_one_sentence_and_the_last_checkpoint_stays_whole(
-    base, run, capsys, monkeypatch
-):
-    before = files_of(run)
-
-    def full(state, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
-
-    words = with_flag(train_args(base, run, "--resume"), "--steps", 5)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        message = error_of(words, capsys)
-    assert "cannot save" in message
-    assert "stays" in message
-    after = files_of(run)
-    for name in before.keys() - {"metrics.jsonl", "rsd.json"}:
-        assert after[name] == before[name], name
-    assert after.keys() == before.keys()
-    assert rsd.main(words) == 0
-
-
-@pytest.mark.parametrize("is_new", [True, False])
-def test_a_run_that_dies_as_it_begins_can_go_on(
-    is_new, base, half, finished, capsys, monkeypatch
-):
-    write = Path.write_text
-
-    def full(file, text, **options):
-        write(file, text[: len(text) // 2], **options)
-        raise OSError(28, "No space left on device", str(file))
-
-    out = half.with_name("new") if is_new else half
     words = train_args(base, out, "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        assert "No space left on device" in error_of(words, capsys)
+        patch.setattr(breaks, full)
+        message = error_of(words, capsys)
+    assert "No space left" in message
+    assert "cannot save" in message or "write_text" in breaks
+    assert {name: x for name, x in files_of(out).items() if name != "metrics.jsonl"} == before
     assert rsd.main(words) == 0
-    assert_same_weights(out, finished)
+    assert_same_state(out, runs / "fixed")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
-    base, finished, tmp_path, monkeypatch
-):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", lambda *words: 1 / 0)
-        assert rsd.main(train_args(base, out)) == 2
-    assert len(metrics_of(out)) == 2
-    assert rsd.main(train_args(base, out)) == 0
-    assert_same_weights(out, finished)
-    assert untimed(out) == untimed(finished)
-
-
-# -- one writer
-
-
-def test_a_second_writer_of_a_run_is_refused(base, run, capsys):
-    ready = run / ".rsd-ready"  # the first writer is about to move its checkpoint
-    ready.mkdir()
-    (ready / "config.json").write_bytes((run / "config.json").read_bytes())
-    before = files_of(run)
-    held = rsd.lock(run / ".lock")
-    words = with_flag(train_args(base, run, "--resume"), "--steps", 5)
-    assert "another process writes there" in error_of(words, capsys)
-    assert files_of(run) == before
-    held.close()
-    assert rsd.main(words) == 0
-
-
-def test_a_second_writer_of_a_file_is_refused(base, tmp_path, capsys):
-    out = tmp_path / "rubrics.jsonl"
-    held = rsd.lock(out)
-    held.write(b'{"question": "half a li')
-    held.flush()
-    words = ["generate", "--model", base, "--data", "toy", "--limit", 1, "--max-new-tokens", 4]
-    words += ["--out", out]
-    assert "another process writes there" in error_of(words, capsys)
-    assert out.read_bytes() == b'{"question": "half a li'
-    held.close()
-    assert rsd.main([*map(str, words)]) == 0
-    assert len(rsd.read_jsonl(out)) == 1
+# -- one writer, and JSON Lines that are kept
 
 
 HOLDER = """
@@ -3458,19 +3326,21 @@ time.sleep(60)
 """
 
 
-def test_a_lock_dies_with_its_holder(tmp_path):
-    path = tmp_path / "file"
-    words = [sys.executable, "-c", HOLDER, str(path)]
-    holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(rsd.UserError, match="another process writes there"):
-        rsd.lock(path)
-    holder.send_signal(signal.SIGKILL)
-    holder.communicate()
-    rsd.lock(path).close()
-
-
-# -- JSON Lines that are kept
+def test_a_second_writer_is_refused_and_a_lock_dies_with_its_holder(base, run, tmp_path, capsys):
+    eval_words = ["eval", "--model", base, "--data", "toy", "--limit", 1, "--max-new-tokens", 4]
+    cases = {
+        run / "rsd.lock": with_flag(train_args(base, run, "--resume"), "--steps", 5),
+        tmp_path / "answers.jsonl": [*eval_words, "--out", tmp_path / "answers.jsonl"],
+    }
+    for path, words in cases.items():
+        holder = [sys.executable, "-c", HOLDER, str(path)]
+        with subprocess.Popen(holder, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "held\n"
+            before = files_of(tmp_path)
+            assert "another process writes there" in error_of(words, capsys)
+            assert files_of(tmp_path) == before
+            process.kill()
+        assert rsd.main([*map(str, words)]) == 0
 
 
 ORIGIN = {"model": "m", "top_p": 0.9}
@@ -3478,7 +3348,7 @@ ORIGIN = {"model": "m", "top_p": 0.9}
 
 def line_of(question, **more):
     """A line as `remember` writes it."""
-    return json.dumps({"question": question, "text": "t"} | ORIGIN | more)
+    return json.dumps({"question": question, "text": "t"} | ORIGIN | more) + "\n"
 
 
 def remembered(path, *questions):
@@ -3494,39 +3364,27 @@ def remembered(path, *questions):
     return asked
 
 
-def test_known_jobs_and_repeats_are_not_asked_again(tmp_path):
-    out = tmp_path / "new" / "ours.jsonl"
-    assert remembered(out, "a") == ["a"]
-    assert remembered(out, "a", "b", "b") == ["b"]
-    assert rsd.read_jsonl(out) == [json.loads(line_of(question)) for question in "ab"]
+def test_known_jobs_and_repeats_are_not_asked_again_also_behind_a_link(tmp_path):
+    real, link = tmp_path / "new" / "real.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(real)
+    assert remembered(real, "a") == ["a"]
+    assert remembered(link, "a", "b", "b") == ["b"]
+    assert link.is_symlink()
+    assert real.read_text() == line_of("a") + line_of("b")
 
 
 @pytest.mark.parametrize("whole", [[], ["a"], ["a", "b"]], ids=len)
-@pytest.mark.parametrize("cut_off", [b'{"question": "c', b'{"question": "c", "text": [{"d'])
-def test_a_last_line_of_ours_that_was_cut_off_goes(whole, cut_off, tmp_path):
+def test_a_line_of_ours_may_be_cut_off_anywhere(whole, tmp_path):
     out = tmp_path / "ours.jsonl"
-    content = "".join(line_of(question) + "\n" for question in whole).encode()
-    out.write_bytes(content + cut_off)
-    assert remembered(out, *whole, "c") == ["c"]
-    assert out.read_bytes() == content + line_of("c").encode() + b"\n"
-
-
-def test_a_line_of_ours_may_be_cut_off_anywhere(tmp_path):
-    out = tmp_path / "ours.jsonl"
-    content = line_of("a").encode() + b"\n"
-    line = line_of("b").encode()
-    for length in range(len(line)):
-        out.write_bytes(content + line[:length])
-        assert remembered(out, "a", "b") == ["b"]
-        assert out.read_bytes() == content + line + b"\n"
-
-
-def test_a_last_line_that_lacks_its_line_break_alone_is_kept(tmp_path):
-    out = tmp_path / "ours.jsonl"
-    out.write_text(line_of("a") + "\n" + line_of("b"))
-    assert remembered(out, "a", "b") == []
-    assert remembered(out, "c") == ["c"]
-    assert [line["question"] for line in rsd.read_jsonl(out)] == ["a", "b", "c"]
+    content = "".join(map(line_of, whole))
+    line = line_of("{c}")
+    for length in range(len(line) - 1):
+        out.write_text(content + line[:length])
+        assert remembered(out, *whole, "{c}") == ["{c}"]
+        assert out.read_text() == content + line
+    out.write_text(content + line[:-1])  # whole but for its line break: it is kept
+    assert remembered(out, *whole, "{c}", "d") == ["d"]
+    assert out.read_text() == content + line + line_of("d")
 
 
 @pytest.mark.parametrize(
@@ -3535,23 +3393,15 @@ def test_a_last_line_that_lacks_its_line_break_alone_is_kept(tmp_path):
         '{"a": 1}\n{"b": 2}', "remember the milk", '{"question": "mine", "answer": 7}',
         '{"question": "mine", "answer": 7}\n', '{"question": "a"}\n{"question": "b',
         '{\n "question": "a"\n}\n', '[{"question": "mine"}]', '{"question": "mine"}\n\n\nnotes',
+        line_of("a") + line_of("b", top_p=[0.5]) + '{"question": "c',
     ],
 )
-def test_a_users_own_file_is_never_cut(content, base, tmp_path, capsys):
+def test_a_file_of_another_origin_is_never_cut(content, tmp_path):
     mine = tmp_path / "mine"
     mine.write_text(content)
-    words = ["generate", "--model", base, "--data", "toy", "--limit", 1, "--out", mine]
-    assert str(mine) in error_of([*words, "--max-new-tokens", 4], capsys)
+    with pytest.raises(rsd.UserError, match=f"{mine}"):
+        remembered(mine, "d")
     assert mine.read_text() == content
-
-
-def test_a_file_with_lines_of_other_settings_is_refused_and_left_alone(tmp_path):
-    out = tmp_path / "ours.jsonl"
-    content = line_of("a") + "\n" + line_of("b", top_p=0.5) + "\n" + '{"question": "c'
-    out.write_text(content)
-    with pytest.raises(rsd.UserError, match=r"\{'top_p': 0.5\}, now .*'top_p': 0.9.*another --out"):
-        remembered(out, "d")
-    assert out.read_text() == content
 
 
 def test_what_shapes_a_line_is_its_origin_and_nothing_else(base, tmp_path, capsys, monkeypatch):
@@ -3565,18 +3415,23 @@ def test_what_shapes_a_line_is_its_origin_and_nothing_else(base, tmp_path, capsy
     assert rsd.main([*map(str, words)]) == 0
     content = out.read_bytes()
     assert rsd.main([*map(str, words), "--batch-size", "1", "--seed", "0"]) == 0
-    assert out.read_bytes() == content
     cases = {
         "--top-p": 0.5, "--top-k": 3, "--temperature": 0.1, "--max-new-tokens": 5,
         "--thinking": "on", "--writer": "writer",
     }
     for flag, value in cases.items():
-        name = flag.strip("-").replace("-", "_")
-        assert f"'{name}': " in error_of([*words, flag, value], capsys)
-    file = prompts / "writer+answer.txt"
-    file.write_text("Say only: banana. {question}")
-    assert "'prompt': " in error_of(words, capsys)
+        assert flag.strip("-").replace("-", "_") in error_of([*words, flag, value], capsys)
+    (prompts / "writer+answer.txt").write_text("Say only: banana. {question}")
+    assert "another ['prompt']" in error_of(words, capsys)
     assert out.read_bytes() == content
+
+
+def test_answers_of_a_run_are_those_of_its_last_checkpoint(base, run, tmp_path, capsys):
+    words = ["eval", "--model", run, "--data", "toy", "--limit", 1, "--max-new-tokens", 4]
+    words += ["--out", tmp_path / "e.jsonl"]
+    assert rsd.main([*map(str, words)]) == 0
+    assert rsd.main(with_flag(train_args(base, run, "--resume"), "--steps", 5)) == 0
+    assert "another ['saved']" in error_of(words, capsys)
 
 
 @pytest.mark.parametrize("name", ["folder", "/dev/null", "/dev/full", "file/below"])
@@ -3584,20 +3439,66 @@ def test_an_out_that_is_no_file_is_one_sentence(name, base, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     words = ["generate", "--model", base, "--data", "toy", "--limit", 1, "--max-new-tokens", 4]
-    assert name.split("/below")[0] in error_of([*words, "--out", tmp_path / name], capsys)
+    assert error_of([*words, "--out", tmp_path / name], capsys)
     assert files_of(tmp_path) == {"file": b"mine"}
 
 
-def test_a_file_behind_a_link_is_written_and_the_link_stays(tmp_path):
-    link = tmp_path / "link.jsonl"
-    link.symlink_to("real.jsonl")
-    assert remembered(link, "a") == ["a"]
-    assert remembered(link, "a", "b") == ["b"]
-    assert link.is_symlink()
-    assert len(rsd.read_jsonl(tmp_path / "real.jsonl")) == 2
+# -- teachers, schedule, memory, adapters
 
 
-# -- memory: gradient checkpointing, sparse rows, adapters, precision
+def weights_in(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def test_fixed_teacher_never_moves_and_ema_follows_its_closed_form(tok):
+    model = tiny(tok)
+    with torch.no_grad():  # changed in memory: a teacher reloaded from a name would differ
+        model.base_model.norm.weight.mul_(1.5)
+    start = weights_in(model)
+    fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
+    assert rsd.make_teacher(model, "live") is model
+    optimizer, history = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for k in range(3):
+        episodes = random_episodes(tok, seed=k)
+        rsd.train_step(model, fixed, episodes, as_given, rsd.token_loss, [optimizer], 1e-2)
+        rsd.ema_update(ema, model, 0.9)
+        history.append(weights_in(model))
+
+    assert all(torch.equal(x, start[name]) for name, x in fixed.state_dict().items())
+    a, b, c = history
+    for name, x in ema.state_dict().items():
+        want = 0.9**3 * start[name] + 0.1 * (0.81 * a[name] + 0.9 * b[name] + c[name])
+        torch.testing.assert_close(x, want)
+        assert torch.equal(c[name], start[name]) or not torch.equal(x, start[name])
+
+
+def test_step_rows_visits_every_row_once_an_epoch():
+    items = list(range(10))
+    seen = [x for step in range(5) for x in rsd.step_rows(items, step, 4, 7)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == items
+    assert seen[:10] != seen[10:]
+    assert rsd.step_rows(items, 3, 4, 7) == seen[12:16] != rsd.step_rows(items, 3, 4, 8)
+
+
+def test_learning_rate():
+    assert [rsd.learning_rate(k, 1.0, 2) for k in range(4)] == [0.5, 1, 1, 1]
+    assert [rsd.learning_rate(k, 3.0, 0) for k in range(2)] == [3, 3]
+
+
+def test_small_updates_are_not_lost(tok, tmp_path):
+    tiny(tok).to(torch.bfloat16).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    model, _ = rsd.load_model(str(tmp_path))
+    before = weights_in(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0)
+    teacher, episodes = tiny(tok, 1), random_episodes(tok)
+    rsd.train_step(model, teacher, episodes, as_given, rsd.token_loss, [optimizer], 5e-6)
+    for name, x in model.state_dict().items():
+        assert x.dtype == torch.float32
+        if x.ndim == 2:
+            assert (x != before[name]).float().mean() > 0.5
+            kept_in_half = x.bfloat16() != before[name].bfloat16()
+            assert kept_in_half.float().mean() < 0.1
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tok):
@@ -3626,25 +3527,24 @@ def test_sparse_rows_of_the_embedding_give_the_same_gradient(tie, tok):
     torch.testing.assert_close(*found)
 
 
-def test_adapters_stand_on_all_linear_layers(tok):
+def test_adapters_stand_on_all_linear_layers_in_float32(tok):
     pytest.importorskip("peft")
-    model = adapted(tok)
+    model = tiny(tok).to(torch.bfloat16)
+    rsd.add_lora(model, 4)
     assert model.peft_config["default"].lora_alpha == 8
-    trained = [name.split(".") for name, p in model.named_parameters() if p.requires_grad]
-    assert {name[-2] for name in trained} == {"default"}
-    assert {name[-3] for name in trained} == {"lora_A", "lora_B"}
-    assert {name[-4] for name in trained} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-    }
-    assert {name[2] for name in trained} == {"0", "1"}
+    layers = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj".split()
+    layers += "mlp.gate_proj mlp.up_proj mlp.down_proj".split()
+    parts = itertools.product(range(2), layers, "AB")
+    want = {f"model.layers.{k}.{layer}.lora_{part}.default.weight" for k, layer, part in parts}
+    assert {*trained_names(model)} == want
+    for p in model.parameters():  # an update at lr 5e-6 is lost in bfloat16
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
 
 
 def test_a_model_that_takes_no_adapters_is_one_sentence():
     pytest.importorskip("peft")
-    config = transformers.MambaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(transformers.MambaConfig(**sizes))
     with pytest.raises(rsd.UserError, match="--lora-rank: this model takes no adapters"):
         rsd.add_lora(model, 4)
 
@@ -3653,18 +3553,15 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
     pytest.importorskip("peft")
     plain, model, episodes = tiny(tok), adapted(tok), random_episodes(tok)
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
-    assert rsd.make_teacher(model, "live") is model
     for own, taught in zip(model.parameters(), fixed.parameters(), strict=True):
         assert (own.data_ptr() == taught.data_ptr()) == (not own.requires_grad)
         assert not taught.requires_grad
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    loss = loss_of()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     before = {name: p.clone() for name, p in model.named_parameters()}
     for _ in range(2):
         rsd.train_step(
-            model, fixed, episodes, lambda given: given, loss, [optimizer], 0.05, token_budget=60
+            model, fixed, episodes, as_given, loss_of(), [optimizer], 0.05, token_budget=60
         )
     rsd.ema_update(ema, model, 0.9)
 
@@ -3677,79 +3574,39 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
         torch.testing.assert_close(taught, 0.9 * before[name] + 0.1 * p)
 
 
-def test_precision_of_teacher_and_adapters(tok, monkeypatch):  # as on a GPU
+def test_precision_of_teachers(tok, monkeypatch):  # as on a GPU
     model = tiny(tok)
     monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
     assert {p.dtype for p in fixed.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in [*ema.parameters(), *model.parameters()]} == {torch.float32}
-    for (name, theirs), own in zip(fixed.named_buffers(), model.buffers(), strict=True):
-        assert torch.equal(theirs, own), name
-        assert theirs.dtype == own.dtype, name
-
-    pytest.importorskip("peft")
-    low = tiny(tok).to(torch.bfloat16)
-    rsd.add_lora(low, 4)
-    for p in low.parameters():  # an update at lr 5e-6 is lost in bfloat16
-        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+    for theirs, own in zip(fixed.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(theirs, own, rtol=0, atol=0)  # of the same dtype as well
 
 
-LORA = ["--lora-rank", "4", "--lr", "0.01", "--save-every", "1"]
-
-
-@pytest.fixture(scope="session")
-def finished_lora(base, tmp_path_factory):
-    """The directory of a run of three steps with adapters and an EMA teacher."""
-    pytest.importorskip("peft")
-    out = tmp_path_factory.mktemp("lora") / "run"
-    words = train_args(base, out, *LORA, "--teacher", "ema", "--ema-decay", "0.5")
-    assert rsd.main(with_flag(words, "--steps", 3)) == 0
-    return out
-
-
-def test_lora_resumes_to_the_bit(base, finished_lora, tmp_path):
-    out = tmp_path / "run"
-    words = train_args(base, out, *LORA, "--teacher", "ema", "--ema-decay", "0.5")
-    assert rsd.main(with_flag(words, "--steps", 1)) == 0
-    assert rsd.main([*with_flag(words, "--steps", 3), "--resume"]) == 0
-    assert_same_weights(out, finished_lora)
-    assert untimed(out) == untimed(finished_lora)
-    taught, theirs = (torch.load(p / "trainer.pt")["teacher"] for p in (out, finished_lora))
-    assert taught.keys() == theirs.keys()
-    assert all(torch.equal(taught[name], theirs[name]) for name in taught)
-
-
-def test_a_lora_checkpoint_holds_adapters_alone_and_loads_in_peft(base, finished_lora):
+def test_a_lora_checkpoint_holds_adapters_alone_and_loads_in_peft(base, runs, tmp_path, capsys):
     peft = pytest.importorskip("peft")
-    assert not (finished_lora / "model.safetensors").exists()
-    adapters = weights_of(finished_lora)
-    taught = torch.load(finished_lora / "trainer.pt")["teacher"]
-    assert len(taught) == len(adapters)
+    folder = runs / "lora" / "checkpoint-4"
+    assert not (folder / "model.safetensors").exists()
+    taught = state_of(runs / "lora")["teacher"]
+    assert len(taught) == len(weights_of(folder))
     assert all("lora" in name for name in taught)
 
     plain = AutoModelForCausalLM.from_pretrained(base)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), finished_lora)
-    merged = theirs.merge_and_unload()
-    ours, _ = rsd.load_model(str(finished_lora))
+    merged = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).merge_and_unload()
+    ours, _ = rsd.load_model(str(runs / "lora"))
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(ours(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
     assert (ours(ids).logits - plain(ids).logits).abs().max() > 1e-3
 
-
-def test_an_adapter_answers_but_is_no_base_to_train_on(finished_lora, tmp_path, capsys):
-    words = ["eval", "--model", str(finished_lora), "--data", "toy", "--limit", "2"]
-    assert rsd.main([*words, "--max-new-tokens", "4"]) == 0
-    for rank in ([], ["--lora-rank", "4"]):
-        message = error_of(train_args(finished_lora, tmp_path / "again", *rank), capsys)
+    for rank in ([], ["--lora-rank", "4"]):  # an adapter is no base to train on
+        message = error_of(train_args(runs / "lora", tmp_path / "again", *rank), capsys)
         assert "merge it into its base" in message
-
-
-def test_an_adapter_without_some_of_its_weights_is_refused(finished_lora, tmp_path, capsys):
-    run = shutil.copytree(finished_lora, tmp_path / "run")
-    tensors = weights_of(run)
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    tensors = weights_of(folder)
     tensors.pop(next(name for name in tensors if "lora_B" in name))
-    safetensors.torch.save_file(tensors, run / "adapter_model.safetensors", {"format": "pt"})
-    message = error_of(["eval", "--model", run, "--data", "toy", "--limit", 1], capsys)
+    safetensors.torch.save_file(tensors, damaged / "adapter_model.safetensors", {"format": "pt"})
+    message = error_of(["eval", "--model", damaged, "--data", "toy", "--limit", 1], capsys)
     assert "lack 1 weights" in message
 
 
@@ -4148,11 +4005,12 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     answers = tmp_path / "e.jsonl"
     words = ["eval", "--model", str(run), *common, "--temperature", "0", "--out", str(answers)]
     assert rsd.main(words) == 0
-    trained = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+    saved = rsd.last_checkpoint(run)
+    trained = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     pairs = zip(trained.parameters(), model.parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)
     line = rsd.read_jsonl(answers)[0]
-    own = AutoTokenizer.from_pretrained(run)  # some families cut a text in a way of their own
+    own = AutoTokenizer.from_pretrained(saved)  # some families cut a text in a way of their own
     ids = rsd.context_ids(own, "{question}", line)
     out = trained.generate(
         torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0
