@@ -664,7 +664,7 @@ def parse_rubric(text, row=None):
             item, item_end = decoder.raw_decode(text, match.start())
             criterion = make_criterion(**item)
         except (ValueError, TypeError, RecursionError) as error:
-            reason = str(error).split(":")[0]  # without the place in the text
+            reason = f"a criterion is broken ({str(error).split(':')[0]})"  # without its place
             continue
         gap = text[end : match.start()]
         if not arrays or ("]" in gap and not re.match(r"\s*\][\s\]}]*,", gap)):

@@ -1009,8 +1009,8 @@ WRITTEN = [  # what a model writes -> the criteria, or a word of the reason
     ("I cannot do that.", "no JSON array"),
     ("<think>" + ONE, "unfinished"),
 ]
-WEIGHTS = ["9" * 400, "9" * 5000, "NaN", "-Infinity", "1e400", "true", "null", "{}", '"high"', '"3-4"',
-    "[" * 3000, '{"a": ' * 3000]
+WEIGHTS = ["9" * 400, "9" * 5000, "NaN", "-Infinity", "1e400", "true", "null", "{}", '"high"',
+    '"3-4"', "[" * 3000, '{"a": ' * 3000]
 WRITTEN += [(f'[{{"title": "T", "description": "D", "weight": {w}}}]', "") for w in WEIGHTS]
 
 
@@ -1103,8 +1103,8 @@ def test_no_thinking(text):
     assert rsd.after_thinking(text) == text
 
 
-PIECES = ['[{"a":1},', '[{"title": "A", "description": "B \\frac ', '{"a":', '{"a":[', "[", "{", '"',
-    '{"a": "x ', '"title": "x ', " ", "\n", "\\", '\\"', '{\\"', "<think ", "<|think", "think",
+PIECES = ['[{"a":1},', '[{"title": "A", "description": "B \\frac ', '{"a":', '{"a":[', "[", "{",
+    '"', '{"a": "x ', '"title": "x ', " ", "\n", "\\", '\\"', '{\\"', "<think ", "<|think", "think",
     "a", "_", "true, ", "[true]", "“", "/*", "//", "```", "[1,", "5", "]", "],", "(5", THE_LAW]
 
 
@@ -1122,8 +1122,8 @@ def test_time_is_linear(piece):
 
 FAULTS = [  # stated signs hold, whatever is to be avoided in them
     "Fails to warn against lifting.", "Does not avoid jargon.", "Does not mention what to avoid.",
-    "Recommends avoiding all fluids.", "States that aspirin should not be taken.", "Omits the unit.",
-    "Says: “Avoid the sun.”", "Incorrectly avoids the question.", "Advises against it.",
+    "Recommends avoiding all fluids.", "States that aspirin should not be taken.",
+    "Omits the unit.", "Says: “Avoid the sun.”", "Incorrectly avoids the question.", "Advises against it.",
     "The response fails to say which drugs must not be mixed.", "Neglects to caution against it.",
     "Mentions fish that should be avoided.", "Response is long, which should be avoided.",
     "Categorizes drugs as safe or avoid.", "Suggests X. (Justification: one should not.)",
@@ -1188,29 +1188,22 @@ def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
 def test_every_ablation_keeps_the_schema(comparison):
     own = [row["rubric"] for row in toy_rows("train", 40)]
     general = rsd.read_rubric((TOY / "generic.json").read_text())
-
-    def changed(source):
-        return comparison.ablate(own, source, general, seed=0)
-
+    changed = {}
     for source in comparison.ABLATIONS:
-        rubrics = changed(source)
-        assert len(rubrics) == 40
-        fields = {"title", "description", "weight"}
-        assert all(fields <= c.keys() for rubric in rubrics for c in rubric)
-        assert rubrics == changed(source)  # the same each time
-        assert rubrics != own
+        changed[source] = comparison.ablate(own, source, general, seed=0)
+        assert changed[source] == comparison.ablate(own, source, general, seed=0) != own
+        assert len(changed[source]) == 40
+        fields = {c.keys() >= GOOD.keys() for rubric in changed[source] for c in rubric}
+        assert fields == {True}
 
-    assert len(general) == 7
-    assert changed("generic") == [general] * 40
-    others = changed("random")
-    assert all(rubric in own for rubric in others)
-    assert not any(rubric is whole for rubric, whole in zip(others, own))
-    for rubric, whole in zip(changed("reduced"), own):
+    assert changed["generic"] == [general] * 40 and len(general) == 7
+    assert all(rubric in own for rubric in changed["random"])
+    assert not any(rubric is whole for rubric, whole in zip(changed["random"], own))
+    for rubric, whole in zip(changed["reduced"], own):
         assert len(rubric) == 3
         assert all(c in whole for c in rubric)
-    noisy = changed("noisy")
-    differs = [sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in zip(noisy, own)]
-    assert all(len(rubric) == 5 for rubric in noisy)
+    pairs = list(zip(changed["noisy"], own))
+    differs = {sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in pairs}
     assert max(differs) == 3 and min(differs) < 3  # the other's may be one of its own
 
 
@@ -3874,37 +3867,30 @@ def test_soft_capped_head_is_followed_and_a_scaled_one_refused(tok, tmp_path):
         rsd.load_model(saved(tmp_path / "granite", granite, tok))
 
 
-def tiny_gemma3(tok):
-    """A tiny Gemma 3, whose vision tower no text ever moves."""
-    torch.manual_seed(0)
-    text = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        head_dim=8, num_key_value_heads=2, vocab_size=len(tok), bos_token_id=None, eos_token_id=0,
-        pad_token_id=0,
+def tiny_of_family(family, tok):
+    """A tiny random model of a family, with what is peculiar to it."""
+    if family != "Gemma3":
+        sizes = {"tie_word_embeddings": family != "Llama"}
+        sizes |= {"head_dim": 16} if family in ("Qwen3", "Gemma", "Gemma2") else {}
+        if family == "Gemma2":
+            sizes |= {"final_logit_softcapping": 5.0, "sliding_window": 16}
+        return tiny(tok, cls=getattr(transformers, family + "Config"), **sizes)
+
+    torch.manual_seed(0)  # Gemma 3, whose vision tower no text ever moves
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    vision = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        image_size=28, patch_size=14,
+    text = dict(
+        **sizes, head_dim=8, num_key_value_heads=2, vocab_size=len(tok), bos_token_id=None,
+        eos_token_id=0, pad_token_id=0,
     )
     config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=3,
-        boi_token_index=4, eoi_token_index=5,
+        text_config=text, vision_config=dict(**sizes, image_size=28, patch_size=14),
+        mm_tokens_per_image=1, image_token_index=3, boi_token_index=4, eoi_token_index=5,
     )
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 0
     return model
-
-
-def tiny_of_family(family, tok):
-    """A tiny random model of a family, with what is peculiar to it."""
-    if family == "Gemma3":
-        return tiny_gemma3(tok)
-    sizes = {"tie_word_embeddings": family != "Llama"}
-    if family in ("Qwen3", "Gemma", "Gemma2"):
-        sizes["head_dim"] = 16
-    if family == "Gemma2":
-        sizes |= {"final_logit_softcapping": 5.0, "sliding_window": 16}
-    return tiny(tok, cls=getattr(transformers, family + "Config"), **sizes)
 
 
 FAMILIES = ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2", "Gemma3"]
@@ -3944,38 +3930,6 @@ def test_families_of_models_go_through(family, tok, tmp_path):
         torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0
     )
     assert own.decode(out[0, len(ids) :], skip_special_tokens=True) == line["text"]
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}",
-        '{%- if strftime_now is defined %}{% set today = strftime_now("%Y-%m-%d") %}'
-        "{%- else %}{% set today = '26 Jul 2024' %}{% endif %}"
-        "{{ today }} {{ messages[0].content }}",
-    ],
-)
-def test_a_template_that_prints_the_date_gives_the_same_prompt_on_every_day(
-    template, tok, tmp_path, monkeypatch
-):
-    other = copy.deepcopy(tok)
-    other.chat_template = template
-    _, other = rsd.load_model(saved(tmp_path, tiny(tok), other))
-    chat = [{"role": "user", "content": "Why?"}]
-    rendered, ours = set(), set()
-    for day in (1, 2):
-
-        class Clock(datetime.datetime):
-            @classmethod
-            def now(cls, tz=None):
-                return cls(2031, 5, day)
-
-        monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
-        rendered.add(other.apply_chat_template(chat, tokenize=False))
-        ours.add(tuple(rsd.context_ids(other, "{question}", {"question": "Why?"})))
-    assert len(rendered) == 2
-    assert len(ours) == 1
-    assert re.search(r"20\d\d.* Why\?$", other.decode(ours.pop()))
 
 
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
@@ -4034,7 +3988,8 @@ FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, 
     (json.dumps({"query": "q", "rubrics": [LAW | {"weight": 0.25}]}), [LAW | {"weight": 0.25}]),
     ({"rubric": [LAW, UNIT]}, [LAW, UNIT]), (BOTH, [LAW, UNIT]),
     ([{"rubric_item": "X", "weight": 2}, {"requirement": "X", "weight": "2 points"}], named(2, 2)),
-    ([{"requirements": "X", "weight": "5 (essential)"}, {"item": "X", "score": "-1"}], named(5, -1)),
+    ([{"requirements": "X", "weight": "5 (essential)"}], named(5)),
+    ([{"item": "X", "score": "-1"}], named(-1)),
     (["Points: 0.5, Item: X", "points: −2, item: X"], named(0.5, -2)),
     (["[+4] X", "[−3] X", "[2 points] X"], named(4, -3, 2)),
     (["5 points: X", "-2 pts - X", "X (3 points)", "X [weight: -1]"], named(5, -2, 3, -1)),
@@ -4046,8 +4001,8 @@ FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, 
     ([], None), (" ", None), (None, None),
 ]
 REFUSED = [
-    ["Says so."], ["1. Says so."], ["Lists 5 points"], ["Shown in [5]"], [["x", 5]], [None], [3], "3",
-    "{", {"a": 1}, "Says so.", [{"criterion": "X"}], [{"points": 3}], "[" * 5000, [LAW, "X"],
+    ["Says so."], ["1. Says so."], ["Lists 5 points"], ["Shown in [5]"], [["x", 5]], [None], [3],
+    "3", "{", {"a": 1}, "Says so.", [{"criterion": "X"}], [{"points": 3}], "[" * 5000, [LAW, "X"],
     [{"criterion": "X", "points": True}], [{"criterion": "X", "points": "many"}],
     [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
     [{"criterion": "X", "max_score": 10, "score": 7}],  # points that an answer was given
@@ -4067,35 +4022,23 @@ def test_a_rubric_that_cannot_be_read_is_refused(value):
         rsd.read_rubric(value)
 
 
-@pytest.mark.parametrize(
-    "cell, text",
-    [
-        (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"),
-        ([{"role": "user", "content": "Why?"}], "Why?"),
-        (
-            [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}],
-            "System: Be kind.\n\nUser: Why?",
-        ),
-        ([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], "Why?"),
-        (["One.", "Two."], "One.\n\nTwo."),
-        ({"a": 1, "b": ["x", None]}, {"a": "1", "b": "x\n\n"}),
-    ],
-)
+TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+CELLS = [
+    (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"),
+    (TURNS[1:], "Why?"), (TURNS, "System: Be kind.\n\nUser: Why?"),
+    ([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], "Why?"),
+    (["One.", "Two."], "One.\n\nTwo."), ({"a": 1, "b": ["x", None]}, {"a": "1", "b": "x\n\n"}),
+]
+
+
+@pytest.mark.parametrize("cell, text", CELLS)
 def test_cells_as_text(cell, text):
     assert rsd.as_text(cell) == text
 
 
 ROWS = [
-    {
-        "question": "Why {x}?",
-        "reference_answer": "4 m",
-        "rubric": ["Essential Criteria: Says 4 m."],
-    },
-    {
-        "question": r"\frac{1}{2} über",
-        "reference_answer": None,
-        "rubric": json.dumps([GOOD]),
-    },
+    {"question": "Why {x}?", "reference_answer": "4 m", "rubric": ["Essential: Says 4 m."]},
+    {"question": r"\frac{1}{2} über", "reference_answer": None, "rubric": ONE},
 ]
 
 
@@ -4117,84 +4060,36 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
     assert lines[1]["reference_answer"] == ""
 
 
-class Schema(NamedTuple):
-    """A data set of the hub as its page describes it."""
-
-    hub: str
-    part: str | None  # its config or file
-    split: str  # of the test
-    question: str  # the column
-    raw: dict  # a row
-    want: dict  # of the row that is made of it
-
-
-HUB = {
-    "rar-science": Schema(
-        "ScaleAI/RaR-Science", None, "test", "question",
-        {
-            "question": "Why?",
-            "reference_answer": "So.",
-            "question_source": "s",
-            "rubric_count": 1,
-            "rubric": [{"description": "Says so.", "title": "Pitfall", "weight": -1}],
-            "rubric_list": ["Pitfall Criteria: Says so."],
-        },
-        {
-            "question": "Why?",
-            "reference_answer": "So.",
-            "rubric": [{"title": "Pitfall", "description": "Says so.", "weight": -1}],
-        },
+SO = {"question": "Why?", "reference_answer": "So."}
+RUBRICHUB = {  # with the rubric of another place, which is not read
+    "data_source": "d", "ability": "a", "prompt": TURNS, "extra_info": {"index": 1},
+    "Rubrics": [{"criterion": "X", "points": 7}],
+    "reward_model": {
+        "style": "rule", "ground_truth": "So.", "rubrics": [{"criterion": "x", "points": 1}]
+    },
+}
+GPQA = {
+    "Question": "Which?", "Correct Answer": "this\n", "Incorrect Answer 1": "x",
+    "Incorrect Answer 2": "y", "Incorrect Answer 3": "z", "Explanation": "It {is}.",
+    "Subdomain": "s", "High-level domain": "h", "Record ID": "r",
+}
+SCIBENCH = {
+    "problem_text": "How much?", "answer_latex": " 6.6", "answer_number": " 6.6", "source": "atkins",
+    "unit": "$10^{-19} \\mathrm{~J}$", "problemid": "p", "comment": "", "solution": "",
+}
+HUB = {  # as its page describes it: (id, config or file, split of the test), a row, what is made of it
+    "rar-science": (
+        ("ScaleAI/RaR-Science", None, "test"),
+        SO | {"rubric_count": 1, "rubric": [UNIT], "rubric_list": ["Pitfall Criteria: Says so."]},
+        SO | {"rubric": [UNIT]},
     ),
-    "rubrichub-science": Schema(
-        "sojuL/RubricHub_v1", "RuRL/rurbichub_v1_Science.parquet", "train", "prompt",
-        {
-            "data_source": "d",
-            "ability": "a",
-            "prompt": [
-                {"role": "system", "content": "Be kind."},
-                {"role": "user", "content": "Why?"},
-            ],
-            "Rubrics": [{"criterion": "Says so.", "points": 7}],
-            "extra_info": {"index": 1},
-            "reward_model": {
-                "style": "rule",
-                "ground_truth": "So.",
-                "rubrics": [{"criterion": "x", "points": 1}],
-            },
-        },
-        {
-            "question": "System: Be kind.\n\nUser: Why?",
-            "reference_answer": "So.",
-            "rubric": [{"title": "", "description": "Says so.", "weight": 7}],
-        },
+    "rubrichub-science": (
+        ("sojuL/RubricHub_v1", "RuRL/rurbichub_v1_Science.parquet", "train"), RUBRICHUB,
+        SO | {"question": "System: Be kind.\n\nUser: Why?", "rubric": named(7)},
     ),
-    "gpqa-diamond": Schema(
-        "Idavidrein/gpqa", "gpqa_diamond", "train", "Question",
-        {
-            "Question": "Which?",
-            "Correct Answer": "this\n",
-            "Incorrect Answer 1": "x",
-            "Incorrect Answer 2": "y",
-            "Incorrect Answer 3": "z",
-            "Explanation": "It {is}.",
-            "Subdomain": "s",
-            "High-level domain": "h",
-            "Record ID": "r",
-        },
-        {"solution": "It {is}."},
-    ),
-    "scibench": Schema(
-        "xw27/scibench", None, "train", "problem_text",
-        {
-            "problem_text": "How much?",
-            "answer_latex": " 6.6",
-            "answer_number": " 6.6",
-            "unit": "$10^{-19} \\mathrm{~J}$",
-            "source": "atkins",
-            "problemid": "p",
-            "comment": "",
-            "solution": "",
-        },
+    "gpqa-diamond": (("Idavidrein/gpqa", "gpqa_diamond", "train"), GPQA, {"solution": "It {is}."}),
+    "scibench": (
+        ("xw27/scibench", None, "train"), SCIBENCH,
         {"reference_answer": "6.6 $10^{-19} \\mathrm{~J}$", "rubric": None},
     ),
 }
@@ -4206,28 +4101,21 @@ def test_every_data_set_of_the_hub_is_tested():
 
 @pytest.fixture
 def hub_rows(tmp_path, monkeypatch):
-    """A file of a data set's schema in place of the hub -> load(name, kind) and the calls of
-    load_dataset, which is the real one; only where the file lies is another matter."""
+    """place(name, kind) puts a file of a data set's schema in place of the hub; and the calls of
+    load_dataset, which is the real one: only where the file lies is another matter."""
     import datasets
 
     asked, real = [], datasets.load_dataset
 
     def place(name, kind):
-        schema = HUB[name]
-        other = "else"
-        if schema.question == "prompt":
-            other = [{"role": "user", "content": "else"}]
-        row = schema.raw | {schema.question: other}
-        table, file = datasets.Dataset.from_list([schema.raw, row, row]), tmp_path / f"d.{kind}"
-        if kind == "parquet":
-            table.to_parquet(file)
-        else:
-            table.to_json(file)
+        file = str(tmp_path / f"d.{kind}")
+        table = datasets.Dataset.from_list([HUB[name][1]] * 3)
+        table.to_parquet(file) if kind == "parquet" else table.to_json(file)
 
         def load(path, name=None, data_files=None, split=None, streaming=None):
-            asked.append((path, name or data_files, split, streaming))
+            asked.append(((path, name or data_files, split), streaming))
             options = {"split": "train", "streaming": streaming, "cache_dir": str(tmp_path)}
-            return real(kind, data_files=str(file), **options)
+            return real(kind, data_files=file, **options)
 
         monkeypatch.setattr(datasets, "load_dataset", load)
         monkeypatch.setattr(rsd.DATA_SETS[name], "overlap", False)
@@ -4240,14 +4128,13 @@ def hub_rows(tmp_path, monkeypatch):
 def test_data_sets_of_the_hub_by_their_schema(name, kind, hub_rows):
     place, asked = hub_rows
     place(name, kind)
-    schema = HUB[name]
+    where, _, want = HUB[name]
     rows = rsd.load_rows(name, "test", 2)
-    assert asked == [(schema.hub, schema.part, schema.split, True)]
+    assert asked == [(where, True)]
     assert len(rows) == 2
-    assert {field: rows[0][field] for field in schema.want} == schema.want
-
+    assert {field: rows[0][field] for field in want} == want
     assert len(rsd.load_rows(name, "train")) == 3
-    assert asked[1][3] is False
+    assert asked[1][1] is False
 
 
 def test_options_of_a_multiple_choice_are_shuffled_the_same_way_each_time(hub_rows):
@@ -4279,15 +4166,6 @@ def test_rows_that_the_train_split_has_too_are_left_out_of_the_test(monkeypatch,
     assert questions("train") == ["a", "b"]
 
 
-def test_a_data_set_that_cannot_be_had_is_one_sentence(monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
-    said = "gpqa-diamond: looked for Idavidrein/gpqa .*hf auth login"
-    with pytest.raises(rsd.UserError, match=said):
-        rsd.load_rows("gpqa-diamond", "test")
-
-
 def json_line(question, answer="b", **more):
     """A line of a data file."""
     return json.dumps({"question": question, "reference_answer": answer} | more) + "\n"
@@ -4297,22 +4175,27 @@ BAD = {  # file -> its content, and words of the one sentence
     "empty.jsonl": ("", ["no rows"]),
     "line.jsonl": (json_line("a") + '{"quest', ["line.jsonl, line 2"]),
     "list.jsonl": ("[1]\n", ["list.jsonl, line 1"]),
-    "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["reference_answer", "reply"]),
+    "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["row 1", "reference_answer", "reply"]),
     "blank.jsonl": (json_line("a", "") + json_line(" ", ""), ["row 2", "empty"]),
-    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "rubric"]),
-    "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "rubric"]),
+    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "weight"]),
+    "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "[5] States the law"]),
     "x.json": ("{", ["x.json"]),
-    "y.json": ('{"a": 1}', ["no rows"]),
+    "y.json": ('{"a": 1}', ["row 1", "'a'"]),
+    "z.json": ("[1]", ["row 1"]),
     "z.parquet": ("PAR", ["z.parquet"]),
+    "missing.json": (None, ["missing.json"]),
+    "gpqa-diamond": (None, ["looked for Idavidrein/gpqa", "hf auth login"]),
+    "unknown": (None, [".jsonl, .json or .parquet file", "owner/name", "scibench"]),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_data_is_one_sentence(name, tmp_path, capsys):
+def test_bad_data_is_one_sentence(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     content, words = BAD[name]
-    data = tmp_path / name
-    data.write_text(content)
-    assert rsd.main(["eval", "--model", str(tmp_path), "--data", str(data)]) == 2
+    if content is not None:
+        Path(name).write_text(content)
+    assert rsd.main(["eval", "--model", str(tmp_path), "--data", name]) == 2
     message = capsys.readouterr().err
     for word in words:
         assert word in message
