@@ -1123,10 +1123,10 @@ def test_time_is_linear(piece):
 FAULTS = [  # stated signs hold, whatever is to be avoided in them
     "Fails to warn against lifting.", "Does not avoid jargon.", "Does not mention what to avoid.",
     "Recommends avoiding all fluids.", "States that aspirin should not be taken.",
-    "Omits the unit.", "Says: “Avoid the sun.”", "Incorrectly avoids the question.", "Advises against it.",
+    "Omits the unit.", "Says: “Avoid the sun.”", "Incorrectly avoids the question.",
     "The response fails to say which drugs must not be mixed.", "Neglects to caution against it.",
     "Mentions fish that should be avoided.", "Response is long, which should be avoided.",
-    "Categorizes drugs as safe or avoid.", "Suggests X. (Justification: one should not.)",
+    "Categorizes drugs as safe or avoid.", "Advises against it.", "Suggests X. (Justification: one should not.)",
 ]
 MERITS = [  # the main verb avoids the fault
     "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
@@ -4074,10 +4074,10 @@ GPQA = {
     "Subdomain": "s", "High-level domain": "h", "Record ID": "r",
 }
 SCIBENCH = {
-    "problem_text": "How much?", "answer_latex": " 6.6", "answer_number": " 6.6", "source": "atkins",
+    "problem_text": "How much?", "answer_latex": " 6.6", "answer_number": " 6.6", "source": "a",
     "unit": "$10^{-19} \\mathrm{~J}$", "problemid": "p", "comment": "", "solution": "",
 }
-HUB = {  # as its page describes it: (id, config or file, split of the test), a row, what is made of it
+HUB = {  # as its page has it: (id, config or file, split of the test), a row, what is made of it
     "rar-science": (
         ("ScaleAI/RaR-Science", None, "test"),
         SO | {"rubric_count": 1, "rubric": [UNIT], "rubric_list": ["Pitfall Criteria: Says so."]},
