@@ -581,8 +581,7 @@ def load_prompts(folder):
 
 
 def valid_unicode(text):
-    """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer
-    takes."""
+    """The text with U+FFFD for each half of a surrogate pair, which no file or tokenizer takes."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
@@ -624,11 +623,11 @@ def after_thinking(text):
     return text[tags[-1].end() :] if tags[-1]["closes"] else None
 
 
-ESCAPE = re.compile(
-    r'\\(?:["\\/]|u[\da-fA-F]{4}'  # those of JSON are left as they are,
-    r"|[bfrt](?![a-z])"  # but not the beginnings of \beta, \frac, \rho, \theta,
-    r"|n(?!(?:u|eq|abla|e(?![.)]))(?![a-zA-Z])))"  # nor of \nu, \neq, \nabla, \ne
-    r"|(\\)"  # all other backslashes are LaTeX's
+LATEX_BACKSLASH = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\(?="  # one that has none before it to escape it, and behind it
+    r"[bfrt][a-z]"  # \beta, \frac, \rho, \theta: JSON would take \f for a form feed
+    r"|n(?:u|eq|abla|e(?![.)]))(?![a-zA-Z])"  # \nu, \neq, \nabla, \ne, but no new line
+    r'|u(?![\da-fA-F]{4})|[^"\\/bfnrtu])'  # \underline, \Delta: no escape of JSON
 )
 
 
@@ -654,7 +653,7 @@ def parse_rubric(text, row=None):
     text = after_thinking(text)
     if text is None:
         return None, "unfinished thinking"
-    text = ESCAPE.sub(lambda match: r"\\" if match[1] else match[0], text)
+    text = LATEX_BACKSLASH.sub(r"\1\\\\", text)
     decoder = json.JSONDecoder(strict=False)
     arrays, start, end, reason = [], 0, 0, "no JSON array"
     for match in re.finditer(r"\{", text):
@@ -667,7 +666,8 @@ def parse_rubric(text, row=None):
             reason = f"a criterion is broken ({str(error).split(':')[0]})"  # without its place
             continue
         gap = text[end : match.start()]
-        if not arrays or ("]" in gap and not re.match(r"\s*\][\s\]}]*,", gap)):
+        ends = "]" in gap and not re.match(r"\s*\][\s\]}]*,", gap)  # of the array before
+        if ends or not arrays:
             arrays.append([])
             start = match.start()
         elif gap.strip(", \n\r\t"):  # what stands there is lost
@@ -711,12 +711,12 @@ def row_fields(row):
     """What a row can put into the placeholders of a prompt file; what it lacks is left out. "met"
     says which criteria a completion meets, for {feedback}."""
     rubric = row.get("rubric") or []
-    lines, feedback = [], []
+    lines, feedback, plain = [], [], []
     for c, met in zip(rubric, row.get("met") or [None] * len(rubric)):
         title = f"{c['title']}: " if c["title"] else ""
         lines.append(f"- {title}{c['description']} ({signed_weight(c):g})")
         feedback.append(f"{lines[-1]}: {MET[met]}")
-    plain = [{name: c[name] for name in c if name != "check"} for c in rubric]
+        plain.append({name: c[name] for name in c if name != "check"})
     response = row.get("response", "")
     fields = row | {
         "answer": row.get("reference_answer"),
@@ -1749,8 +1749,9 @@ def check_model(model, tokenizer, name):
 def switch_off_dropout(model):
     """For good: gradient checkpointing works in training mode only, where it would drop out."""
     for module in model.modules():
-        for name in [n for n, x in vars(module).items() if "drop" in n and isinstance(x, float)]:
-            setattr(module, name, 0.0)
+        for name, rate in list(vars(module).items()):
+            if "drop" in name and isinstance(rate, float):
+                setattr(module, name, 0.0)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
 
@@ -1815,7 +1816,7 @@ STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ..
     rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
     r"(?=\[|points?:|[\d.−–-]+ ?p)"
     rf"\[?(?:points?: ?)?{WEIGHT} ?[]:,–-](?: ?item:)?(?P<item>.+)",
-    rf"(?P<item>.+)[(\[](?=[^)]*[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
+    rf"(?P<item>.+)[(\[](?=[^)]{0,20}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
 ]
 FORMS = '[{"description": "States the law", "weight": 5}] or ["[5] States the law"]'
 
@@ -1836,7 +1837,8 @@ def read_criterion(item):
         item = next((match.groupdict() for match in ways if match), None)
     if not isinstance(item, dict):
         raise ValueError(f"a criterion has to be an object or to state its weight, as in {FORMS}")
-    if any(isinstance(value, list) and dict in map(type, value) for value in item.values()):
+    parts = [part for value in item.values() if isinstance(value, list) for part in value]
+    if dict in map(type, parts):
         raise ValueError("a criterion has others within")
     title, description = field_of(item, "title"), field_of(item, "description")
     stated = field_of(item, "weight").lower()
@@ -1955,7 +1957,7 @@ def read_table(data, split, limit=0):
         elif path.suffix == ".parquet" and not part:
             table = datasets.Dataset.from_parquet(data)
         else:
-            where = {"data_files": part} if "." in part else {"name": part or None}
+            where = {"data_files" if "." in part else "name": part or None}
             split = source.test if split == "test" else split
             table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
         return list(itertools.islice(table, limit or None))
