@@ -1816,7 +1816,7 @@ STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ..
     rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
     r"(?=\[|points?:|[\d.−–-]+ ?p)"
     rf"\[?(?:points?: ?)?{WEIGHT} ?[]:,–-](?: ?item:)?(?P<item>.+)",
-    rf"(?P<item>.+)[(\[](?=[^)]{0,20}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
+    rf"(?P<item>.+)[(\[](?=[^)]{{0,20}}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
 ]
 FORMS = '[{"description": "States the law", "weight": 5}] or ["[5] States the law"]'
 
