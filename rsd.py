@@ -1859,7 +1859,7 @@ def read_rubric(value):
         try:
             value = json.loads(value.strip() or "[]")
         except (ValueError, RecursionError):
-            value = re.split(r"(?i)\n+(?=\s*(?:\[|points:))", value)
+            value = re.split(r"(?i)\n(?=[ \t]*(?:\[|points:))", value)
     if isinstance(value, dict):
         value = value.get("rubrics") or value.get("rubric") or value
     if not isinstance(value or [], list):
