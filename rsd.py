@@ -632,8 +632,8 @@ LATEX_BACKSLASH = re.compile(
 
 
 def make_criterion(title="", description="", weight=None, **_):
-    """A criterion of these three fields. ValueError: one has no word (a form's dots are none), or
-    the weight is no finite number."""
+    """A criterion of these three fields. ValueError: the description has no word (a form's dots are
+    none), or the weight is no finite number."""
     number = float(str(weight))
     if not re.search(r"[^\W_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
@@ -684,9 +684,9 @@ def parse_rubric(text, row=None):
 AVOIDS = re.compile(
     r"(?ix) \s* (?:(?:pitfall|negative)[^:]{0,20}:\s*)?"  # a label
     r"(?:(?:(?:the|an?|any)\s+\w+|this|it|response|answer)\s+)?"  # a subject
-    r"(?: avoid | refrain | do(?:\ not|n['’]t) | (?:warn|caution)s?\ against"
+    r"(?: (?:avoid|refrain)s?\b | do(?:\ not|n['’]t) | (?:warn|caution)s?\ against"
     r"  | (?:should|must|can|may)(?:\ ?not|n['’]t)"
-    r"  | (?:should|must)\s+ (?:\w+ly\s+|try\ to\s+)? (?:avoid|refrain)"
+    r"  | (?:should|must)\s+ (?:\w+ly\s+|try\ to\s+)? (?:avoid|refrain)\b"
     r"  | does(?:\ not|n['’]t)\ (?:\w+ly\ )?"  # and a fault
     r"    (?:overlook|neglect|ignor|omit|conf|exagger|impl|mis|incorrect|fail|forget) )"
 )
@@ -1939,6 +1939,7 @@ def read_table(data, split, limit=0):
     more than `limit` are fetched (0: all). UserError: it cannot be had."""
     path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
     if path.suffix == ".jsonl":
+        require(path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
         return read_jsonl(path)[: limit or None]
     source = DATA_SETS.get(data, DataSet(data))
     hub, _, part = source.hub.partition(":")

@@ -1124,10 +1124,11 @@ def test_time_is_linear(piece):
 FAULTS = [  # stated signs hold, whatever is to be avoided in them
     "Fails to warn against lifting.", "Does not avoid jargon.", "Does not mention what to avoid.",
     "Recommends avoiding all fluids.", "States that aspirin should not be taken.",
-    "Omits the unit.", "Says: “Avoid the sun.”", "Incorrectly avoids the question.",
+    "Avoiding the question.", "Says: “Avoid the sun.”", "Incorrectly avoids the question.",
     "The response fails to say which drugs must not be mixed.", "Neglects to caution against it.",
     "Mentions fish that should be avoided.", "Response is long, which should be avoided.",
-    "Categorizes drugs as safe or avoid.", "Advises against it.", "Suggests X. (Justification: one should not.)",
+    "Categorizes drugs as safe or avoid.", "Advises against it.", "Omits the unit.",
+    "Suggests X. (Justification: one should not.)",
 ]
 MERITS = [  # the main verb avoids the fault
     "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
