@@ -632,8 +632,7 @@ LATEX_BACKSLASH = re.compile(
 
 
 def make_criterion(title="", description="", weight=None, **_):
-    """A criterion of these three fields. ValueError: the description has no word (a form's dots are
-    none), or the weight is no finite number."""
+    """A criterion of these fields. ValueError: a description without words, no finite weight."""
     number = float(str(weight))
     if not re.search(r"[^\W_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
@@ -670,7 +669,8 @@ def parse_rubric(text, row=None):
         if ends or not arrays:
             arrays.append([])
             start = match.start()
-        elif gap.strip(", \n\r\t"):  # what stands there is lost
+            gap = gap.rpartition("[")[2].partition("{")[2]  # within the new array
+        if gap.strip(", \n\r\t"):  # an object that cannot be read: its array is broken
             criterion = None
         arrays[-1].append(criterion)
         end = item_end

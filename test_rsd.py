@@ -1002,6 +1002,9 @@ WRITTEN = [  # what a model writes -> the criteria, or a word of the reason
     (json.dumps(DOTS), "description"),
     (f"[{THE_LAW}, {NO_COMMA}, {THE_UNIT}]", "delimiter"),  # never in part
     (f'[{{"group": "A", "items": {ONE}}}, {{"group": "B", "items": {ONE}}}]', "float"),
+    (f"[{NO_COMMA}, {THE_UNIT}]", "delimiter"),
+    (f'{{"rubric": [{NO_COMMA}, {THE_UNIT}]}}', "delimiter"),
+    (f'a comma within", "weight": 5}}, {THE_LAW}, {THE_UNIT}]', [LAW, UNIT]),
     (f"[{THE_LAW}, {json.dumps(DOTS[0])}, {THE_UNIT}]", "description"),
     (json.dumps([{"title": "x", "weight": 1}]), "description"),
     (json.dumps([LAW | {"description": ["States it."]}]), "expected string"),
