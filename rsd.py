@@ -615,8 +615,7 @@ def load_prompts(folder):
 
 
 def valid_unicode(text):
-    """The text with U+FFFD for each half of a surrogate pair, which no file and no tokenizer
-    takes."""
+    """The text with U+FFFD for each half of a surrogate pair, which no file or tokenizer takes."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
@@ -639,75 +638,92 @@ def as_text(cell):
     return "\n\n".join(map(str, parts))
 
 
-THOUGHT = r"(?:\w+[:_])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|scratchpad)"
-THINKING_OPENS = (  # <think>, <seed:think>, <|begin_of_thought|>, [THINK], a channel for thoughts
-    rf"(?i)<\|?(?!end){THOUGHT}(?:_start|\s[^<>]*)?\|?>|\[THINK\]|◁think▷"
-    r"|<\|?channel\|?>\s*(?:analysis|thought|commentary)|\A\s*analysis(?-i:[A-Z])")
-THINKING_CLOSES = (  # </think>, <|end_of_thought|>, [/THINK], the channel for the answer
-    rf"(?i)<\|?(?:/|end_){THOUGHT}\|?>|<\|{THOUGHT}_end\|>|\[/THINK\]|◁/think▷"
-    r"|<\|channel\|>\s*final(?:<\|message\|>)?|<channel\|>|assistantfinal")
+THOUGHT = r"(?=[\w:/]*(?:think|thought|reason|analysis|scratchpad))[\w:/]+"
+THINKING_TAG = re.compile(
+    rf"(?ix) (?P<closes> <\|?(?=/|end_|\w+_end){THOUGHT}\|?>"  # </think>, <|end_of_thought|>
+    r"  | \[/THINK\] | ◁/think▷"
+    r"  | <\|channel\|>\s*final(?:<\|message\|>)? | <channel\|> | assistantfinal )"
+    rf"| <\|?{THOUGHT}(?:\s[^<>]*)?\|?> | \[THINK\] | ◁think▷"  # <think>, <seed:think>
+    r"| <\|?channel\|?>\s*(?:analysis|thought|commentary) | \A\s*analysis(?-i:[A-Z])"
+)
 
 
 def after_thinking(text):
-    """What stands behind the last tag that closes a thinking; None if one is left open. Where the
-    prompt opened it, the text has the closing tag alone."""
-    answer = re.split(THINKING_CLOSES, text)[-1]
-    return None if re.search(THINKING_OPENS, answer) else answer
+    """What stands behind the last tag of a thinking, where that closes one; None where it opens
+    one. If the prompt opened it, the text has the closing tag alone."""
+    tags = list(THINKING_TAG.finditer(text))
+    if not tags:
+        return text
+    return text[tags[-1].end() :] if tags[-1]["closes"] else None
 
 
-FIELD_NAMES = {  # ours -> those in the files of RaR, HealthBench, RubricHub, PaperBench ...
-    "title": "title name heading label criterion criteria",
-    "description": "description criterion criteria requirements requirement rubric_item item text",
-    "weight": "weight points score",
-}
-PREFIX = r"^(rubric|criteri\w+?|\w*important|\w*detrimental)_(?!item)"  # of ProfBench, PRBench
-WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
-WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
-STATED_WORD = rf"(?i:\s*({'|'.join(WORD_WEIGHT)})(?: criteri\w+)?[\s\d]*:)"
-WEIGHT = r"(?P<weight>[-+−–]?(?:\d{1,9}(?:\.\d*)?|\.\d+)) ?(?:(?:poin|p)ts?\b)?"
+LATEX_BACKSLASH = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\(?="  # one that has none before it to escape it, and behind it
+    r"[bfrt][a-z]"  # \beta, \frac, \rho, \theta: JSON would take \f for a form feed
+    r"|n(?:u|eq|abla|e(?![.)]))(?![a-zA-Z])"  # \nu, \neq, \nabla, \ne, but no new line
+    r'|u(?![\da-fA-F]{4})|[^"\\/bfnrtu])'  # \underline, \Delta: no escape of JSON
+)
 
 
-def read_criterion(item, need_title=False):
-    """An object with any known names, or "Essential Criteria: ...", as a criterion: title (may be
-    ""), description, weight, perhaps check. ValueError: what is missing."""
-    word = re.match(STATED_WORD, item) if isinstance(item, str) else None
-    if word:
-        item = {"title": word[1], "item": item[word.end() :], "weight": word[1]}
-    if not isinstance(item, dict):
-        raise ValueError(f"{item!r:.40} is no object and states no weight")
-    known, criterion = {}, {}
-    for key, value in item.items():
-        if isinstance(value, (str, int, float)):
-            name = re.sub(PREFIX, "", key.lower())
-            known[name] = valid_unicode(str(value)).strip()
-    for name, names in FIELD_NAMES.items():
-        criterion[name] = next((known[n] for n in names.split() if n in known), "")
-    if criterion["title"] == criterion["description"]:  # "criterion" can be either
-        criterion["title"] = ""
-    for name, value in criterion.items():  # a word, not the dots of the prompt's form
-        if not re.search(r"[^\W_]", value) and (need_title or name != "title"):
-            raise ValueError(f"a criterion has no {name}")
-    stated = criterion["weight"].lower()
-    number = re.fullmatch(WEIGHT + r"%?(\s*\(.*\))?", str(WORD_WEIGHT.get(stated, stated)))
-    if not number:
-        raise ValueError("a criterion has no numeric weight")
-    weight = float(re.sub("[−–]", "-", number["weight"]))
-    criterion["weight"] = int(weight) if weight.is_integer() else weight
-    if isinstance(item.get("check"), str):
-        criterion["check"] = item["check"]
-    return criterion
+def make_criterion(title="", description="", weight=None, **_):
+    """A criterion of these fields. ValueError: a description without words, no finite weight."""
+    number = float(str(weight))
+    if not re.search(r"[^\W_]", description) or not math.isfinite(number):
+        raise ValueError("a criterion needs a description in words and a number as its weight")
+    number = int(number) if number.is_integer() else number
+    texts = {"title": valid_unicode(title), "description": valid_unicode(description)}
+    return {name: text.strip() for name, text in texts.items()} | {"weight": number}
 
 
-AVOIDS = r"""(?ix) \s* (?:(?:pitfall|negative)[^:]{0,20}:\s*)?             # a label
-    (?:ensures?\s+(?:that\s+)?)? (?:(?:the|an?|this|any)\s+)?
-    (?: (?:(?!\w*ly\b|fail|omit|neglect)\w+\s+)?                           # a subject
-        (?: avoids\b | refrains\b | (?:warn|caution)s?\ against\b
-          | (?:should|must|may|shall)(?:\ not|n['’]t)\b | can(?:not|['’]t)\b
-          | (?:should|must|has\ to|needs\ to)\s+ (?:try\ to\s+)? (?:\w+ly\s+)?
-            (?:avoid|refrain|steer\ clear)\b
-          | does(?:\ not|n['’]t)\ (?:\w+ly\ )?(?:overlook|neglect|ignor|omit|confus
-            |conflat|exagger|mis|incorrect|fail|forget|impl) )
-      | (?:avoid|refrain|do\ not|don['’]t)\b )"""
+def parse_rubric(text, row=None):
+    r"""What a model wrote -> (criteria, "") or (None, why not). Of the JSON arrays of criteria the
+    longest is taken, the last of equal ones. A cut costs only the object that it meets, but behind
+    long prose an array without an end is thinking. All else that is broken is to be drawn again.
+
+    >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
+    ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
+    """
+    text = after_thinking(text)
+    if text is None:
+        return None, "unfinished thinking"
+    text = LATEX_BACKSLASH.sub(r"\1\\\\", text)
+    decoder = json.JSONDecoder(strict=False)
+    arrays, start, end, reason = [], 0, 0, "no JSON array"
+    for match in re.finditer(r"\{", text):
+        if match.start() < end:  # inside the last object
+            continue
+        try:
+            item, item_end = decoder.raw_decode(text, match.start())
+            criterion = make_criterion(**item)
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = f"a criterion is broken ({str(error).split(':')[0]})"  # without its place
+            continue
+        gap = text[end : match.start()]
+        ends = "]" in gap and not re.match(r"\s*\][\s\]}]*,", gap)  # of the array before
+        if ends or not arrays:
+            arrays.append([])
+            start = match.start()
+            gap = gap.rpartition("[")[2].partition("{")[2]  # within the new array
+        if gap.strip(", \n\r\t"):  # an object that cannot be read: its array is broken
+            criterion = None
+        arrays[-1].append(criterion)
+        end = item_end
+    if start > 300 and "]" not in text[end:]:
+        arrays.pop()
+        reason = "unfinished thinking"
+    whole = [array for array in arrays if None not in array]
+    return (max(reversed(whole), key=len), "") if whole else (None, reason)
+
+
+AVOIDS = re.compile(
+    r"(?ix) \s* (?:(?:pitfall|negative)[^:]{0,20}:\s*)?"  # a label
+    r"(?:(?:(?:the|an?|any)\s+\w+|this|it|response|answer)\s+)?"  # a subject
+    r"(?: (?:avoid|refrain)s?\b | do(?:\ not|n['’]t) | (?:warn|caution)s?\ against"
+    r"  | (?:should|must|can|may)(?:\ ?not|n['’]t)"
+    r"  | (?:should|must)\s+ (?:\w+ly\s+|try\ to\s+)? (?:avoid|refrain)\b"
+    r"  | does(?:\ not|n['’]t)\ (?:\w+ly\ )?"  # and a fault
+    r"    (?:overlook|neglect|ignor|omit|conf|exagger|impl|mis|incorrect|fail|forget) )"
+)
 
 
 def signed_weight(criterion):
@@ -717,111 +733,9 @@ def signed_weight(criterion):
     weight = criterion["weight"]
     if criterion["title"].lower().startswith("pitfall"):
         weight = -abs(weight)
-    if weight < 0 and re.match(AVOIDS, criterion["description"]):
+    if weight < 0 and AVOIDS.match(criterion["description"]):
         weight = -weight
     return weight
-
-
-LATEX = (  # commands whose first letter JSON would take for an escape
-    r"([bfr][a-zA-Z]+|n(abla|e(?![).])|e[qg]|earrow|[gl]eq|mid|o(limits|number|tin|t)|u)|t(ag|anh?"
-    r"|au|binom|frac|ext\w*|h(erefore|eta|inspace)|ilde|imes|op?|riangle\w*|t))(?![a-zA-Z])")
-# JSON's escapes, or a bare backslash
-BACKSLASH = rf'\\(?:["\\/]|u[0-9a-fA-F]{{4}}|(?!{LATEX})[bfnrt])|\\'
-QUOTE = "[\"“”'‘’]"
-KEY = rf"(?:{QUOTE}\w+{QUOTE}|\b(?:title|name|description|criteri\w+|weight|points)) *:"
-OPENING = rf'(?i)\{{(?=\s*{KEY})|(?<!:)(?<!: )"(?={STATED_WORD})'  # of an object or of a string
-FIELD = (  # key: "text", where the text may hold quotes, or key: number
-    rf"(?is)(?={KEY}){QUOTE}?(\w+){QUOTE}?\s*:\s*(?:{QUOTE}(.{{0,4000}}?){QUOTE}"
-    rf"(?=[\s,]*(?:(?://|\#)[^\n]*\s*)?(?:{KEY}|[}}\]]))|([^\s\"\[{{}}\],/#]+))")
-NEXT_ARRAY = (  # behind a criterion: its array ends, or another one begins
-    r"[\s,}]*\][\s\]}]*(?![\s\]},])|(?s:.*(?:[^:\s]|[^\"'\s]:)\s*\[\s*)\Z")
-
-
-def read_object(text, start, stop):
-    """The object that begins at text[start], and where it ends. If it is no JSON, its fields are
-    read one by one up to `stop`: with inner, single or curly quotes, bare keys, comments."""
-    try:
-        return json.JSONDecoder(strict=False).raw_decode(text, start)
-    except (ValueError, RecursionError):
-        item = {}
-    for key, words, number in re.compile(FIELD).findall(text, start, stop):
-        escaped = re.sub(r'(?<!\\)"', r'\\"', words)
-        item[key] = number or json.loads(f'"{escaped}"', strict=False)
-    return item, text.rfind("}", start, stop)
-
-
-def parse_rubric(text, row=None):
-    r"""Whatever a model wrote -> (criteria, "") or (None, why not). Thinking is dropped. The array
-    with the most criteria (title, description, weight) is taken, the last of equal ones. It is read
-    object by object: what is cut off costs only itself. Nothing that is missing is guessed.
-
-    >>> parse_rubric('<think>hm</think>[{"title": "Law", "description": "Uses \\nu", "weight": 2}')
-    ([{'title': 'Law', 'description': 'Uses \\nu', 'weight': 2}], '')
-    """
-    text = after_thinking(text)
-    if text is None:
-        return None, "unfinished thinking"
-    if not re.search(OPENING, text):  # the whole array is quoted: "[{\"title\": or "[{""title"":
-        text = re.sub(r'\\(?:n\b|(["\\]))', r"\1", text).replace('""', '"')
-    text = re.sub(BACKSLASH, lambda m: r"\\" if m[0] == "\\" else m[0], text)
-    best, array, end, reason = [], [], 0, "no JSON array"
-    starts = [match.start() for match in re.finditer(OPENING, text)]
-    for start, stop in zip(starts, starts[1:] + [len(text)]):
-        if start < end:  # it stands inside the last criterion
-            continue
-        try:
-            item, item_end = read_object(text, start, stop)
-            criterion = read_criterion(item, need_title=True)
-        except ValueError as error:
-            reason = str(error)
-            continue
-        if not array or re.match(NEXT_ARRAY, text[end:start]):
-            array, first = [], start
-        array.append(criterion)
-        end = item_end
-        if len(array) >= len(best):
-            best = array
-    before = text[:first].rstrip() if best else ""
-    is_open = before.endswith("[") and not re.search(r'[}"][\s,]*(\]|```)', text[end - 1 :])
-    if is_open and len(before.split()) > 60:  # long prose, and a draft that breaks off
-        return None, "unfinished thinking"
-    return (best, "") if best else (None, reason)
-
-
-POINTS = r"(?:points?|weight|score)\s*[:=]\s*"
-STATED = (  # "[5] ...", "Points: 5, Item: ...", "5 points: ...", "... (weight: 5)"
-    r"(?is)(?:(?P<item>.*\S)\s*(?=[\[(][^\])]{0,20}[a-z]))?"
-    rf"(?=\s*\[|\W*{POINTS}|\W*[\d.]+ ?p(?:oin)?ts?\b)[\s\[(]*(?:{POINTS})?{WEIGHT}"
-    r"[\s\]).,:;|-]*(?(item)|(?:(?:item|criteri\w+)\s*:)?(?P<description>.+))")
-
-
-def read_rubric(value):
-    """Criteria in any form that files have -> a rubric; None if there are none.
-
-    A list of objects, or of strings that state their weight; such a list under a name; either as
-    JSON, or one string a line. ValueError, or re.error for a bad `check`, says what cannot be read.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value.strip() or "[]")
-        except (ValueError, RecursionError):
-            value = re.split(rf"(?i)\n+(?=\s*\[|\W*{POINTS})", value)
-    if isinstance(value, dict):
-        value = value.get("rubrics") or value.get("rubric") or value
-    if not value:
-        return None
-    if not isinstance(value, list):
-        raise ValueError("it is no list of criteria")
-    rubric = []
-    for item in value:
-        stated = re.fullmatch(STATED, item) if isinstance(item, str) else None
-        if stated:
-            item = stated.groupdict()
-        if isinstance(item, dict):
-            item = item | item.get("annotations", {})
-        rubric.append(read_criterion(item))
-        re.compile(rubric[-1].get("check", ""))
-    return rubric
 
 
 MET = {True: "met", False: "not met", None: "not checked"}
@@ -831,12 +745,12 @@ def row_fields(row):
     """What a row can put into the placeholders of a prompt file; what it lacks is left out. "met"
     says which criteria a completion meets, for {feedback}."""
     rubric = row.get("rubric") or []
-    lines, feedback = [], []
+    lines, feedback, plain = [], [], []
     for c, met in zip(rubric, row.get("met") or [None] * len(rubric)):
         title = f"{c['title']}: " if c["title"] else ""
         lines.append(f"- {title}{c['description']} ({signed_weight(c):g})")
         feedback.append(f"{lines[-1]}: {MET[met]}")
-    plain = [{name: c[name] for name in FIELD_NAMES} for c in rubric]
+        plain.append({name: c[name] for name in c if name != "check"})
     response = row.get("response", "")
     fields = row | {
         "answer": row.get("reference_answer"),
@@ -1914,8 +1828,9 @@ def check_model(model, tokenizer, name):
 def switch_off_dropout(model):
     """For good: gradient checkpointing works in training mode only, where it would drop out."""
     for module in model.modules():
-        for name in [n for n, x in vars(module).items() if "drop" in n and isinstance(x, float)]:
-            setattr(module, name, 0.0)
+        for name, rate in list(vars(module).items()):
+            if "drop" in name and isinstance(rate, float):
+                setattr(module, name, 0.0)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
 
@@ -1984,17 +1899,83 @@ def compile_layers(model, backend=BACKEND):
             layer._compiled_call_impl = None
 
 
+# Rubrics of files. A criterion is a string, or an object with fields of these names, of which the
+# last word counts: "criterion_weight" (ProfBench), "critically_important_weight" (PRBench).
+FIELD_NAMES = {
+    "title": "title name heading label",
+    "description": "description criterion criteria requirement requirements item text",
+    "weight": "weight points score",
+}
+WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
+WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
+WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
+STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
+    rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
+    r"(?=\[|points?:|[\d.−–-]+ ?p)"
+    rf"\[?(?:points?: ?)?{WEIGHT} ?[]:,–-](?: ?item:)?(?P<item>.+)",
+    rf"(?P<item>.+)[(\[](?=[^)]{{0,20}}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
+]
+FORMS = '[{"description": "States the law", "weight": 5}] or ["[5] States the law"]'
+
+
+def field_of(item, meaning):
+    """The text or number of an object's field of this meaning; of several all, joined; or ""."""
+    names = FIELD_NAMES[meaning].split()
+    named = [value for key, value in item.items() if key.lower().split("_")[-1] in names]
+    texts = [str(value).strip() for value in named if isinstance(value, (str, int, float))]
+    return ": ".join(dict.fromkeys(texts))
+
+
+def read_criterion(item):
+    """A string that states its weight, or an object -> a criterion with title (may be ""),
+    description, weight, perhaps check. ValueError, or re.error of a check: it cannot be read."""
+    if isinstance(item, str):
+        ways = [re.fullmatch(way, item.strip(), re.IGNORECASE | re.DOTALL) for way in STATED]
+        item = next((match.groupdict() for match in ways if match), None)
+    if not isinstance(item, dict):
+        raise ValueError(f"a criterion has to be an object or to state its weight, as in {FORMS}")
+    parts = [part for value in item.values() if isinstance(value, list) for part in value]
+    if dict in map(type, parts):
+        raise ValueError("a criterion has others within")
+    title, description = field_of(item, "title"), field_of(item, "description")
+    stated = field_of(item, "weight").lower()
+    number = re.fullmatch(WEIGHT + r"(?: ?\(.*\))?", str(WORD_WEIGHT.get(stated, stated)))
+    if not number:
+        raise ValueError(f"a criterion has no clear weight ({stated!r:.20})")
+    weight = re.sub("[−–]", "-", number["weight"])
+    criterion = make_criterion("" if title == description else title, description, weight)
+    if isinstance(item.get("check"), str):
+        criterion["check"] = re.compile(item["check"]).pattern
+    return criterion
+
+
+def read_rubric(value):
+    """Criteria in any form that files have -> a rubric; None if there are none. ValueError, or
+    re.error for a bad `check`: something cannot be read. Nothing is read in part."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value.strip() or "[]")
+        except (ValueError, RecursionError):
+            value = re.split(r"(?i)\n(?=[ \t]*(?:\[|points:))", value)
+    if isinstance(value, dict):
+        value = value.get("rubrics") or value.get("rubric") or value
+    if not isinstance(value or [], list):
+        raise ValueError(f"a rubric has to be a list, as {FORMS}")
+    rubric = []
+    for item in value or []:
+        if isinstance(item, dict) and isinstance(item.get("annotations"), dict):  # PRBench
+            item = item | item["annotations"]
+        rubric.append(read_criterion(item))
+    return rubric or None
+
+
 # A data set is a function from the cells of a raw row, as text, to the fields of a row.
 
 
 def plain_row(cells):
     """A row whose columns have this file's own names."""
-    row = {"question": cells["question"], "reference_answer": cells["reference_answer"]}
-    for name in ("solution", "sample"):
-        row[name] = cells.get(name, "")
-    if "text" in cells:
-        row["response"] = cells["text"] or "(no answer)"  # which a judge grades, too
-    return row
+    optional = {name: cells.get(name, "") for name in ("solution", "sample")}
+    return {name: cells[name] for name in ("question", "reference_answer")} | optional
 
 
 def rubrichub_row(cells):
@@ -2052,21 +2033,18 @@ RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 
 def read_table(data, split, limit=0):
     """The raw rows of a .jsonl, .json or .parquet file, of the toy, or of a data set of the hub. No
-    more than `limit` are fetched (0: all)."""
+    more than `limit` are fetched (0: all). UserError: it cannot be had."""
+    path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
+    if path.suffix == ".jsonl":
+        require(path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
+        return read_jsonl(path)[: limit or None]
     source = DATA_SETS.get(data, DataSet(data))
     hub, _, part = source.hub.partition(":")
-    path = Path(data)
-    if source.hub == "toy":
-        path = TOY / f"{split}.jsonl"
-    is_file = path.suffix in (".jsonl", ".json", ".parquet") and not part
     require(
-        is_file or "/" in hub,
+        "/" in hub or path.suffix in (".json", ".parquet"),
         f"--data {data}: unknown; give a .jsonl, .json or .parquet file, a hub id (owner/name, "
         f"owner/name:config) or one of {', '.join(DATA_SETS)}.",
     )
-    require(not is_file or path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)[: limit or None]
     import datasets  # it takes seconds
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said below
@@ -2074,17 +2052,17 @@ def read_table(data, split, limit=0):
     try:
         if path.suffix == ".json":
             table = json.loads(path.read_text(encoding="utf-8"))
-        elif is_file:
+        elif path.suffix == ".parquet" and not part:
             table = datasets.Dataset.from_parquet(data)
         else:
-            where = {"data_files": part} if "." in part else {"name": part or None}
+            where = {"data_files" if "." in part else "name": part or None}
             split = source.test if split == "test" else split
             table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
         return list(itertools.islice(table, limit or None))
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(
-            f"{data}: looked for {hub} and could not read it ({str(error)!r:.150}); a file will "
-            "do; where its page asks for consent: hf auth login."
+            f"--data {data}: looked for {hub} and could not read it ({str(error)!r:.150}); a file "
+            "will do; where its page asks for consent: hf auth login."
         ) from error
 
 
@@ -2093,8 +2071,8 @@ def read_row(raw, source):
     Errors of many kinds: a column is missing, or a cell cannot be read."""
     row = {"solution": "", "response": "", "sample": "", "grading": {}}
     row |= source.to_row(as_text(raw))
-    if raw.get("text", "") is None:  # a server refused the question: no answer to judge
-        row["response"] = ""
+    if raw.get("text") is not None:  # None: a server refused the question, nothing to judge
+        row["response"] = as_text(raw["text"]) or "(no answer)"
     texts = [row[name] for name in ("question", "reference_answer", "solution", "response")]
     if not row["question"] or not all(isinstance(text, str) for text in texts):
         raise ValueError("the question is empty, or what has to be a text is none")
@@ -2110,17 +2088,15 @@ def load_rows(data, split, limit=0, seed=0):
     table = read_table(data, split, 0 if data == "toy" else limit)
     if data == "toy":
         random.Random(seed).shuffle(table)
-        table = table[: limit or None]
-    require(table and all(isinstance(r, dict) for r in table), f"{data} has no rows of objects.")
     rows = []
-    for number, raw in enumerate(table, 1):
+    for number, raw in enumerate(table[: limit or None], 1):
         try:
             rows.append(read_row(raw, source))
         except (ValueError, re.error, LookupError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{data}, row {number}: cannot be read ({error!r:.150}); its columns are "
-                f"{sorted(raw)}."
+                f"{data}, row {number}: cannot be read ({error!r:.250}): {raw!r:.150}"
             ) from error
+    require(rows, f"{data} has no rows.")
     if source.overlap and split == "test":
         seen = {row["question"] for row in load_rows(data, "train")}
         new = [row for row in rows if row["question"] not in seen]

@@ -969,45 +969,61 @@ def test_sft_on_the_teachers_completions_is_their_cross_entropy(tok, prompts):
 
 # ---- 5. rubrics ----------------------------------------------------------------------------------
 
-ONE, TWO = json.dumps([GOOD]), json.dumps([GOOD, GOOD])
-PARSE = [  # what a model writes -> the titles kept, or a word of the reason
-    (ONE, ["Law"]),
-    ("```json\n" + TWO + "\n```", ["Law", "Law"]),
-    ("Here is the rubric:\n" + ONE + "\nHope it helps!", ["Law"]),
-    (json.dumps({"rubric": [GOOD]}), ["Law"]),
-    ("<think>" + ONE + "</think>" + json.dumps([GOOD | {"title": "B"}]), ["B"]),
-    (ONE[:-1] + ', {"title": "cut", "descr', ["Law"]),
-    (ONE.replace("5", '"5"'), ["Law"]),
-    ('[{"title": "a", "description": "b" "weight": 1}, ' + ONE[1:], ["a", "Law"]),
-    ('[{"title": "a", "description": "b", "weight": }, ' + ONE[1:], ["Law"]),
-    (json.dumps([GOOD | {"weight": None}]), "weight"),
-    (json.dumps([GOOD | {"weight": True}]), "weight"),
-    (json.dumps([GOOD | {"weight": "high"}]), "weight"),
-    (json.dumps([{"description": "x", "weight": 1}]), "title"),
+LAW, UNIT = GOOD, {"title": "Unit", "description": "Gives it.", "weight": 3}
+ONE, BOTH, THE_LAW, THE_UNIT = map(json.dumps, ([LAW], [LAW, UNIT], LAW, UNIT))
+DOTS = [{"title": "...", "description": "...", "weight": 5}]
+PROSE = "so " * 120  # of a draft
+NO_COMMA = '{"title": "a", "description": "b" "weight": 1}'
+WRITTEN = [  # what a model writes -> the criteria, or a word of the reason
+    (ONE, [LAW]),
+    (f"Here is the rubric:\n```json\n{BOTH}\n```\nHope it helps!", [LAW, UNIT]),
+    (json.dumps({"rubric": [LAW]}), [LAW]),
+    (f"[{THE_LAW},\n{THE_UNIT},]", [LAW, UNIT]),
+    (ONE.replace("5", '"5"'), [LAW]),
+    (ONE.replace("5", "0.5"), [LAW | {"weight": 0.5}]),
+    (BOTH[:-1], [LAW, UNIT]),
+    (BOTH[:-1] + ', {"title": "cut", "descr', [LAW, UNIT]),
+    (BOTH[:-1] + r', {"title": "cut", "description": "Has \frac{a}{b}', [LAW, UNIT]),
+    (PROSE + BOTH, [LAW, UNIT]),
+    (PROSE + BOTH[:-1], "unfinished"),
+    (f"{BOTH} For instance [{THE_UNIT}]", [LAW, UNIT]),
+    (f"[{THE_LAW}]\nOr, rather:\n[{THE_UNIT}]", [UNIT]),
+    (f'[{THE_LAW}, {{"title": "x"}}]\nOr, rather:\n{BOTH}', [LAW, UNIT]),
+    (json.dumps([LAW | {"note": {"a": [1]}, "check": "("}]), [LAW]),
+    (json.dumps([LAW | {"description": 'On [0, 1]: {x} and {"a": 1}, [{'}]),
+        [LAW | {"description": 'On [0, 1]: {x} and {"a": 1}, [{'}]),
+    (f"In this form: {json.dumps(DOTS)}\n{ONE}", [LAW]),
+    (json.dumps(DOTS), "description"),
+    (f"[{THE_LAW}, {NO_COMMA}, {THE_UNIT}]", "delimiter"),  # never in part
+    (f'[{{"group": "A", "items": {ONE}}}, {{"group": "B", "items": {ONE}}}]', "float"),
+    (f"[{NO_COMMA}, {THE_UNIT}]", "delimiter"),
+    (f'{{"rubric": [{NO_COMMA}, {THE_UNIT}]}}', "delimiter"),
+    (f'a comma within", "weight": 5}}, {THE_LAW}, {THE_UNIT}]', [LAW, UNIT]),
+    (f"[{THE_LAW}, {json.dumps(DOTS[0])}, {THE_UNIT}]", "description"),
     (json.dumps([{"title": "x", "weight": 1}]), "description"),
+    (json.dumps([LAW | {"description": ["States it."]}]), "expected string"),
     ("[]", "no JSON array"),
-    ("", "no JSON array"),
     ("I cannot do that.", "no JSON array"),
     ("<think>" + ONE, "unfinished"),
-    (TWO + " For instance " + json.dumps([GOOD | {"title": "x"}]), ["Law", "Law"]),
-    ("so " * 80 + "the rubric: " + ONE[:-1], "unfinished"),
 ]
+WEIGHTS = ["9" * 400, "9" * 5000, "NaN", "-Infinity", "1e400", "true", "null", "{}", '"high"',
+    '"3-4"', "[" * 3000, '{"a": ' * 3000]
+WRITTEN += [(f'[{{"title": "T", "description": "D", "weight": {w}}}]', "") for w in WEIGHTS]
 
 
-@pytest.mark.parametrize("text, expected", PARSE)
-def test_parse_rubric(text, expected):
+@pytest.mark.parametrize("text, expected", WRITTEN)
+def test_what_a_model_writes(text, expected):
     rubric, why = rsd.parse_rubric(text)
     if isinstance(expected, list):
-        assert [c["title"] for c in rubric] == expected
-        assert why == ""
+        assert (rubric, why) == (expected, "")
     else:
         assert rubric is None
-        assert expected in why
+        assert why and expected in why
 
 
 COMMANDS = (
     r"\theta \frac \nu \beta \rho \times \text \nabla \right \tau \bar \pi \Delta \sqrt \neq \tan "
-    r"\bf \tt \tag \rvert \nonumber \forall \begin \nabla \rangle \top"
+    r"\bf \tt \tag \rvert \forall \begin \nabla \rangle \top \underline \ne"
 ).split()
 
 
@@ -1019,18 +1035,14 @@ def test_latex_survives_json(command):
         assert rubric[0]["description"] == f'Uses ${command}{{x}} + 1$.\nNext "line"'
 
 
-def test_real_escapes_stay():
-    description = "tab\there, line\ne) last\nless\nnot, café \u2192 \"q\" c:\\new"
-    text = json.dumps([GOOD | {"description": description}])
+def test_real_escapes_stay_and_half_surrogates_are_mended():
+    description = "a\tTab, line\ne) last\nless\nnot, café \u2192 \"q\" c:\\new \U0001f600"
+    text = json.dumps([LAW | {"description": description}])
     assert rsd.parse_rubric(text)[0] == json.loads(text)
-
-
-def loads(text):
-    """What JSON makes of a text, or None."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+    text = '[{"title": "\\ud83d", "description": "D \\ude00\\ud83d", "weight": 2}]'
+    assert rsd.parse_rubric(text)[0] == [
+        {"title": "\ufffd", "description": "D \ufffd\ufffd", "weight": 2}
+    ]
 
 
 def complete_criteria(text):
@@ -1038,9 +1050,9 @@ def complete_criteria(text):
     found = []
     for part in text.replace("\n", " ").split("{")[1:]:
         for form in (part, part.replace("\\", "\\\\")):
-            item = loads("{" + form.split("}")[0] + "}")
-            if item and {"title", "description", "weight"} <= item.keys():
-                found.append(item)
+            with contextlib.suppress(ValueError):
+                item = json.loads("{" + form.split("}")[0] + "}")
+                found += [item] if {"title", "description", "weight"} <= item.keys() else []
     return found
 
 
@@ -1048,49 +1060,88 @@ def complete_criteria(text):
 def test_recorded_outputs_of_an_8b_model():
     lines = (SHARED / "qwen3_8b_rubric_outputs_200.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    for text in texts:
-        rubric, why = rsd.parse_rubric(text)
-        is_prose = text.lstrip()[:4] in ("Okay", "Let ", "Firs", "So, ", "Alri")
-        wanted = bool(complete_criteria(text)) and not is_prose
-        assert bool(rubric) == wanted, (why, text[:80])
-
-    good = [text for text in texts if rsd.parse_rubric(text)[0]]
-    assert len(good) == 182  # others: 16 unfinished thinking, 1 without weights, 1 cut in its first
-    arrays = [text for text in texts if text[0] == "[" and loads(text)]
-    assert sum(rsd.parse_rubric(text)[0] == json.loads(text) for text in arrays) == 160
+    wanted = [text for text in texts if complete_criteria(text) and text[:4] != "Okay"]
+    read = [text for text in texts if rsd.parse_rubric(text)[0]]
+    assert len(wanted) == 182
+    assert len(read) == 181 and set(read) < set(wanted)  # one lacks a comma within
+    whole = [text for text in wanted if text[0] == "[" and text[-1] == "]" and "\\" not in text]
+    same = [rsd.parse_rubric(text)[0] == json.loads(text) for text in whole if text in read]
+    assert len(same) > 150 and all(same)
 
 
-def test_rubrics_in_every_known_form():
-    want = [
-        {"title": "Essential", "description": "Says so.", "weight": 5},
-        {"title": "Pitfall", "description": "Forgets it.", "weight": -1},
-    ]
-    strings = ["Essential Criteria: Says so.", "Pitfall Criteria: Forgets it."]
-    assert rsd.read_rubric(strings) == rsd.read_rubric(json.dumps(strings)) == want
-    hub = [{"criterion": "Says so.", "points": 5}, {"criteria": "Forgets it.", "score": "-1"}]
-    assert rsd.read_rubric(hub) == [c | {"title": ""} for c in want]
-    assert rsd.read_rubric([]) is rsd.read_rubric("") is rsd.read_rubric(None) is None
-    for bad in ("{", "3", {"a": 1}, [3], [{"title": "x"}], [GOOD | {"check": "("}]):
-        with pytest.raises((ValueError, re.error)):
-            rsd.read_rubric(bad)
+TAGS = [
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<THINK>", "</THINK>"),
+    ("<thought>", "</thought>"), ("<|thought|>", "<|/thought|>"), ("[THINK]", "[/THINK]"),
+    ("<reasoning>", "</reasoning>"), ("◁think▷", "◁/think▷"), ("<analysis>", "</analysis>"),
+    ("<seed:think>", "</seed:think>"), ("<longcat_think>", "</longcat_think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"), ('<think effort="high">', "</think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|thinking_start|>", "<|thinking_end|>"),
+    ("<scratchpad>", "</scratchpad>"), ("<|channel>thought\n", "<channel|>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("analysisWe see ", "assistantfinal"),
+]
 
 
-@pytest.mark.parametrize("title, description, weight, worth", [  # as in RaR-Science, and an 8B's
-    ("Law", "States the law.", 5, 5),
-    ("Pitfall", "Fails to convert the unit.", -1, -1),
-    ("Pitfall", "The response should avoid citing heat loss.", -1, 1),
-    ("Pitfall", "Does not overlook friction.", -2, 2),
-    ("Pitfall", "Does not mention that friction is neglected.", -1, -1),
-    ("Pitfall", "Omits the unit.", 0.9, -0.9),
-    ("Pitfall", "The response must not confuse mass and weight.", 0.9, 0.9),
-    ("Sign Error", "Uses a wrong sign.", -2, -2),
-    ("Slip", "Warns against using the template strand.", -1, 1),
-    ("Clarity", "Is concise and avoids jargon.", 3, 3),
-    ("Slip", "Does not incorrectly attribute the effect to heat.", -1, 1),
-    ("", "Says 4 m.", 1, 1),
-])
-def test_polarity_of_a_criterion(title, description, weight, worth):
-    c = {"title": title, "description": description, "weight": weight}
+@pytest.mark.parametrize("opens, closes", TAGS)
+def test_thinking_of_every_family(opens, closes):
+    draft = "perhaps " + BOTH + " or [true, true] "
+    for begin in (opens, ""):  # or the prompt opened it
+        assert rsd.parse_rubric(begin + draft + closes + ONE) == ([LAW], "")
+    assert rsd.parse_rubric(opens + draft) == (None, "unfinished thinking")
+    assert rsd.after_thinking("a" + closes + "b" + closes + "c") == "c"
+    verdicts = [rsd.read_verdicts(opens + draft + end, {"rubric": [1, 2]})[0]
+        for end in (closes + "[false, true]", "")]
+    assert verdicts == [[False, True], None]
+
+
+@pytest.mark.parametrize("text", ["I think [1] so.", "x < think", "<b>thinking</b>",
+    "[thought] of it", "the analysis", "a<channel", ""])
+def test_no_thinking(text):
+    assert rsd.after_thinking(text) == text
+
+
+PIECES = ['[{"a":1},', '[{"title": "A", "description": "B \\frac ', '{"a":', '{"a":[', "[", "{",
+    '"', '{"a": "x ', '"title": "x ', " ", "\n", "\\", '\\"', '{\\"', "<think ", "<|think", "think",
+    "a", "_", "true, ", "[true]", "“", "/*", "//", "```", "[1,", "5", "]", "],", "(5", THE_LAW]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_time_is_linear(piece):
+    text = piece * (18000 // len(piece))
+    start = time.perf_counter()
+    rsd.parse_rubric(text)
+    rsd.read_verdicts(text, {"rubric": [1, 2]})
+    for rubric in ([text], "a" + text + "a"):
+        with contextlib.suppress(ValueError):
+            rsd.read_rubric(rubric)
+    rsd.signed_weight({"title": "", "description": "The " + text, "weight": -1})
+    assert time.perf_counter() - start < 2
+
+
+FAULTS = [  # stated signs hold, whatever is to be avoided in them
+    "Fails to warn against lifting.", "Does not avoid jargon.", "Does not mention what to avoid.",
+    "Recommends avoiding all fluids.", "States that aspirin should not be taken.",
+    "Avoiding the question.", "Says: “Avoid the sun.”", "Incorrectly avoids the question.",
+    "The response fails to say which drugs must not be mixed.", "Neglects to caution against it.",
+    "Mentions fish that should be avoided.", "Response is long, which should be avoided.",
+    "Categorizes drugs as safe or avoid.", "Advises against it.", "Omits the unit.",
+    "Suggests X. (Justification: one should not.)",
+]
+MERITS = [  # the main verb avoids the fault
+    "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
+    "Refrains from blame.", "Must not guess.", "The response must carefully avoid rounding.",
+    "An answer mustn't confuse them.", "Does not overlook friction.", "Do not round early.",
+    "Warns against the wrong strand.", "Negative Criteria: The response must not omit it.",
+    "Should try to avoid repetition.", "Pitfall: Avoids mixing units.", "This cannot be missing.",
+    "Doesn’t incorrectly attribute it.",
+]
+
+
+@pytest.mark.parametrize("text, worth", [(t, -5) for t in FAULTS] + [(t, 5) for t in MERITS])
+def test_polarity_of_a_criterion(text, worth):
+    assert rsd.signed_weight(rsd.read_criterion({"criterion": text, "points": 5})) == 5
+    assert rsd.signed_weight({"title": "Pitfall", "description": text, "weight": 5}) == worth
+    c = rsd.read_criterion({"criterion": text, "points": -5})
     assert rsd.signed_weight(c) == worth
     row = {"question": "q", "reference_answer": "a", "rubric": [c]}
     assert rsd.row_fields(row)["rubric"].endswith(f"({worth:g})")  # the teacher sees that sign
@@ -1136,29 +1187,22 @@ def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
 def test_every_ablation_keeps_the_schema(comparison):
     own = [row["rubric"] for row in toy_rows("train", 40)]
     general = rsd.read_rubric((TOY / "generic.json").read_text())
-
-    def changed(source):
-        return comparison.ablate(own, source, general, seed=0)
-
+    changed = {}
     for source in comparison.ABLATIONS:
-        rubrics = changed(source)
-        assert len(rubrics) == 40
-        fields = {"title", "description", "weight"}
-        assert all(fields <= c.keys() for rubric in rubrics for c in rubric)
-        assert rubrics == changed(source)  # the same each time
-        assert rubrics != own
+        changed[source] = comparison.ablate(own, source, general, seed=0)
+        assert changed[source] == comparison.ablate(own, source, general, seed=0) != own
+        assert len(changed[source]) == 40
+        fields = {c.keys() >= GOOD.keys() for rubric in changed[source] for c in rubric}
+        assert fields == {True}
 
-    assert len(general) == 7
-    assert changed("generic") == [general] * 40
-    others = changed("random")
-    assert all(rubric in own for rubric in others)
-    assert not any(rubric is whole for rubric, whole in zip(others, own))
-    for rubric, whole in zip(changed("reduced"), own):
+    assert changed["generic"] == [general] * 40 and len(general) == 7
+    assert all(rubric in own for rubric in changed["random"])
+    assert not any(rubric is whole for rubric, whole in zip(changed["random"], own))
+    for rubric, whole in zip(changed["reduced"], own):
         assert len(rubric) == 3
         assert all(c in whole for c in rubric)
-    noisy = changed("noisy")
-    differs = [sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in zip(noisy, own)]
-    assert all(len(rubric) == 5 for rubric in noisy)
+    pairs = list(zip(changed["noisy"], own))
+    differs = {sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in pairs}
     assert max(differs) == 3 and min(differs) < 3  # the other's may be one of its own
 
 
@@ -1363,272 +1407,6 @@ def test_train_step_can_be_copied_out(lift, tok):
     torch.testing.assert_close(weights, wanted)
     norm = "model.norm.weight"
     assert not torch.equal(weights[norm], tiny(tok).state_dict()[norm])
-
-
-# -- rubrics and verdicts as models and files have them
-
-
-LAW = {"title": "Law", "description": "States it.", "weight": 5}
-UNIT = {"title": "Unit", "description": "Gives it.", "weight": 3}
-BOTH, LAW_TEXT, UNIT_TEXT = json.dumps([LAW, UNIT]), json.dumps(LAW), json.dumps(UNIT)
-
-
-def law(**other):
-    return [LAW | other]
-
-
-# -- thinking
-
-TAGS = [("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<THINK>", "</THINK>"),
-    ("<thought>", "</thought>"),
-        ("<|thought|>", "<|/thought|>"), ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"),
-            ("◁think▷", "◁/think▷"),
-        ("<seed:think>", "</seed:think>"), ("<longcat_think>", "</longcat_think>"), ("<analysis>",
-            "</analysis>"),
-        ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
-        ("<|thinking_start|>", "<|thinking_end|>"), ('<think effort="high">', "</think>"),
-            ("<scratchpad>", "</scratchpad>"),
-        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
-        ("<|channel>thought\n", "<channel|>"), ("analysisWe see ", "assistantfinal")]
-
-
-@pytest.mark.parametrize("opens, closes", TAGS)
-def test_thinking_of_every_family(opens, closes):
-    draft = "perhaps " + BOTH + " or [true, true] "
-    assert rsd.parse_rubric(opens + draft + closes + json.dumps([UNIT])) == ([UNIT], "")
-    assert rsd.parse_rubric(draft + closes + json.dumps([UNIT])) == ([UNIT],
-        "")  # the prompt opened it
-    assert rsd.parse_rubric(opens + draft) == (None, "unfinished thinking")
-    assert rsd.read_verdicts(opens + draft + closes + "[false, true]", {"rubric": [1,
-        2]})[0] == [False, True]
-    assert rsd.read_verdicts(opens + draft, {"rubric": [1, 2]}) == (None, "unfinished thinking")
-    assert rsd.after_thinking("a" + closes + "b" + closes + "c") == "c"
-
-
-@pytest.mark.parametrize("text", ["I think [1] so.", "x < think", "<b>thinking</b>",
-    "[thought] of it", "the analysis", "a<channel", ""])
-def test_no_thinking(text):
-    assert rsd.after_thinking(text) == text
-
-
-# -- what a model writes
-
-FENCE = "so " * 80 + "```json\n%s\n```"
-DAMAGED = {  # text -> what it means
-    '[{"title": "Law", "description": "States it.", "weight": 5,},]': law(),
-    '[{"title": "Law", "description": "States it.", "weight": 5}, {"title": "Unit", "description": "Gives it.", "weight": 3,}': [LAW, UNIT],
-    '[{"weight": 5, "title": "Law", "description": "Names "momentum", and says why.",}, %s]' % UNIT_TEXT:
-        [LAW | {"description": 'Names "momentum", and says why.'}, UNIT],
-    '[{"title": "The "first" law", "description": "States it.", "weight": 5}]':
-        law(title='The "first" law'),
-    '[{"weight": 5, "title": "Law", "description": "Says "F"}]': law(description='Says "F'),
-    "[{'title': 'Law', 'description': 'States the law\\'s name.', 'weight': 5}]": None,
-    "[{'title': 'Law', 'description': 'The answer's unit.', 'weight': 5}]":
-        law(description="The answer's unit."),
-    "[{'title': 'Law', 'description': 'States it.', 'weight': -2}]": law(weight=-2),
-    '[{‘title’: ‘Law’, ‘description’: ‘States it.’, ‘weight’: 5}]': law(),
-    '[{“title”: “Law”, “description”: “Says “force”, too.”, “weight”: 5}]':
-        law(description="Says “force”, too."),
-    '[{"title": "Law", "description": "Says “force”, too.", "weight": 5,}]':
-        law(description="Says “force”, too."),
-    '[{title: "Law", weight: 5, description: "Finds the weight: 5 N, not title: mass."}]':
-        law(description="Finds the weight: 5 N, not title: mass."),
-    '[{\n  title: \'Law\',\n  description: \'States it.\',\n  weight: 5\n}]': law(),
-    '[{"title": "Law", // a comment\n "description": "States it.", // another, with "quotes"\n "weight": 5 // essential\n}]': law(),
-    '[{"title": "Law", "description": "See https://a.b/c // d", "weight": 5,}]':
-        law(description="See https://a.b/c // d"),
-    '[{"title": "Law"\n"description": "States it."\n"weight": 5}\n%s]' % UNIT_TEXT: [LAW, UNIT],
-    '[{"title": "Law", "description": "States it.", "weight": +5}]': law(),
-    '[{"title": "Law", "description": "States it.", "weight": –1.5}]': law(weight=-1.5),
-    '[{"title": "Law", "description": "States it.", "weight": "−2"}]': law(weight=-2),
-    '[{"title": "Law", "description": "States it.", "weight": 0.}]': law(weight=0),
-    '[{"Title": "Law", "DESCRIPTION": "States it.", "Weight": 5}]': law(),
-    '[{"heading": "Law", "description": "States it.", "weight": "+5"}]': law(),
-    '[{"criterion": "Law", "description": "States it.", "points": 5}]': law(),
-    '[{"label": "Law", "criterion": "States it.", "score": "5 pts"}]': law(),
-    '[{"title": "Law", "description": "States it.", "weight": "Important"}]': law(weight=3),
-    '[{"title": "Law", "description": "States it.", "weight": "5 (essential)"}]': law(),
-    '"[{\\"title\\": \\"Law\\", \\"description\\": \\"Says \\\\\\"F\\\\\\" and \\\\\\\\nu.\\", \\"weight\\": 5}]"':
-        law(description='Says "F" and \\nu.'),
-    '"[\\n  {\\n \\"title\\": \\"Law\\",\\n \\"description\\": \\"States it.\\", \\"weight\\": 5\\n }\\n]"': law(),
-    '[{""title"": ""Law"", ""description"": ""States it."", ""weight"": 5}]': law(),
-    '["Essential Criteria: States it.", "Pitfall: Forgets it."]':
-        [LAW | {"title": "Essential"}, {"title": "Pitfall", "description": "Forgets it.", "weight":
-            -1}],
-    '{"a": %s, "b": %s}' % (LAW_TEXT, UNIT_TEXT): [LAW, UNIT],
-    '%s\n%s' % (LAW_TEXT, UNIT_TEXT): [LAW, UNIT],
-    '{"rubric": {"criteria": %s}}' % BOTH: [LAW, UNIT],
-    '[{"group": "A", "items": [%s]}, {"group": "B", "items": [%s]}]' % (LAW_TEXT, UNIT_TEXT): [LAW,
-        UNIT],
-    FENCE % BOTH[:-1]: [LAW, UNIT],
-    "so " * 80 + BOTH: [LAW, UNIT],
-    "so " * 80 + BOTH[:-1]: "unfinished",
-    "so " * 80 + BOTH[:-1] + " and now": "unfinished",
-    BOTH[:-1] + ', {"title": "cut", "description": "Gi': [LAW, UNIT],
-    BOTH + "\nFor instance: [%s]" % UNIT_TEXT: [LAW, UNIT],
-    "[%s]\nRather:\n[%s]" % (LAW_TEXT, UNIT_TEXT): [UNIT],
-    "[%s, {\"title\": \"x\"}]\nRather:\n%s" % (LAW_TEXT, BOTH): [LAW, UNIT],
-    '{"rubric": %s}\nFinal rubric: {"rubric": [%s, %s]}' % (BOTH, UNIT_TEXT, LAW_TEXT): [UNIT, LAW],
-    '[{"title": "…", "description": "…", "weight": 5}]': "title",
-    '[{"title": "Law", "description": "___", "weight": 5}]': "description",
-    'In this form: [{"title": "...", "description": "...", "weight": 5}, {"title": "...", "description": "...", "weight": 3}]\n'
-    + "[" + LAW_TEXT + "]": law(),
-    '[{"title": "Set", "description": "Gives {x: x > 0} and {\\"a\\": 1}.", "weight": 5}]':
-        [{"title": "Set", "description": 'Gives {x: x > 0} and {"a": 1}.', "weight": 5}],
-    '[{"title": "Law", "description": "On [0, \\\\frac{1}{2}] only.", "weight": 5}, %s]' % UNIT_TEXT:
-        [LAW | {"description": "On [0, \\frac{1}{2}] only."}, UNIT],
-    '[{"title": "Law", "description": "Uses \\nu and \\frac{a}{b}.", "weight": 5,}]':
-        law(description="Uses \\nu and \\frac{a}{b}."),
-    '[{"title": "Law", "description": "States it.", "weight": "3-4"}]': "numeric weight",
-    '[{"title": "Law", "description": "States it.", "weight": "5/10"}]': "numeric weight",
-    '[{"title": "Law", "description": ["States it."], "weight": 5}]': "description",
-    '[{"title": "Law", "description": "States it.", "weight": [5]}]': "weight",
-}
-
-
-@pytest.mark.parametrize("text", DAMAGED)
-def test_damage_costs_nothing_where_the_meaning_is_plain(text):
-    want = DAMAGED[text]
-    rubric, reason = rsd.parse_rubric(text)
-    if isinstance(want, list):
-        assert (rubric, reason) == (want, "")
-    elif want:
-        assert rubric is None and want in reason
-
-
-def test_a_draft_does_not_outweigh_a_valid_object():
-    """Whatever json reads is never changed: strings that look like fields or openings stay."""
-    for text in ('a, title: b", "weight": 9', "x {'title': 'y'}", "ends // here", "[1], [2]",
-        "]\n[", "“q”", "…", "−1"):
-        rubric = [LAW | {"description": "So: " + text}, UNIT]
-        assert rsd.parse_rubric(json.dumps(rubric, ensure_ascii=False))[0] == rubric
-
-
-ABSURD = ["9" * 400, "9" * 5000, "NaN", "Infinity", "1e400", "-Infinity", "true", "null", "{}",
-    "[" * 3000, '{"a": ' * 3000]
-
-
-@pytest.mark.parametrize("weight", ABSURD)
-def test_absurd_numbers_are_a_reason(weight):
-    text = '[{"title": "T", "description": "D", "weight": ' + weight + "}]"
-    rubric, reason = rsd.parse_rubric(text)
-    assert rubric is None and reason
-    assert rsd.parse_rubric(text + "\n[" + LAW_TEXT + "]")[0] == [LAW]
-    with pytest.raises(ValueError):
-        rsd.read_rubric(text)
-
-
-@pytest.mark.parametrize("written, read", [("\\ud83d", "\ufffd"), ("\\ude00\\ud83d",
-    "\ufffd\ufffd"), ("\ud83d", "\ufffd"),
-                                           ("\\ud83d\\ude00", "\U0001f600")])
-def test_half_surrogates_are_mended(written, read):
-    for end in ("}", ",}"):
-        rubric, _ = rsd.parse_rubric('[{"title": "T%s", "description": "D %s.", "weight": 2%s]' % (written, written, end))
-        assert rubric == [{"title": "T" + read, "description": f"D {read}.", "weight": 2}]
-        json.dumps(rubric, ensure_ascii=False).encode()
-
-
-UNITS = ['[{"a":1},', '[{"title": "A", "description": "B \\frac ', '{"a":', '{"a":[', "[", "{", '"',
-    '{"a": "x ', '"title": "x ', " ",
-         "\n", "\\", '\\"', '{\\"', "<think ", "a", "_", '"Essential: x", ', "true, ", "[true]",
-             "“", "/*", "//", "```", "[1,", LAW_TEXT]
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_time_is_linear(unit):
-    text = unit * (18000 // len(unit))
-    start = time.perf_counter()
-    rsd.parse_rubric(text)
-    rsd.read_verdicts(text, {"rubric": [1, 2]})
-    assert time.perf_counter() - start < 2
-
-
-# -- polarity
-
-FAULTS = ["Fails to warn against lifting.", "Fails to avoid jargon.", "Does not avoid jargon.",
-    "Does not mention what to avoid.",
-          "Recommends avoiding all fluids.", "Advises the user to avoid vaccines.",
-              "States that aspirin should not be taken.",
-          "Omits that one must not drive.", "Says: “Avoid the sun.”", "Asks to avoid TCM.",
-              "Incorrectly avoids the question.",
-          "The response fails to say which drugs must not be mixed.",
-              "Mentions fish that should be avoided.",
-          "Neglects to caution against it.", "Response is long, which should be avoided.",
-              "Ignores advice like avoiding soaps.",
-          "Categorizes drugs as safe or avoid.", "Suggests X. (Justification: one should not.)",
-              "Advises against it."]
-MERITS = ["Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
-    "Refrains from blame.", "Must not guess.",
-          "The response must carefully avoid rounding.", "An answer mustn't confuse them.",
-              "Does not overlook friction.",
-          "Warns against the wrong strand.", "Negative Criteria: The response must not omit it.",
-              "Should try to avoid repetition.",
-          "Pitfall: Avoids mixing units.", "Doesn’t incorrectly attribute it.",
-              "This cannot be missing.", "Do not round early."]
-
-
-@pytest.mark.parametrize("text", FAULTS)
-def test_a_stated_sign_holds(text):
-    assert rsd.signed_weight(rsd.read_criterion({"criterion": text, "points": -5})) == -5
-    assert rsd.signed_weight({"title": "Pitfall", "description": text, "weight": 5}) == -5
-    assert rsd.signed_weight({"title": "", "description": text, "weight": 5}) == 5
-
-
-@pytest.mark.parametrize("text", MERITS)
-def test_the_avoidance_of_a_fault_is_a_merit(text):
-    assert rsd.signed_weight(rsd.read_criterion({"criterion": text, "points": -5})) == 5
-
-
-# -- files
-
-FORMS = [  # value -> weights
-    ([{"criterion": "X", "points": 7, "tags": ["level:example"]}, {"criterion": "Y", "points": -3,
-        "tags": []}], [7, -3]),
-    ([{"criterion": "X", "weight": 5.0, "axis": "Explicit Criteria"}], [5]),
-    ([{"criterion_description": "X", "criterion_weight": w, "criterion_type": ["Reasoning"]}
-      for w in ("Critical", "Major", "Minor", "Additional")], [4, 3, 2, 1]),
-    ([{"id": "a", "title": "X", "annotations": {"criteria_category": "c", "criteria_description":
-        "X", "weight_class": w,
-       f"{w.replace(' ', '_')}_weight": n, "unset_weight": None}} for w, n in
-      (("critically important", 9), ("slightly important", 2), ("detrimental", -6),
-          ("critically detrimental", -10))], [9, 2, -6, -10]),
-    (json.dumps({"query": "q", "rubrics": [{"title": "T", "description": "X", "weight": 0.25}]}),
-        [0.25]),
-    ({"rubrics": [LAW]}, [5]), ({"rubric": [LAW, UNIT]}, [5, 3]), (BOTH, [5, 3]),
-    ([{"rubric_item": "X", "weight": 2}], [2]), ([{"requirement": "X", "weight": "2 points"}], [2]),
-    (["Points: 0.5, Item: X", "points: −2, item: Y"], [0.5, -2]), (["[+4] X", "[−3] Y",
-        "[2 points] Z"], [4, -3, 2]),
-    (["5 points: X", "-2 pts - Y"], [5, -2]), (["X (3 points)", "Y [weight: -1]"], [3, -1]),
-    ("Points: 1, Item: X\nmore of X\nPoints: 2, Item: Y", [1, 2]), ("[5] X\n[-1] Y", [5, -1]),
-    (["Essential Criteria: X", "Pitfall: Y", "Major: Z"], [5, -1, 3]),
-    ([{"description": "X", "weight": "essential"}, {"description": "Y", "weight": "Pitfall"}], [5,
-        -1]),
-]
-
-
-@pytest.mark.parametrize("value, weights", FORMS)
-def test_forms_of_files(value, weights):
-    rubric = rsd.read_rubric(value)
-    assert [c["weight"] for c in rubric] == weights
-    assert all(c["description"][0] in "XYZSG" and c["title"] != c["description"] for c in rubric)
-
-
-@pytest.mark.parametrize("value", [
-    ["Says so."], ["1. Says so.", "2. Says more."], ["Lists 5 points"], ["Shown in [5]"], [["x",
-        5]], [None], [3], "3", "{", {"a": 1},
-    "Says so.", [{"criterion": "X"}], [{"points": 3}], [{"criterion": "X", "points": True}],
-        [{"criterion": "X", "points": "many"}],
-    [{"criterion": "...", "points": 3}], ["Major depression is named. Note: x"], [LAW | {"check":
-        "("}], "[" * 5000, [LAW, "X"]])
-def test_what_cannot_be_read_is_refused(value):
-    with pytest.raises((ValueError, re.error)):
-        rsd.read_rubric(value)
-
-
-def test_no_criteria_are_no_rubric_and_a_check_is_kept():
-    for nothing in ([], " ", None):
-        assert rsd.read_rubric(nothing) is None
-    assert rsd.read_rubric([LAW | {"check": "4 m"}]) == [LAW | {"check": "4 m"}]
 
 
 # -- verdicts
@@ -3945,37 +3723,30 @@ def test_soft_capped_head_is_followed_and_a_scaled_one_refused(tok, tmp_path):
         rsd.load_model(saved(tmp_path / "granite", granite, tok))
 
 
-def tiny_gemma3(tok):
-    """A tiny Gemma 3, whose vision tower no text ever moves."""
-    torch.manual_seed(0)
-    text = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        head_dim=8, num_key_value_heads=2, vocab_size=len(tok), bos_token_id=None, eos_token_id=0,
-        pad_token_id=0,
+def tiny_of_family(family, tok):
+    """A tiny random model of a family, with what is peculiar to it."""
+    if family != "Gemma3":
+        sizes = {"tie_word_embeddings": family != "Llama"}
+        sizes |= {"head_dim": 16} if family in ("Qwen3", "Gemma", "Gemma2") else {}
+        if family == "Gemma2":
+            sizes |= {"final_logit_softcapping": 5.0, "sliding_window": 16}
+        return tiny(tok, cls=getattr(transformers, family + "Config"), **sizes)
+
+    torch.manual_seed(0)  # Gemma 3, whose vision tower no text ever moves
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    vision = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        image_size=28, patch_size=14,
+    text = dict(
+        **sizes, head_dim=8, num_key_value_heads=2, vocab_size=len(tok), bos_token_id=None,
+        eos_token_id=0, pad_token_id=0,
     )
     config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=3,
-        boi_token_index=4, eoi_token_index=5,
+        text_config=text, vision_config=dict(**sizes, image_size=28, patch_size=14),
+        mm_tokens_per_image=1, image_token_index=3, boi_token_index=4, eoi_token_index=5,
     )
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 0
     return model
-
-
-def tiny_of_family(family, tok):
-    """A tiny random model of a family, with what is peculiar to it."""
-    if family == "Gemma3":
-        return tiny_gemma3(tok)
-    sizes = {"tie_word_embeddings": family != "Llama"}
-    if family in ("Qwen3", "Gemma", "Gemma2"):
-        sizes["head_dim"] = 16
-    if family == "Gemma2":
-        sizes |= {"final_logit_softcapping": 5.0, "sliding_window": 16}
-    return tiny(tok, cls=getattr(transformers, family + "Config"), **sizes)
 
 
 FAMILIES = ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2", "Gemma3"]
@@ -4018,38 +3789,6 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     assert own.decode(out[0, len(ids) :], skip_special_tokens=True) == line["text"]
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}",
-        '{%- if strftime_now is defined %}{% set today = strftime_now("%Y-%m-%d") %}'
-        "{%- else %}{% set today = '26 Jul 2024' %}{% endif %}"
-        "{{ today }} {{ messages[0].content }}",
-    ],
-)
-def test_a_template_that_prints_the_date_gives_the_same_prompt_on_every_day(
-    template, tok, tmp_path, monkeypatch
-):
-    other = copy.deepcopy(tok)
-    other.chat_template = template
-    _, other = rsd.load_model(saved(tmp_path, tiny(tok), other))
-    chat = [{"role": "user", "content": "Why?"}]
-    rendered, ours = set(), set()
-    for day in (1, 2):
-
-        class Clock(datetime.datetime):
-            @classmethod
-            def now(cls, tz=None):
-                return cls(2031, 5, day)
-
-        monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
-        rendered.add(other.apply_chat_template(chat, tokenize=False))
-        ours.add(tuple(rsd.context_ids(other, "{question}", {"question": "Why?"})))
-    assert len(rendered) == 2
-    assert len(ours) == 1
-    assert re.search(r"20\d\d.* Why\?$", other.decode(ours.pop()))
-
-
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
     bare = copy.deepcopy(tok)
     bare.chat_template = None
@@ -4085,35 +3824,78 @@ def test_a_loaded_model_has_no_dropout(tok, tmp_path):
     assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize(
-    "cell, text",
-    [
-        (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"),
-        ([{"role": "user", "content": "Why?"}], "Why?"),
-        (
-            [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}],
-            "System: Be kind.\n\nUser: Why?",
-        ),
-        ([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], "Why?"),
-        (["One.", "Two."], "One.\n\nTwo."),
-        ({"a": 1, "b": ["x", None]}, {"a": "1", "b": "x\n\n"}),
-    ],
-)
+def named(*weights):
+    return [{"title": "", "description": "X", "weight": w} for w in weights]
+
+
+PRBENCH = [
+    {"id": "a", "title": "X", "annotations": {"criteria_category": "c", "criteria_description": "X",
+        "weight_class": word, f"{word.replace(' ', '_')}_weight": points, "unset_weight": None}}
+    for word, points in (("critically important", 9), ("detrimental", -6))
+]
+FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, PaperBench ...
+    (["Essential Criteria: X", "Major: X"],
+        [{"title": "Essential", "description": "X", "weight": 5},
+         {"title": "Major", "description": "X", "weight": 3}]),
+    ([{"criterion": "X", "points": 7, "tags": ["level:example"]}], named(7)),
+    ([{"criterion": "X", "weight": 5.0, "axis": "Explicit Criteria"}], named(5)),
+    ([{"criterion_description": "X", "criterion_weight": w, "criterion_type": ["Reasoning"]}
+      for w in ("Critical", "Major", "Minor", "Additional")], named(4, 3, 2, 1)),
+    (PRBENCH, named(9, -6)),
+    (json.dumps({"query": "q", "rubrics": [LAW | {"weight": 0.25}]}), [LAW | {"weight": 0.25}]),
+    ({"rubric": [LAW, UNIT]}, [LAW, UNIT]), (BOTH, [LAW, UNIT]),
+    ([{"rubric_item": "X", "weight": 2}, {"requirement": "X", "weight": "2 points"}], named(2, 2)),
+    ([{"requirements": "X", "weight": "5 (essential)"}], named(5)),
+    ([{"item": "X", "score": "-1"}], named(-1)),
+    (["Points: 0.5, Item: X", "points: −2, item: X"], named(0.5, -2)),
+    (["[+4] X", "[−3] X", "[2 points] X"], named(4, -3, 2)),
+    (["5 points: X", "-2 pts - X", "X (3 points)", "X [weight: -1]"], named(5, -2, 3, -1)),
+    ("[5] X\n[-1] X", named(5, -1)),
+    ("Points: 1, Item: X\nand more\nPoints: 2, Item: X",
+        [named(1)[0] | {"description": "X\nand more"}, *named(2)]),
+    ([{"description": "X", "weight": "pitfall"}], named(-1)),
+    ([LAW | {"check": "4 m"}], [LAW | {"check": "4 m"}]),
+    ([], None), (" ", None), (None, None),
+]
+REFUSED = [
+    ["Says so."], ["1. Says so."], ["Lists 5 points"], ["Shown in [5]"], [["x", 5]], [None], [3],
+    "3", "{", {"a": 1}, "Says so.", [{"criterion": "X"}], [{"points": 3}], "[" * 5000, [LAW, "X"],
+    [{"criterion": "X", "points": True}], [{"criterion": "X", "points": "many"}],
+    [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
+    [{"criterion": "X", "max_score": 10, "score": 7}],  # points that an answer was given
+    [LAW | {"sub_tasks": [LAW, UNIT]}],  # and no tree is read in part
+    *[f'[{{"title": "T", "description": "D", "weight": {weight}}}]' for weight in WEIGHTS],
+]
+
+
+@pytest.mark.parametrize("value, rubric", FORMS)
+def test_forms_of_rubric_files(value, rubric):
+    assert rsd.read_rubric(value) == rubric
+
+
+@pytest.mark.parametrize("value", REFUSED)
+def test_a_rubric_that_cannot_be_read_is_refused(value):
+    with pytest.raises((ValueError, re.error)):
+        rsd.read_rubric(value)
+
+
+TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+CELLS = [
+    (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"),
+    (TURNS[1:], "Why?"), (TURNS, "System: Be kind.\n\nUser: Why?"),
+    ([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], "Why?"),
+    (["One.", "Two."], "One.\n\nTwo."), ({"a": 1, "b": ["x", None]}, {"a": "1", "b": "x\n\n"}),
+]
+
+
+@pytest.mark.parametrize("cell, text", CELLS)
 def test_cells_as_text(cell, text):
     assert rsd.as_text(cell) == text
 
 
 ROWS = [
-    {
-        "question": "Why {x}?",
-        "reference_answer": "4 m",
-        "rubric": ["Essential Criteria: Says 4 m."],
-    },
-    {
-        "question": r"\frac{1}{2} über",
-        "reference_answer": None,
-        "rubric": json.dumps([GOOD]),
-    },
+    {"question": "Why {x}?", "reference_answer": "4 m", "rubric": ["Essential: Says 4 m."]},
+    {"question": r"\frac{1}{2} über", "reference_answer": None, "rubric": ONE},
 ]
 
 
@@ -4135,84 +3917,36 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
     assert lines[1]["reference_answer"] == ""
 
 
-class Schema(NamedTuple):
-    """A data set of the hub as its page describes it."""
-
-    hub: str
-    part: str | None  # its config or file
-    split: str  # of the test
-    question: str  # the column
-    raw: dict  # a row
-    want: dict  # of the row that is made of it
-
-
-HUB = {
-    "rar-science": Schema(
-        "ScaleAI/RaR-Science", None, "test", "question",
-        {
-            "question": "Why?",
-            "reference_answer": "So.",
-            "question_source": "s",
-            "rubric_count": 1,
-            "rubric": [{"description": "Says so.", "title": "Pitfall", "weight": -1}],
-            "rubric_list": ["Pitfall Criteria: Says so."],
-        },
-        {
-            "question": "Why?",
-            "reference_answer": "So.",
-            "rubric": [{"title": "Pitfall", "description": "Says so.", "weight": -1}],
-        },
+SO = {"question": "Why?", "reference_answer": "So."}
+RUBRICHUB = {  # with the rubric of another place, which is not read
+    "data_source": "d", "ability": "a", "prompt": TURNS, "extra_info": {"index": 1},
+    "Rubrics": [{"criterion": "X", "points": 7}],
+    "reward_model": {
+        "style": "rule", "ground_truth": "So.", "rubrics": [{"criterion": "x", "points": 1}]
+    },
+}
+GPQA = {
+    "Question": "Which?", "Correct Answer": "this\n", "Incorrect Answer 1": "x",
+    "Incorrect Answer 2": "y", "Incorrect Answer 3": "z", "Explanation": "It {is}.",
+    "Subdomain": "s", "High-level domain": "h", "Record ID": "r",
+}
+SCIBENCH = {
+    "problem_text": "How much?", "answer_latex": " 6.6", "answer_number": " 6.6", "source": "a",
+    "unit": "$10^{-19} \\mathrm{~J}$", "problemid": "p", "comment": "", "solution": "",
+}
+HUB = {  # as its page has it: (id, config or file, split of the test), a row, what is made of it
+    "rar-science": (
+        ("ScaleAI/RaR-Science", None, "test"),
+        SO | {"rubric_count": 1, "rubric": [UNIT], "rubric_list": ["Pitfall Criteria: Says so."]},
+        SO | {"rubric": [UNIT]},
     ),
-    "rubrichub-science": Schema(
-        "sojuL/RubricHub_v1", "RuRL/rurbichub_v1_Science.parquet", "train", "prompt",
-        {
-            "data_source": "d",
-            "ability": "a",
-            "prompt": [
-                {"role": "system", "content": "Be kind."},
-                {"role": "user", "content": "Why?"},
-            ],
-            "Rubrics": [{"criterion": "Says so.", "points": 7}],
-            "extra_info": {"index": 1},
-            "reward_model": {
-                "style": "rule",
-                "ground_truth": "So.",
-                "rubrics": [{"criterion": "x", "points": 1}],
-            },
-        },
-        {
-            "question": "System: Be kind.\n\nUser: Why?",
-            "reference_answer": "So.",
-            "rubric": [{"title": "", "description": "Says so.", "weight": 7}],
-        },
+    "rubrichub-science": (
+        ("sojuL/RubricHub_v1", "RuRL/rurbichub_v1_Science.parquet", "train"), RUBRICHUB,
+        SO | {"question": "System: Be kind.\n\nUser: Why?", "rubric": named(7)},
     ),
-    "gpqa-diamond": Schema(
-        "Idavidrein/gpqa", "gpqa_diamond", "train", "Question",
-        {
-            "Question": "Which?",
-            "Correct Answer": "this\n",
-            "Incorrect Answer 1": "x",
-            "Incorrect Answer 2": "y",
-            "Incorrect Answer 3": "z",
-            "Explanation": "It {is}.",
-            "Subdomain": "s",
-            "High-level domain": "h",
-            "Record ID": "r",
-        },
-        {"solution": "It {is}."},
-    ),
-    "scibench": Schema(
-        "xw27/scibench", None, "train", "problem_text",
-        {
-            "problem_text": "How much?",
-            "answer_latex": " 6.6",
-            "answer_number": " 6.6",
-            "unit": "$10^{-19} \\mathrm{~J}$",
-            "source": "atkins",
-            "problemid": "p",
-            "comment": "",
-            "solution": "",
-        },
+    "gpqa-diamond": (("Idavidrein/gpqa", "gpqa_diamond", "train"), GPQA, {"solution": "It {is}."}),
+    "scibench": (
+        ("xw27/scibench", None, "train"), SCIBENCH,
         {"reference_answer": "6.6 $10^{-19} \\mathrm{~J}$", "rubric": None},
     ),
 }
@@ -4224,28 +3958,21 @@ def test_every_data_set_of_the_hub_is_tested():
 
 @pytest.fixture
 def hub_rows(tmp_path, monkeypatch):
-    """A file of a data set's schema in place of the hub -> load(name, kind) and the calls of
-    load_dataset, which is the real one; only where the file lies is another matter."""
+    """place(name, kind) puts a file of a data set's schema in place of the hub; and the calls of
+    load_dataset, which is the real one: only where the file lies is another matter."""
     import datasets
 
     asked, real = [], datasets.load_dataset
 
     def place(name, kind):
-        schema = HUB[name]
-        other = "else"
-        if schema.question == "prompt":
-            other = [{"role": "user", "content": "else"}]
-        row = schema.raw | {schema.question: other}
-        table, file = datasets.Dataset.from_list([schema.raw, row, row]), tmp_path / f"d.{kind}"
-        if kind == "parquet":
-            table.to_parquet(file)
-        else:
-            table.to_json(file)
+        file = str(tmp_path / f"d.{kind}")
+        table = datasets.Dataset.from_list([HUB[name][1]] * 3)
+        table.to_parquet(file) if kind == "parquet" else table.to_json(file)
 
         def load(path, name=None, data_files=None, split=None, streaming=None):
-            asked.append((path, name or data_files, split, streaming))
+            asked.append(((path, name or data_files, split), streaming))
             options = {"split": "train", "streaming": streaming, "cache_dir": str(tmp_path)}
-            return real(kind, data_files=str(file), **options)
+            return real(kind, data_files=file, **options)
 
         monkeypatch.setattr(datasets, "load_dataset", load)
         monkeypatch.setattr(rsd.DATA_SETS[name], "overlap", False)
@@ -4258,14 +3985,13 @@ def hub_rows(tmp_path, monkeypatch):
 def test_data_sets_of_the_hub_by_their_schema(name, kind, hub_rows):
     place, asked = hub_rows
     place(name, kind)
-    schema = HUB[name]
+    where, _, want = HUB[name]
     rows = rsd.load_rows(name, "test", 2)
-    assert asked == [(schema.hub, schema.part, schema.split, True)]
+    assert asked == [(where, True)]
     assert len(rows) == 2
-    assert {field: rows[0][field] for field in schema.want} == schema.want
-
+    assert {field: rows[0][field] for field in want} == want
     assert len(rsd.load_rows(name, "train")) == 3
-    assert asked[1][3] is False
+    assert asked[1][1] is False
 
 
 def test_options_of_a_multiple_choice_are_shuffled_the_same_way_each_time(hub_rows):
@@ -4297,15 +4023,6 @@ def test_rows_that_the_train_split_has_too_are_left_out_of_the_test(monkeypatch,
     assert questions("train") == ["a", "b"]
 
 
-def test_a_data_set_that_cannot_be_had_is_one_sentence(monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
-    said = "gpqa-diamond: looked for Idavidrein/gpqa .*hf auth login"
-    with pytest.raises(rsd.UserError, match=said):
-        rsd.load_rows("gpqa-diamond", "test")
-
-
 def json_line(question, answer="b", **more):
     """A line of a data file."""
     return json.dumps({"question": question, "reference_answer": answer} | more) + "\n"
@@ -4315,22 +4032,27 @@ BAD = {  # file -> its content, and words of the one sentence
     "empty.jsonl": ("", ["no rows"]),
     "line.jsonl": (json_line("a") + '{"quest', ["line.jsonl, line 2"]),
     "list.jsonl": ("[1]\n", ["list.jsonl, line 1"]),
-    "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["reference_answer", "reply"]),
+    "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["row 1", "reference_answer", "reply"]),
     "blank.jsonl": (json_line("a", "") + json_line(" ", ""), ["row 2", "empty"]),
-    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "rubric"]),
-    "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "rubric"]),
+    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "weight"]),
+    "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "[5] States the law"]),
     "x.json": ("{", ["x.json"]),
-    "y.json": ('{"a": 1}', ["no rows"]),
+    "y.json": ('{"a": 1}', ["row 1", "'a'"]),
+    "z.json": ("[1]", ["row 1"]),
     "z.parquet": ("PAR", ["z.parquet"]),
+    "missing.json": (None, ["missing.json"]),
+    "gpqa-diamond": (None, ["looked for Idavidrein/gpqa", "hf auth login"]),
+    "unknown": (None, [".jsonl, .json or .parquet file", "owner/name", "scibench"]),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_data_is_one_sentence(name, tmp_path, capsys):
+def test_bad_data_is_one_sentence(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     content, words = BAD[name]
-    data = tmp_path / name
-    data.write_text(content)
-    assert rsd.main(["eval", "--model", str(tmp_path), "--data", str(data)]) == 2
+    if content is not None:
+        Path(name).write_text(content)
+    assert rsd.main(["eval", "--model", str(tmp_path), "--data", name]) == 2
     message = capsys.readouterr().err
     for word in words:
         assert word in message
