@@ -36,6 +36,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -60,6 +61,7 @@ from zlib import crc32
 
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # or threads that wait starve a busy machine
 
+import regex
 import torch
 import torch.nn.functional as F
 import transformers
@@ -922,266 +924,240 @@ def generate_rubrics(write, asked, parse, tries=3):
 
 # ---- 6. Grading: one grader for rewards and for results ------------------------------------------
 #
-# One order of decisions, for training's rewards and for results:
-#   1. Only what stands behind the thinking counts; thinking that never ends holds none.
-#   2. The answer is the last \boxed{}, \boxed 5, \fbox or \framebox; without one, the
-#      last line that names an answer ("The answer is (C)."); else the last line.
-#   3. Dress off: LaTeX's spacing, fonts and signs, Unicode's signs, markdown, a
-#      lead-in, and a name or an about sign before the value ("x = 5").
-#   4. An option's letter is met by that letter alone ("(b)", "B. the lamp").
-#   5. Equal texts are equal. Case counts in symbols (Co is not CO), not in words.
-#   6. Numbers: exact, but for measured ones; in the reference's unit. A bare number
-#      meets degrees, per cent, money, counted things; physics if need_unit is False.
-#   7. Whatever is not settled then is asked of math_verify, if that is installed.
-#   8. All else is wrong.
+# The reference alone decides what kind of answer is wanted, in this order:
+#   1. An option's letter ("(b)", "B) the lamp"): the answer names it and no other.
+#   2. A number, perhaps with a unit: exact, but for measured ones. A bare number also
+#      meets degrees, per cent, money, counted things; any unit if need_unit is False.
+#   3. A formula: math_verify decides; n/a (None) where it is not installed.
+#   4. A short text: the same text. Case counts in symbols (Co is not CO), not in words.
+#   5. All else is prose: n/a, since it takes a judge. n/a is never 0.
+#
+# Of the text that is graded only what stands behind the thinking counts, and of that the
+# last \boxed{}; without one, what the last "answer is" names; else the last line.
 
-BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
+BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=[{\d])")
 NAMED_ANSWER = re.compile(
-    r"""(?imx) ^.* (?:
-        (?<!/) \b (?:answers? | choice | option)  # the word, and what leads on
-        [*_ ]{0,4}
-        (?: [ ]to[ ][^.:\n]{1,60}? | [ ](?:choice|option) )?
-        (?: [ ]?\b(?:(?:must|should|would|will)[ ])?(?:is|are|be|was)\b
-            (?:[ ](?:therefore|thus|simply|just)\b)?
-          | [ ]{0,2}[:=>] | [ ][–—-][ ] | [*_]{0,4}\n )
-      | (?= \(?\b[A-J]\)? [ ] is [ ] (?:the[ ])? (?:correct|right|best) )
-    )
-    [\s:*_]{0,9}
+    r"""(?imx) ^.* (?<!/) \b (?:answers? | choice | option) \b  # the word
+    (?: [^.\n]{0,60}? (?:\b(?:is | are | be)\b | [:=>] | [ ][–—-][ ]) | \W*\n )
+    [\s:*_]{0,9} (?:(?:therefore | thus | simply | just)[ ])?
     (\S.*?)  # the answer, up to where the sentence goes on
-    (?= </ | \.?\s*$ | \.\s+[A-Z] | ,?[ ](?:because|since|which)\b
-      | [ ]is[ ](?:the[ ])?(?:correct|right|best) )"""
-)
-SIGNS = dict(re.findall(r"(\w+) (\S)", r"""
-    alpha α beta β gamma γ delta δ epsilon ε varepsilon ε zeta ζ eta η theta θ kappa κ
-    lambda λ mu μ nu ν xi ξ pi π rho ρ sigma σ tau τ phi φ varphi φ chi χ psi ψ omega ω
-    Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Psi Ψ ohm Ω Omega Ω hbar ℏ degree °
-    circ ° le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ simeq ≈ cong ≈ approx ≈ in ∈ times × cdot ·
-    pm ± lor ∨ vee ∨ land ∧ wedge ∧ lnot ~ sim ~ neg ~ equiv ≡ to → rightarrow → infty ∞
-    cup ∪ cap ∩"""))  # a command -> one sign
-TEX = str.maketrans({sign: f"\\{name} " for name, sign in SIGNS.items()})
-DRESS = re.findall(r'(?m)^ *(\S.*?) +=> "(.*)"$', r"""
-    # spacing, sizes, markdown and tags
-    \\\\(?=[a-z])                                             => "\\"
-    \{,\}                                                     => ","
-    \\(?:[,;:!> ()\[\]]|(?:q?quad|(?:thin|med|thick)space)\b) => " "
-    \\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?             => ""
-    \*\*|__|`|</?answer>|^[#>\s]+                             => " "
-    # money, before the other dollar signs go
-    (?:\\\$|^\W*\$(?=[^$]*$)|[€£]) ?([\d.,]+(?: [mb]illion)?) => "\1 dollars "
-    \\?\$                                                     => " "
-    # signs; a tilde is TeX's space beside a number, else a negation
-    \\(?=[%#&_{}])                                            => ""
-    [−–]                                                      => "-"
-    [¬∼]                                                      => "~"
-    (?<=[\d{}.])~|~(?=[\\\d])                                 => " "
-    !=                                                        => "≠"
-    <=                                                        => "≤"
-    >=                                                        => "≥"
-    [≃≅]                                                      => "≈"
-    [⋅∙•]                                                     => "·"
-    # fonts, and braces that change nothing
-    \\(?:text|math)(?:rm|bf|it|sf|tt|normal)?(?![A-Za-z])     => "\\rm"
-    \\(?:bf|it|[mh]box|bm|boldsymbol|ce)(?![A-Za-z])          => "\\rm"
-    \\(?:operatorname|displaystyle)(?![A-Za-z])\*?            => "\\rm"
-    (?<=\d)\^?\{?(?:\\rm ?)?\{?(?:st|nd|rd|th)\b\}{0,2}       => ""
-    ([\^_]) ?\{ ?([-+]?\w+|°) ?\}                             => "\1\2"
-    \^ ?°                                                     => "°"
-    \\rm ?\{([^{}]*)\}                                        => " \1"
-    \\rm ?\{([^{}]*)\}                                        => " \1"
-    \\rm\b                                                    => " "
-    (?<![\w^}])\{([^{}]*)\}                                   => " \1"
-    (?<=[A-Za-z)])_(?=\w)                                     => ""
-    # fractions and roots
-    \\[cdt]?frac(?![a-z]) ?                                   => "\\frac"
-    \\frac([^\W_])                                            => "\\frac{\1}"
-    (\\frac\{[^{}]*\}) ?(\w)                                  => "\1{\2}"
-    (?:\\sqrt|√) ?\(?(\w+)\)?                                 => "\\sqrt{\1}"
-    \\frac\{ ?(-?[\d.]+) ?\} ?\{ ?([\d.]+) ?\}(?![\w\\(]| \d) => " \1/\2"
-    ⁄                                                         => "/"
-    # powers of ten, large numbers, per cent, degrees, money
-    (?<=[\d.]) ?[×·x*] ?10 ?\^ ?\(?([-+]?\d+)\)?              => "e\1"
-    ^\s*10 ?\^ ?([-+]?\d+)                                    => "1e\1"
-    (?<=[\d.]) ?thousand\b                                    => "e3"
-    (?<=[\d.]) ?million\b                                     => "e6"
-    (?<=[\d.]) ?billion\b                                     => "e9"
-    (?i) ?\bper ?cent(?:age)?\b                               => "%"
-    (?i) ?\bdegrees?\b                                        => "°"
-    ° ?[Cc]elsius                                             => "°C"
-    \b(?:USD|dollar)\b                                        => "dollars"
-    # a lead-in, an about sign, white space
-    (?i)^\W*(?:the )?(?:\w+ )?answer(?: is\b|[:.])[ :]*       => ""
-    (?i)\b(?:approximately|approx\.|about|roughly|around) ?(?=[-+.\d]) => "≈"
-    \s+                                                       => " "
-    ^([^\d≈,;]*)≈                                             => "\1="
-    = ?[~≈=]                                                  => "="
-    ^ ?= ?                                                    => ""
-""")
-# Words become lower case; genotypes (Ddgg), formulas (NaCl) and units (Hz) do not.
-WORD = re.compile(
-    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}"
-    r"|(?i:an|as|at|by|if|in|is|it|no|of|on|or|to|we))\b"
-)
-NAME = re.compile(  # up to the last sign; none before 25y = 0 and x + y^2 = 9
-    r"(?:(?![^=]*\d[A-Za-z]|[^=+-]*[+-][^=^]*\^)"
-    r"(?:(?:[^,;=<>≤≥≠∈≈()]|\([^()]*\))*[=∈] ?)*)?"
-)
-EXACT_AND_ROUNDED = re.compile(r"(?=[^\d≈]*\d)([^≈,;]*)≈([^≈,;]*)")
-OPTION = re.compile(  # a reference that is one: (b), B, option B, [B], B) the lamp
-    r"\W*(?:(?:option|choice)\W{1,3})?"
-    r"(?:[(\[]([A-Ja-j])[)\]](?![^ .:,;])|([A-J])(?:\)|\W*$))(?!.*[(\[][A-Ja-j][)\]])"
-)
-ALONE = (  # behind an answer's letter: nothing, or a text, and no second letter
-    r"\W*$| (?=[-\d])| - |[.,:;)\]]"
-    r"(?!\W*(?:[A-J]|[(\[][a-j])(?:$|[^\w ]|\W*(?:and|or)\b))"
-)
-UNIT = (  # not one: 5 x, 2 sin, 5 or 6
-    r"(?=[A-Za-zμΩÅ°%'])"
-    r"(?!(?:[a-cefi-kn-rt-z]|[xyz]+|sin|cos|tan|log|ln|exp)(?![A-Za-z]))"
-    r"(?!.*\b(?:and|or)\b)(?:[A-Za-zμΩÅ°%'/·*.() ]|\^\(?[-+]?\d+\)?)+"
-)
-MEASURE = re.compile(
-    rf"""(?x) (?P<sign>[-+]?) [ ]?
-    (?:(?P<whole>\d+)[ ](?=\d+/\d))?  # the 2 of 2 1/2
-    (?P<number>(?=\.?\d) (?:\d{{1,3}}(?:(?:,[ ]?|[ ])\d{{3}})+(?!\d) | \d*) (?:\.\d+)?)
-    (?:(?:[eE]|(?P<apart>[ ]10[ ]?\^)[ ]?) (?P<power>[-+]?\d{{1,4}}(?!\d)))?
-    (?:/\(?(?P<below>-?\d+(?:\.\d+)?)\)?)?
-    [ ]*(?P<unit>_\d+|(?:{UNIT})?)[ .]*"""
-)
-MEASURED = re.compile(  # reference|answer: a decimal, a power of ten, a rounded 2/3
-    r"(?!.*(?:%|dollar|cent).*\|)[^|]*(?:\.\d|\d[eE]|10\^|\d/\d.*\|.*\.\d)"
-)
-COUNTED = re.compile(  # degrees, per cent, a base, words but for those of physics
-    r"°|%|_\d+|(?!.*(?:met(?:er|re)|gram|second|joule|newton|watt|volt|kelvin|pascal"
-    r"|hertz|tesla|coulomb|lit(?:er|re)|\bamp|\bk?cal\b|\bm?mol|\brad|ohm|\bmin\b|\batm"
-    r"|\bbar\b|\btorr))[a-z]{3,}(?: [a-z]{2,})*"
-)
-FORMULA = re.compile(rf"(.*?)(?: +({UNIT}))?")
-NO_FORMULA = re.compile(  # words, H2O, f_{1→2}, no sign of mathematics, too long
-    r"(?m)(?<!\\)\b[A-Za-z]{4,}|[A-Z][a-z]?\d|_\{|→|^[^\d\\+^π√]*$|.{300}"
+    (?= </ | \.?$ | \.[ ][A-Z] | ,?[ ](?:because | since | which | as)\b | ,[ ]it\b
+      | [ ]\([a-z]{2} )"""
 )
 
 
 def box_content(rest):
     """What the box holds that opened just before `rest`, nested braces included."""
     if not rest.startswith("{"):
-        return re.match(r"[^\s$]*", rest)[0]
+        return rest[:1]
 
     depth = 0
-    for brace in re.finditer("[{}]", rest):
-        depth += 1 if brace[0] == "{" else -1
+    for place, sign in enumerate(rest):
+        depth += (sign == "{") - (sign == "}")
         if depth == 0:
-            rest = rest[:brace.start()]
-            break
+            return rest[1:place].strip()
     return rest[1:].strip()
 
 
 def extract_answer(text):
     r"""The last \boxed{}; without one, the last named answer; or the last line."""
     text = after_thinking(text) or ""
-    before, *boxes = BOX.split(text)
-    if boxes:
-        return box_content(boxes[-1])
+    boxes = [box_content(rest) for rest in BOX.split(text)[1:]]
+    if any(boxes):
+        return [content for content in boxes if content][-1]
 
-    lines = re.findall(r"(?m)^[^\w\n]*\w.*", text) or [""]
-    answers = NAMED_ANSWER.findall(text) or lines
-    return answers[-1].strip(" *_`\t\r")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    lines = [line for line in lines if re.search(r"\w", line)] or [""]
+    answers = NAMED_ANSWER.findall("\n".join(lines)) or lines
+    return answers[-1].strip(" *_`")
 
 
-def normalise(text):
+SIGNS = dict(pair.split() for pair in (
+    "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, "
+    "rho ρ, sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, "
+    "Sigma Σ, Phi Φ, Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, "
+    "infty ∞, le ≤, leq ≤, ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, "
+    "rightarrow →"
+).split(", "))
+UNICODE = str.maketrans({"⁄": "/", "−": "-", "–": "-", "⋅": "·", "√": r"\sqrt ", "¬": "~"})
+DRESS = [  # what changes no answer, and its plain spelling
+    (r"\b10\*\*(?=[-\d])", "10^"),
+    (r"(?:\\\$|^ ?\$(?=[^$]*$)|€) ?(\d[\d.,]*(?: [mb]illion)?)", r"\1 dollar"),
+    (r"\\[,;:!> ()]|\\q?quad\b|\\thinspace|\*\*|__|[`$]", " "),
+    (r"(?<=[\d{}.])~|~(?=[\\\d])", " "),
+    (r"\\(?:(?:text|math)[a-z]*|rm|mbox|operatorname)(?![A-Za-z])", " "),
+    (r"\\(?:left|right)(?![a-z])|(?<=[A-Za-z)])_|\\(?=[%#&_{}])", ""),
+    (r"\\[cdt]?frac ?(?:\{ ?(-?\w+) ?\} ?\{ ?(\w+) ?\}|(\w) ?(\w))", r" \1\3/\2\4"),
+    (r"\{,\}|(?<=\d)[, ](?=\d{3}(?!\d))", ""),
+    (r"[{}\s]+", " "),
+    (r" ?\^ ?", "^"),
+    (r"(?<=[\d.]) ?[×·*] ?10\^", "e"),
+    (r"^ ?10\^", "1e"),
+    (r"(?<=\d) ?million\b", "e6"),
+    (r"(?<=\d) ?billion\b", "e9"),
+    (r"(?<=\d)\^? ?(?:st|nd|rd|th)\b", ""),
+    (r"\^°", "°"),
+    (r" ?\bper ?cent(?:age)?\b", "%"),
+    (r"(?<=[μ°]) ", ""),
+    (r"(?i)^.*\banswer(?: is|[:.]) ?", ""),
+    (r"(?i)\b(?:approximately|about|roughly|around) ", "≈"),
+]
+WORD = re.compile(  # no genotype (Ddgg), formula (NaCl) or unit (Hz)
+    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No)\b"
+)
+NAME = re.compile(r"(?:(?:[^\W\d]|\\)[\w'^(){}\\. ]*= ?)*(?:[^,;≈]*≈ ?)?")  # "x = ", "≈"
+LETTER = re.compile(r"(?<!\d )\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
+OPTION = re.compile(r"\W*(?:(?:option|choice)\W{1,3})?(?:[(\[]\w[)\]]|[A-J](?:\)|\W*$))")
+UNIT = (  # not a variable or a function: 5 x, 2 sin, 5 or 6
+    r"(?!(?:[a-cefi-kn-rt-z]|[xyz]+|sin|cos|tan|log|ln|exp|and|or)(?![A-Za-z]))"
+    r"[A-Za-zμΩÅ°%']+(?:\^?-?\d{1,2}(?!\d))?"
+)
+NUMBER = re.compile(
+    rf"""(?x) (?P<sign>[-+]?) [ ]?
+    (?P<size> (?:\d+[ ](?=\d+/))? (?=\.?\d)\d*(?:\.\d+)? (?:/\d+)? )  # 5.0, 1/2, 2 1/2
+    (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>[-+]?\d{{1,4}}(?!\d)))?
+    [ ]? (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*"""
+)
+SYMBOLS = dict(pair.split() for pair in (
+    "kilo k, centi c, milli m, meter m, metre m, gram g, second s, joule J, newton N, "
+    "watt W, volt V, kelvin K, celsius C, pascal Pa, hertz Hz, coulomb C, tesla T, ohm Ω, "
+    "ampere A, liter L, litre L, mole mol, mph mi/h, degree °"
+).split(", "))
+NAME_OF_UNIT = re.compile("|".join(SYMBOLS))
+COUNTED = re.compile(r"°$|%|\b(?!m?mol|rad|min|bar|atm|torr|k?cal|hz|pa)[a-z]{3,}")
+SIGN_OF_FORMULA = re.compile(r"[\\^=+π∞]")
+FORMULA = re.compile(r"\d|\b[a-z] ?[-*/] ?[a-z]\b")
+WORDS = re.compile(r"(?<!\\)\b[A-Za-z]{4,}|[A-Z][a-z]?\d|→")  # or a molecule, a reaction
+
+
+def ascii_signs(text):
+    """Unicode's signs as LaTeX has them: "s²" -> "s^{2}", "½" -> " 1/2"."""
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
+    return unicodedata.normalize("NFKC", text).translate(UNICODE)
+
+
+def plain(text):
     r"""One plain spelling: "$5\ \mathrm{m/s²}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
-    text = re.sub("(?=[¼-¾⅐-⅞])", " ", text)
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^\g<0>", text)
-    text = unicodedata.normalize("NFKC", text)
     text = re.sub(r"\\([A-Za-z]+)", lambda name: SIGNS.get(name[1], name[0]), text)
-    for pattern, plain in DRESS:
-        text = re.sub(pattern, plain, text)
+    for pattern, spelling in DRESS:
+        text = re.sub(pattern, spelling, text)
     return WORD.sub(lambda word: word[0].lower(), text).strip()
+
+
+def split_name(text):
+    """The name before the value, and the value: "x = 5" -> ("x", "5")."""
+    name = NAME.match(text)[0]
+    return name.strip("=≈ "), text[len(name):]
+
+
+def letters_in(text):
+    """The letters of options that a text names: "(b)", "B. the lamp" -> {"B"}."""
+    text = re.split(r"[.:)\]] (?=\w\w)", text)[0]
+    return {letter.upper() for letter in LETTER.findall(text)}
 
 
 def same_text(given, wanted):
     """Are they equal but for spaces and outer brackets?"""
-    given, wanted = (re.sub(r" |[·*](?! ?\d)", "", text) for text in (given, wanted))
-    return given.strip("().") == wanted.strip("().")
+    given, wanted = (re.sub(r"[ \\]", "", text).strip("().") for text in (given, wanted))
+    return given == wanted
+
+
+def unit_of(text):
+    """A unit as the powers of its symbols: "kJ/mol" and "kJ mol^-1" are the same."""
+    text = re.sub(r"(?<=[a-z]{3})s\b", "", text)
+    text = NAME_OF_UNIT.sub(lambda name: SYMBOLS[name[0]], text)
+    above, *below = text.split("/")
+    powers = Counter()
+    for sign, part in ((1, above), (-1, " ".join(below))):
+        for symbol, power in re.findall(r"([A-Za-zμΩÅ°%']+)\^?(-?\d+)?", part):
+            powers[symbol] += sign * int(power or 1)
+    return powers
 
 
 def same_unit(given, wanted, need_unit):
     """Is the unit the wanted one, or left out where it may be?"""
     if given and wanted:
-        return same_text(given, wanted)
-    return not (need_unit and wanted) or bool(COUNTED.fullmatch(wanted))
+        return unit_of(given) == unit_of(wanted)
+    counted = any(COUNTED.search(symbol) for symbol in unit_of(wanted))
+    return not wanted or counted or not need_unit
 
 
-def value(measure):
-    """The number of a match of MEASURE; may raise ValueError, ZeroDivisionError."""
-    digits = re.sub("[, ]", "", measure["number"])
-    number = Fraction(f"{digits}e{measure['power'] or 0}")
-    number = Fraction(measure["whole"] or 0) + number / Fraction(measure["below"] or 1)
-    return -number if measure["sign"] == "-" else number
+def value(number):
+    """What a match of NUMBER is worth; may raise ValueError, ZeroDivisionError."""
+    size = sum(Fraction(part) for part in number["size"].split())
+    size *= Fraction(10) ** int(number["power"] or 0)
+    return -size if number["sign"] == "-" else size
 
 
-def same_number(x, given, wanted, tolerance, need_unit):
-    """Is x, which `given` says, the wanted number, exactly or within the tolerance?"""
-    if tolerance is None:
-        tolerance = 0.01 if MEASURED.match(f"{wanted[0]}|{given}") else 0
-
-    targets = [value(wanted)]
-    if wanted["apart"] and not need_unit and not re.search("[A-Za-z^]", given):
-        targets.append(targets[0] / Fraction(10) ** int(wanted["power"]))
-    return any(abs(x - y) <= Fraction(tolerance) * abs(y) for y in targets)
+def has_math_verify():
+    """Can formulas be graded here? pip install math-verify"""
+    return importlib.util.find_spec("math_verify") is not None
 
 
-def same_formula(given, wanted, tolerance, need_unit):
-    """Are they equal for math_verify, which looks neither at units nor at case?"""
-    if NO_FORMULA.search(f"{given}\n{wanted}") or given.lower() == wanted.lower():
-        return False
+def parse_formula(text):
+    """What math_verify reads: [a value, its text], or fewer where it is no formula."""
+    from math_verify import parse
 
-    formula, unit = FORMULA.fullmatch(given).groups("")
-    wanted_formula, wanted_unit = FORMULA.fullmatch(wanted).groups("")
-    if not same_unit(unit, wanted_unit, need_unit):
-        return False
+    text = text.replace("$", "")
+    return parse(f"${text}$", parsing_timeout=1) if len(text) <= 300 else []
+
+
+def same_formula(given, wanted):
+    """Are they equal for math_verify? None if it cannot read the wanted one."""
+    from math_verify import verify
+
+    formula = parse_formula(wanted)
+    if len(formula) < 2:
+        return None
+    if given.lower() == wanted.lower():  # math_verify would not look at case
+        return given == wanted
+    return verify(formula, parse_formula(given), timeout_seconds=1)
+
+
+def value_of_formula(text):
+    """The float that math_verify reads, as a Fraction; ValueError if there is none."""
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
 
     try:
-        from math_verify import parse, verify
-        from math_verify.errors import TimeoutException
-        from math_verify.utils import timeout
-    except ImportError:
-        return False
+        return Fraction(timeout(1)(float)(parse_formula(text)[0]))
+    except (Exception, TimeoutException) as error:  # no number, or too long in the making
+        raise ValueError("no number") from error
 
+
+def same_number(answer, wanted, tolerance, need_unit):
+    """Has the answer the value and the unit of `wanted`, a match of NUMBER?"""
+    name, given = split_name(plain(answer))
+    unit = wanted["unit"]
+    number = NUMBER.fullmatch(given)
     try:
-        x = parse(f"${formula.translate(TEX)}$", parsing_timeout=1)
-        y = parse(f"${wanted_formula.translate(TEX)}$", parsing_timeout=1)
-        if verify(y, x, timeout_seconds=1):
-            return True
-        number = MEASURE.fullmatch(wanted)
-        number_given = Fraction(timeout(1)(float)(x[0]))
-        return same_number(number_given, given, number, tolerance, need_unit)
-    except (Exception, TimeoutException):  # no number, or too long in the making
-        return False
-
-
-def same(given, wanted, tolerance, need_unit):
-    """Are two plain texts the same answer: by text, as numbers, as formulas?"""
-    if same_text(given, wanted):
-        return True
-    x, y = MEASURE.fullmatch(given), MEASURE.fullmatch(wanted)
-    if not x or not y:
-        return same_formula(given, wanted, tolerance, need_unit)
-    if not same_unit(x["unit"], y["unit"], need_unit):
-        return False
-    try:
-        return same_number(value(x), given, y, tolerance, need_unit)
+        if number:
+            x, unit_given = value(number), number["unit"]
+        elif has_math_verify():
+            x = value_of_formula(split_name(answer.replace("$", ""))[1])
+            unit_given = unit if given.endswith(f" {unit}") else ""
+        else:
+            return False
+        targets = [value(wanted)]
     except (ValueError, ZeroDivisionError):
         return False
 
+    if not same_unit(unit_given, unit, need_unit):
+        return False
+    if wanted["apart"] and not need_unit and not unit_given:  # 3 in units of 10^-19 J
+        targets.append(targets[0] / Fraction(10) ** int(wanted["power"]))
 
-def readings(text):
-    """The exact and the rounded value, where a text gives both; else the text."""
-    both = EXACT_AND_ROUNDED.fullmatch(text)
-    return both.groups() if both else (text,)
+    if tolerance is None:
+        rounded = "." in wanted["size"] or wanted["power"]
+        rounded = rounded or ("/" in wanted["size"] and "." in given)  # 0.667 for 2/3
+        is_measured = rounded and not re.search("%|dollar|cent", unit)
+        tolerance = 0.01 if is_measured else 0
+    return any(abs(x - y) <= Fraction(tolerance) * abs(y) for y in targets)
 
 
 def grade(answer, reference, tolerance=None, need_unit=True):
-    """Is the extracted answer the reference? In the order of decisions above.
+    """Is the extracted answer the reference? True, False, or None for n/a, as above.
 
     tolerance: relative, for every number; None: 0.01 for measured ones, else exact.
     need_unit: a physical unit has to be there.
@@ -1189,22 +1165,25 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     >>> grade("719 C", "720 C"), grade("720", "720 C"), grade("(b)", "B")
     (False, False, True)
     """
-    given, wanted = normalise(answer), normalise(reference)
-    option = OPTION.match(wanted)
-    if option:
-        letter = option[1] or option[2]
-        named = rf"\W*(?:(?:option|choice|answer)\W{{1,3}})?(?i:{letter})(?:{ALONE})"
-        return bool(re.match(named, given))
+    answer, reference = ascii_signs(answer), ascii_signs(reference)
+    given, wanted = plain(answer), plain(reference)
 
-    name, wanted_name = NAME.match(given)[0], NAME.match(wanted)[0]
-    if not name or not wanted_name or same_text(name, wanted_name):
-        given = given[len(name):]
-        wanted = wanted[len(wanted_name):]
+    letters = letters_in(wanted)
+    if OPTION.match(wanted) and len(letters) == 1:
+        return letters_in(given) == letters
 
-    pairs = itertools.product(readings(given), readings(wanted))
-    return any(same(x, y, tolerance, need_unit) for x, y in pairs)
+    name, target = split_name(wanted)
+    number = NUMBER.fullmatch(target)
+    if number:
+        same_name = not name or split_name(given)[0] in ("", name)
+        is_same = same_text(given, wanted)
+        return same_name and (is_same or same_number(answer, number, tolerance, need_unit))
 
-
+    has_words = WORDS.search(wanted)
+    if SIGN_OF_FORMULA.search(wanted) or not has_words and FORMULA.search(wanted):
+        readable = has_math_verify() and not has_words
+        return same_formula(answer, reference) if readable else None
+    return same_text(given, wanted) if 0 < len(wanted) <= 40 else None
 def rubric_score(rubric, met, rar=False):
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench). rar (Rubrics as
     Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
@@ -1220,21 +1199,14 @@ def rubric_score(rubric, met, rar=False):
     return min(1.0, max(0.0, earned / best))
 
 
-def gradable(reference):
-    """Is no judge needed: is it boxed, short for a reader, a number with a unit?"""
-    seen = normalise(reference)
-    short = 0 < min(len(seen), len(reference)) <= 40
-    return short or bool(BOX.search(reference) or MEASURE.fullmatch(seen))
-
-
 def accuracy(text, row):
-    """1.0 or 0.0: is the text's answer the row's? None where that takes a judge."""
+    """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
+    math_verify, which is settled by the reference alone."""
     reference = row["reference_answer"] or ""
-    if not gradable(reference):
-        return None
     if BOX.search(reference):
         reference = extract_answer(reference)
-    return float(grade(extract_answer(text), reference, **row.get("grading", {})))
+    right = grade(extract_answer(text), reference, **row.get("grading", {}))
+    return None if right is None else float(right)
 
 
 def check_criterion(criterion, text, seconds=2.0):
@@ -1243,15 +1215,11 @@ def check_criterion(criterion, text, seconds=2.0):
     check = criterion.get("check")
     if check is None:
         return None
-
-    def give_up(*_):
-        raise UserError(f"the check {check!r} of a criterion takes over {seconds:g} s; mend it.")
-
-    signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    met = bool(re.search(check, after_thinking(text) or ""))
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return met
+    try:
+        return bool(regex.search(check, after_thinking(text) or "", timeout=seconds))
+    except TimeoutError:
+        message = f"the check {check!r} of a criterion takes over {seconds:g} s; mend it."
+        raise UserError(message) from None
 
 
 def score(text, row):
