@@ -45,7 +45,7 @@ import random
 import re
 import shlex
 import shutil
-import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -937,26 +937,21 @@ def generate_rubrics(write, asked, parse, tries=3):
 
 BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=[{\d])")
 NAMED_ANSWER = re.compile(
-    r"""(?imx) ^.* (?<!/) \b (?:answers? | choice | option) \b  # the word
-    (?: [^.\n]{0,60}? (?:\b(?:is | are | be)\b | [:=>] | [ ][–—-][ ]) | \W*\n )
-    [\s:*_]{0,9} (?:(?:therefore | thus | simply | just)[ ])?
-    (\S.*?)  # the answer, up to where the sentence goes on
-    (?= </ | \.?$ | \.[ ][A-Z] | ,?[ ](?:because | since | which | as)\b | ,[ ]it\b
-      | [ ]\([a-z]{2} )"""
+    r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
+    (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>] | [–—-][ ]) | \W*\n )
+    [\s:*]* (\S.*?)  # the answer, up to where the sentence goes on
+    (?= </ | \.?$ | \.[ ][A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
 )
 
 
 def box_content(rest):
     """What the box holds that opened just before `rest`, nested braces included."""
-    if not rest.startswith("{"):
-        return rest[:1]
-
     depth = 0
     for place, sign in enumerate(rest):
         depth += (sign == "{") - (sign == "}")
         if depth == 0:
-            return rest[1:place].strip()
-    return rest[1:].strip()
+            return rest[1:place].strip() if place else sign
+    return rest
 
 
 def extract_answer(text):
@@ -966,89 +961,75 @@ def extract_answer(text):
     if any(boxes):
         return [content for content in boxes if content][-1]
 
-    lines = [" ".join(line.split()) for line in text.splitlines()]
-    lines = [line for line in lines if re.search(r"\w", line)] or [""]
-    answers = NAMED_ANSWER.findall("\n".join(lines)) or lines
+    lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w", line)]
+    answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
     return answers[-1].strip(" *_`")
 
 
-SIGNS = dict(pair.split() for pair in (
+TEX = dict(pair.split() for pair in (  # commands that are one sign
     "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, "
     "rho ρ, sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, "
     "Sigma Σ, Phi Φ, Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, "
     "infty ∞, le ≤, leq ≤, ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, "
     "rightarrow →"
 ).split(", "))
-UNICODE = str.maketrans({"⁄": "/", "−": "-", "–": "-", "⋅": "·", "√": r"\sqrt ", "¬": "~"})
-DRESS = [  # what changes no answer, and its plain spelling
-    (r"\b10\*\*(?=[-\d])", "10^"),
-    (r"(?:\\\$|^ ?\$(?=[^$]*$)|€) ?(\d[\d.,]*(?: [mb]illion)?)", r"\1 dollar"),
-    (r"\\[,;:!> ()]|\\q?quad\b|\\thinspace|\*\*|__|[`$]", " "),
-    (r"(?<=[\d{}.])~|~(?=[\\\d])", " "),
-    (r"\\(?:(?:text|math)[a-z]*|rm|mbox|operatorname)(?![A-Za-z])", " "),
-    (r"\\(?:left|right)(?![a-z])|(?<=[A-Za-z)])_|\\(?=[%#&_{}])", ""),
-    (r"\\[cdt]?frac ?(?:\{ ?(-?\w+) ?\} ?\{ ?(\w+) ?\}|(\w) ?(\w))", r" \1\3/\2\4"),
-    (r"\{,\}|(?<=\d)[, ](?=\d{3}(?!\d))", ""),
-    (r"[{}\s]+", " "),
-    (r" ?\^ ?", "^"),
-    (r"(?<=[\d.]) ?[×·*] ?10\^", "e"),
-    (r"^ ?10\^", "1e"),
-    (r"(?<=\d) ?million\b", "e6"),
-    (r"(?<=\d) ?billion\b", "e9"),
-    (r"(?<=\d)\^? ?(?:st|nd|rd|th)\b", ""),
-    (r"\^°", "°"),
-    (r" ?\bper ?cent(?:age)?\b", "%"),
-    (r"(?<=[μ°]) ", ""),
-    (r"(?i)^.*\banswer(?: is|[:.]) ?", ""),
-    (r"(?i)\b(?:approximately|about|roughly|around) ", "≈"),
-]
-WORD = re.compile(  # no genotype (Ddgg), formula (NaCl) or unit (Hz)
-    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No)\b"
+TEX |= dict.fromkeys(  # commands that change the looks alone
+    "text textbf textit textrm textnormal mathrm mathbf mathit mathsf rm bf mbox "
+    "operatorname left right big Big displaystyle quad qquad thinspace".split(), ""
 )
-NAME = re.compile(r"(?:(?:[^\W\d]|\\)[\w'^(){}\\. ]*= ?)*(?:[^,;≈]*≈ ?)?")  # "x = ", "≈"
+DRESS = {  # what changes no answer -> its plain spelling, in this order
+    r"\\([A-Za-z]+)": lambda name: TEX.get(name[1], name[0]),
+    r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
+    r"\\[cdt]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?": r" \1/\2",
+    r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
+    r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
+    r" ?\^ ?": "^",
+    r"\^?([μ°]) ?": r"\1",
+    r"(?<=[\d.]) ?[×·*] ?10\^": "e",
+    r"^ ?10\^": "1e",
+    r" ?\bmillion\b": "e6",
+    # words to lower case, but no genotype (Ddgg), formula (NaCl) or unit (Hz)
+    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b":
+        lambda word: word[0].lower(),
+}
 LETTER = re.compile(r"(?<!\d )\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
-OPTION = re.compile(r"\W*(?:(?:option|choice)\W{1,3})?(?:[(\[]\w[)\]]|[A-J](?:\)|\W*$))")
-UNIT = (  # not a variable or a function: 5 x, 2 sin, 5 or 6
-    r"(?!(?:[a-cefi-kn-rt-z]|[xyz]+|sin|cos|tan|log|ln|exp|and|or)(?![A-Za-z]))"
-    r"[A-Za-zμΩÅ°%']+(?:\^?-?\d{1,2}(?!\d))?"
-)
+OPTION = re.compile(r"(?:\W|option|choice|answer)*\w(?:[)\]]|\W*$)")
+UNIT = r"(?![a-cefi-kn-rt-z]\b|[xyz]+\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
 NUMBER = re.compile(
-    rf"""(?x) (?P<sign>[-+]?) [ ]?
-    (?P<size> (?:\d+[ ](?=\d+/))? (?=\.?\d)\d*(?:\.\d+)? (?:/\d+)? )  # 5.0, 1/2, 2 1/2
-    (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>[-+]?\d{{1,4}}(?!\d)))?
-    [ ]? (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*"""
+    rf"""(?x) (?P<name>(?:[^\W\d][\w'^().\\ ]*[=:][ ]?)*) (?:[^,;≈]*≈[ ]? | about[ ])?
+    (?P<size>[-+]?[ ]? (?=\.?\d)\d*(?:\.\d+)? (?:/\d+)?)  # -5.0, 1/2
+    (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
+    (?:\^?[ ]?(?:st|nd|rd|th)\b)? [ ]?
+    (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*"""
 )
 SYMBOLS = dict(pair.split() for pair in (
-    "kilo k, centi c, milli m, meter m, metre m, gram g, second s, joule J, newton N, "
-    "watt W, volt V, kelvin K, celsius C, pascal Pa, hertz Hz, coulomb C, tesla T, ohm Ω, "
-    "ampere A, liter L, litre L, mole mol, mph mi/h, degree °"
+    "meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, kelvin K, "
+    "°celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ohm Ω, ampere A, liter L, litre L, "
+    "mole mol, kilometer km, centimeter cm, millimeter mm, kilogram kg, kilojoule kJ, "
+    "percent %, degree °"
 ).split(", "))
-NAME_OF_UNIT = re.compile("|".join(SYMBOLS))
-COUNTED = re.compile(r"°$|%|\b(?!m?mol|rad|min|bar|atm|torr|k?cal|hz|pa)[a-z]{3,}")
-SIGN_OF_FORMULA = re.compile(r"[\\^=+π∞]")
-FORMULA = re.compile(r"\d|\b[a-z] ?[-*/] ?[a-z]\b")
-WORDS = re.compile(r"(?<!\\)\b[A-Za-z]{4,}|[A-Z][a-z]?\d|→")  # or a molecule, a reaction
+COUNTED = re.compile(r"[°%]|(?!m?mol|rad|min|bar|atm|torr|k?cal)[a-z]{3,}")
+FORMULA = re.compile(  # a sign of one, and neither words nor a molecule nor a reaction
+    r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]"
+)
 
 
 def ascii_signs(text):
-    """Unicode's signs as LaTeX has them: "s²" -> "s^{2}", "½" -> " 1/2"."""
+    """Unicode's signs as LaTeX has them: "s²" -> "s^{2}", "½" -> "1/2"."""
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
-    return unicodedata.normalize("NFKC", text).translate(UNICODE)
+    return unicodedata.normalize("NFKC", text).translate(str.maketrans("⁄−–⋅¬", "/--·~"))
 
 
 def plain(text):
-    r"""One plain spelling: "$5\ \mathrm{m/s²}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
-    text = re.sub(r"\\([A-Za-z]+)", lambda name: SIGNS.get(name[1], name[0]), text)
-    for pattern, spelling in DRESS:
+    r"""One plain spelling: "$5\ \mathrm{m/s^2}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
+    for pattern, spelling in DRESS.items():
         text = re.sub(pattern, spelling, text)
-    return WORD.sub(lambda word: word[0].lower(), text).strip()
+    return text.strip()
 
 
-def split_name(text):
-    """The name before the value, and the value: "x = 5" -> ("x", "5")."""
-    name = NAME.match(text)[0]
-    return name.strip("=≈ "), text[len(name):]
+def bare(text):
+    """A plain text without spaces and outer brackets."""
+    return re.sub(r"[ \\_]", "", text).strip("().")
 
 
 def letters_in(text):
@@ -1057,37 +1038,38 @@ def letters_in(text):
     return {letter.upper() for letter in LETTER.findall(text)}
 
 
-def same_text(given, wanted):
-    """Are they equal but for spaces and outer brackets?"""
-    given, wanted = (re.sub(r"[ \\]", "", text).strip("().") for text in (given, wanted))
-    return given == wanted
-
-
 def unit_of(text):
-    """A unit as the powers of its symbols: "kJ/mol" and "kJ mol^-1" are the same."""
-    text = re.sub(r"(?<=[a-z]{3})s\b", "", text)
-    text = NAME_OF_UNIT.sub(lambda name: SYMBOLS[name[0]], text)
-    above, *below = text.split("/")
-    powers = Counter()
-    for sign, part in ((1, above), (-1, " ".join(below))):
-        for symbol, power in re.findall(r"([A-Za-zμΩÅ°%']+)\^?(-?\d+)?", part):
-            powers[symbol] += sign * int(power or 1)
-    return powers
-
-
-def same_unit(given, wanted, need_unit):
-    """Is the unit the wanted one, or left out where it may be?"""
-    if given and wanted:
-        return unit_of(given) == unit_of(wanted)
-    counted = any(COUNTED.search(symbol) for symbol in unit_of(wanted))
-    return not wanted or counted or not need_unit
+    """A unit's symbols and powers, so that "kJ/mol" and "kJ mol^-1" are the same."""
+    parts = re.findall(r"°?[^\W\d]+|[°%'/2-9]", text.replace("-", "/"))
+    return {SYMBOLS.get(part.rstrip("s"), part) for part in parts}
 
 
 def value(number):
     """What a match of NUMBER is worth; may raise ValueError, ZeroDivisionError."""
-    size = sum(Fraction(part) for part in number["size"].split())
-    size *= Fraction(10) ** int(number["power"] or 0)
-    return -size if number["sign"] == "-" else size
+    size = Fraction(number["size"].replace(" ", ""))
+    return size * Fraction(10) ** int(number["power"] or 0)
+
+
+def same_number(given, wanted, tolerance, need_unit):
+    """Have two matches of NUMBER the same value, and units that go together?"""
+    unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
+    if unit and wanted_unit:
+        fits = unit == wanted_unit
+    else:
+        fits = not (wanted_unit and need_unit) or any(map(COUNTED.fullmatch, wanted_unit))
+
+    try:
+        x, y = value(given), value(wanted)
+    except (ValueError, ZeroDivisionError):
+        return False
+    if wanted["apart"] and not (unit or need_unit or given["power"]):
+        x *= Fraction(10) ** int(wanted["power"])  # 3 in units of 10^-19 J
+
+    if tolerance is None:
+        is_measured = wanted["power"] or "." in wanted["size"]
+        is_exact = re.search("%|dollar|cent", wanted["unit"])
+        tolerance = 0.01 if is_measured and not is_exact else 0
+    return fits and abs(x - y) <= Fraction(tolerance) * abs(y)
 
 
 def has_math_verify():
@@ -1095,65 +1077,19 @@ def has_math_verify():
     return importlib.util.find_spec("math_verify") is not None
 
 
-def parse_formula(text):
-    """What math_verify reads: [a value, its text], or fewer where it is no formula."""
-    from math_verify import parse
-
-    text = text.replace("$", "")
-    return parse(f"${text}$", parsing_timeout=1) if len(text) <= 300 else []
-
-
 def same_formula(given, wanted):
-    """Are they equal for math_verify? None if it cannot read the wanted one."""
-    from math_verify import verify
-
-    formula = parse_formula(wanted)
-    if len(formula) < 2:
+    """Are they equal for math_verify? It looks at no unit, and a formula meets the decimal
+    to which it rounds. None without it, and if it cannot read the wanted one."""
+    if not has_math_verify():
         return None
-    if given.lower() == wanted.lower():  # math_verify would not look at case
-        return given == wanted
-    return verify(formula, parse_formula(given), timeout_seconds=1)
+    from math_verify import parse, verify
 
-
-def value_of_formula(text):
-    """The float that math_verify reads, as a Fraction; ValueError if there is none."""
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
-    try:
-        return Fraction(timeout(1)(float)(parse_formula(text)[0]))
-    except (Exception, TimeoutException) as error:  # no number, or too long in the making
-        raise ValueError("no number") from error
-
-
-def same_number(answer, wanted, tolerance, need_unit):
-    """Has the answer the value and the unit of `wanted`, a match of NUMBER?"""
-    name, given = split_name(plain(answer))
-    unit = wanted["unit"]
-    number = NUMBER.fullmatch(given)
-    try:
-        if number:
-            x, unit_given = value(number), number["unit"]
-        elif has_math_verify():
-            x = value_of_formula(split_name(answer.replace("$", ""))[1])
-            unit_given = unit if given.endswith(f" {unit}") else ""
-        else:
-            return False
-        targets = [value(wanted)]
-    except (ValueError, ZeroDivisionError):
-        return False
-
-    if not same_unit(unit_given, unit, need_unit):
-        return False
-    if wanted["apart"] and not need_unit and not unit_given:  # 3 in units of 10^-19 J
-        targets.append(targets[0] / Fraction(10) ** int(wanted["power"]))
-
-    if tolerance is None:
-        rounded = "." in wanted["size"] or wanted["power"]
-        rounded = rounded or ("/" in wanted["size"] and "." in given)  # 0.667 for 2/3
-        is_measured = rounded and not re.search("%|dollar|cent", unit)
-        tolerance = 0.01 if is_measured else 0
-    return any(abs(x - y) <= Fraction(tolerance) * abs(y) for y in targets)
+    texts = (text.replace("$", "").replace("√", r"\sqrt ") for text in (given[:300], wanted))
+    x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
+    if len(y) < 2:  # not a value and its text
+        return None
+    decimals = re.search(r"\.(\d+)|$", wanted)[1] or "000000"
+    return verify(y, x, float_rounding=len(decimals), timeout_seconds=1)
 
 
 def grade(answer, reference, tolerance=None, need_unit=True):
@@ -1167,33 +1103,32 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     """
     answer, reference = ascii_signs(answer), ascii_signs(reference)
     given, wanted = plain(answer), plain(reference)
+    is_same_text = bare(given) == bare(wanted)
 
     letters = letters_in(wanted)
     if OPTION.match(wanted) and len(letters) == 1:
         return letters_in(given) == letters
 
-    name, target = split_name(wanted)
-    number = NUMBER.fullmatch(target)
-    if number:
-        same_name = not name or split_name(given)[0] in ("", name)
-        is_same = same_text(given, wanted)
-        return same_name and (is_same or same_number(answer, number, tolerance, need_unit))
+    number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
+    if wanted_number and (number or is_same_text):
+        return is_same_text or same_number(number, wanted_number, tolerance, need_unit)
+    if wanted_number:
+        return bool(same_formula(answer, reference))
+    if FORMULA.match(wanted):
+        return same_formula(answer, reference)
+    return is_same_text if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
-    has_words = WORDS.search(wanted)
-    if SIGN_OF_FORMULA.search(wanted) or not has_words and FORMULA.search(wanted):
-        readable = has_math_verify() and not has_words
-        return same_formula(answer, reference) if readable else None
-    return same_text(given, wanted) if 0 < len(wanted) <= 40 else None
+
 def rubric_score(rubric, met, rar=False):
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench). rar (Rubrics as
     Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
     fault's by its absence. None without a rubric, or without a verdict on each criterion."""
-    if not rubric or not met or None in met or len(met) != len(rubric):
+    if not met or None in met or len(met) != len(rubric or ()):
         return None
     weights = [signed_weight(c) for c in rubric]
-    earned = sum(w for w, is_met in zip(weights, met) if is_met)
+    earned = sum(itertools.compress(weights, met))
     best = sum(w for w in weights if w > 0)
-    worst = sum(w for w in weights if w < 0)
+    worst = sum(weights) - best
     if rar or not best:
         return (earned - worst) / (best - worst) if best > worst else None
     return min(1.0, max(0.0, earned / best))
@@ -1218,8 +1153,9 @@ def check_criterion(criterion, text, seconds=2.0):
     try:
         return bool(regex.search(check, after_thinking(text) or "", timeout=seconds))
     except TimeoutError:
-        message = f"the check {check!r} of a criterion takes over {seconds:g} s; mend it."
-        raise UserError(message) from None
+        raise UserError(
+            f"the check {check!r} of a criterion takes over {seconds:g} s; mend it."
+        ) from None
 
 
 def score(text, row):
@@ -1243,18 +1179,18 @@ def score_rubric(rubric, row):
     }
 
 
-NOTE = (  # comments, and strings that are no verdict
-    r'(?<=[\s,])(?://|#\s)[^\n]*|/\*[^*]*\*/|"\s*(true|false|yes|no)\s*"|"[^"\n]*"')
+REMARK = (  # comments, and strings but for a verdict
+    r'(?<=[\s,])(?://|#\s)[^\n]*|/\*[^*]*\*/|"\s*(true|false|yes|no)\s*"|"[^"\n]*"'
+)
 VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
-    (?:^[^a-z\n]*|[\[{(,:;=|>→–—-]|\d[.)]?)[\s"'“”‘’*`_]{0,20}
-    (?:(true|yes)|(false|no)|maybe|null|none|unclear|\.{3}|…)(?!\w)
-    (?=[\s"'“”‘’*`_]{0,20}(?:[\]}),;.|<(–—/-]|(?:because|since|as)\b|$))"""
+    (?: ^[^a-z\n]* | [\[{(,.:;=|>→–—)-] ) [\s"'“”*`_]{0,20}
+    (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?![\w]|[ ](?!because|since|as\b)\w)"""
+TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def read_verdicts(text, row):
     r"""A judge's verdicts -> ([bool] * len(row["rubric"]), "") or (None, why not). They are the
-    last run of exactly as many booleans, in a list, in objects or one a line; quoted, numbered,
-    commented.
+    last list or paragraph of exactly as many booleans, or the whole text; in JSON or one a line.
 
     >>> read_verdicts("1. true\n2. false (no unit)", {"rubric": [{}, {}]})
     ([True, False], '')
@@ -1262,14 +1198,12 @@ def read_verdicts(text, row):
     text = after_thinking(text)
     if text is None:
         return None, "unfinished thinking"
-    text = re.sub(NOTE, r"\1", text.lower())
-    text = re.sub(r"\[[\s,\d]*\]|\]\s*,\s*\[", ", ", text)  # none; a list of lists
 
-    runs = re.split(r"[\[\]]", text) + re.split(r"[\[\]]|\n\s*\n", text)
-    for run in reversed(runs):
-        words = re.findall(VERDICT, run)
-        if len(words) == len(row["rubric"]) and all(map(any, words)):
-            return [bool(met) for met, _ in words], ""
+    text = re.sub(REMARK, r"\1", text.lower())
+    for run in (*re.split(r"[\[\]]|\n\s*\n", text)[::-1], text):
+        verdicts = [TRUTH.get(word) for word in re.findall(VERDICT, run)]
+        if len(verdicts) == len(row["rubric"]) and None not in verdicts:
+            return verdicts, ""
     return None, "not a verdict for each one"
 
 
@@ -1281,17 +1215,17 @@ def judge(write, asked, tries=3):
 
 def judge_scores(met, row):
     """What verdicts are worth, as in HealthBench and as in Rubrics as Rewards."""
-    rar = rubric_score(row["rubric"], met, rar=True)
-    return {"rubric_score": rubric_score(row["rubric"], met), "rar_score": rar}
+    rubric = row["rubric"]
+    return {"rubric_score": rubric_score(rubric, met), "rar_score": rubric_score(rubric, met, True)}
 
 
 def mean_se(values):
     """Mean, standard error and number of the values that are not None."""
-    x = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    if not len(x):
+    known = [v for v in values if v is not None]
+    if not known:
         return None, 0.0, 0
-    se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
-    return x.mean().item(), se, len(x)
+    spread = statistics.stdev(known) if len(known) > 1 else 0.0
+    return statistics.fmean(known), spread / len(known) ** 0.5, len(known)
 
 
 def interval(mean, se, n):
@@ -1300,9 +1234,9 @@ def interval(mean, se, n):
     if se > 1e-9 and 0 < mean < 1:
         n = mean * (1 - mean) / se**2 * n / (n - 1)
     z2 = 1.96**2 / n
-    middle = mean + z2 / 2
-    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4)
-    return max(0.0, (middle - half) / (1 + z2)), (middle + half) / (1 + z2)
+    middle = (mean + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4) / (1 + z2)
+    return max(0.0, middle - half), middle + half
 
 
 def question_figures(scores):
