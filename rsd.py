@@ -935,7 +935,7 @@ def generate_rubrics(write, asked, parse, tries=3):
 # Of the text that is graded only what stands behind the thinking counts, and of that the
 # last \boxed{}; without one, what the last "answer is" names; else the last line.
 
-BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=[{\d])")
+BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
 NAMED_ANSWER = re.compile(
     r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
     (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>] | [–—-][ ]) | \W*\n )
@@ -957,26 +957,23 @@ def box_content(rest):
 def extract_answer(text):
     r"""The last \boxed{}; without one, the last named answer; or the last line."""
     text = after_thinking(text) or ""
-    boxes = [box_content(rest) for rest in BOX.split(text)[1:]]
-    if any(boxes):
-        return [content for content in boxes if content][-1]
+    _, *boxes = BOX.split(text)
+    if boxes:
+        return box_content(boxes[-1])
 
     lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w", line)]
     answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
-    return answers[-1].strip(" *_`")
+    return answers[-1].strip(" *_`#")
 
 
-TEX = dict(pair.split() for pair in (  # commands that are one sign
+TEX = dict(pair.partition(" ")[::2] for pair in (  # a command and its sign, if it has one
     "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, "
     "rho ρ, sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, "
     "Sigma Σ, Phi Φ, Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, "
     "infty ∞, le ≤, leq ≤, ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, "
-    "rightarrow →"
+    "rightarrow →, text, textbf, textit, textrm, textnormal, mathrm, mathbf, mathit, rm, "
+    "bf, mbox, operatorname, left, right, big, Big, displaystyle, quad, qquad, thinspace"
 ).split(", "))
-TEX |= dict.fromkeys(  # commands that change the looks alone
-    "text textbf textit textrm textnormal mathrm mathbf mathit mathsf rm bf mbox "
-    "operatorname left right big Big displaystyle quad qquad thinspace".split(), ""
-)
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\([A-Za-z]+)": lambda name: TEX.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
@@ -996,7 +993,7 @@ LETTER = re.compile(r"(?<!\d )\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]
 OPTION = re.compile(r"(?:\W|option|choice|answer)*\w(?:[)\]]|\W*$)")
 UNIT = r"(?![a-cefi-kn-rt-z]\b|[xyz]+\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
 NUMBER = re.compile(
-    rf"""(?x) (?P<name>(?:[^\W\d][\w'^().\\ ]*[=:][ ]?)*) (?:[^,;≈]*≈[ ]? | about[ ])?
+    rf"""(?x) (?P<name>(?:[^\W\d][\w'^().\\ ]*[=:][ ]?)*) (?:[^,;:=≈]*≈[ ]? | about[ ])?
     (?P<size>[-+]?[ ]? (?=\.?\d)\d*(?:\.\d+)? (?:/\d+)?)  # -5.0, 1/2
     (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
     (?:\^?[ ]?(?:st|nd|rd|th)\b)? [ ]?
@@ -1016,20 +1013,16 @@ FORMULA = re.compile(  # a sign of one, and neither words nor a molecule nor a r
 
 def ascii_signs(text):
     """Unicode's signs as LaTeX has them: "s²" -> "s^{2}", "½" -> "1/2"."""
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text).replace("√", r"\sqrt ")
     return unicodedata.normalize("NFKC", text).translate(str.maketrans("⁄−–⋅¬", "/--·~"))
 
 
 def plain(text):
     r"""One plain spelling: "$5\ \mathrm{m/s^2}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
+    text = ascii_signs(text)
     for pattern, spelling in DRESS.items():
         text = re.sub(pattern, spelling, text)
     return text.strip()
-
-
-def bare(text):
-    """A plain text without spaces and outer brackets."""
-    return re.sub(r"[ \\_]", "", text).strip("().")
 
 
 def letters_in(text):
@@ -1044,12 +1037,6 @@ def unit_of(text):
     return {SYMBOLS.get(part.rstrip("s"), part) for part in parts}
 
 
-def value(number):
-    """What a match of NUMBER is worth; may raise ValueError, ZeroDivisionError."""
-    size = Fraction(number["size"].replace(" ", ""))
-    return size * Fraction(10) ** int(number["power"] or 0)
-
-
 def same_number(given, wanted, tolerance, need_unit):
     """Have two matches of NUMBER the same value, and units that go together?"""
     unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
@@ -1059,7 +1046,10 @@ def same_number(given, wanted, tolerance, need_unit):
         fits = not (wanted_unit and need_unit) or any(map(COUNTED.fullmatch, wanted_unit))
 
     try:
-        x, y = value(given), value(wanted)
+        x, y = (
+            Fraction(number["size"].replace(" ", "")) * Fraction(10) ** int(number["power"] or 0)
+            for number in (given, wanted)
+        )
     except (ValueError, ZeroDivisionError):
         return False
     if wanted["apart"] and not (unit or need_unit or given["power"]):
@@ -1084,7 +1074,7 @@ def same_formula(given, wanted):
         return None
     from math_verify import parse, verify
 
-    texts = (text.replace("$", "").replace("√", r"\sqrt ") for text in (given[:300], wanted))
+    texts = (ascii_signs(text).replace("$", "") for text in (given[:300], wanted))
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text
         return None
@@ -1101,14 +1091,13 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     >>> grade("719 C", "720 C"), grade("720", "720 C"), grade("(b)", "B")
     (False, False, True)
     """
-    answer, reference = ascii_signs(answer), ascii_signs(reference)
     given, wanted = plain(answer), plain(reference)
-    is_same_text = bare(given) == bare(wanted)
-
     letters = letters_in(wanted)
     if OPTION.match(wanted) and len(letters) == 1:
         return letters_in(given) == letters
 
+    texts = [re.sub(r"[ \\_]", "", text).strip("().") for text in (given, wanted)]
+    is_same_text = texts[0] == texts[1]
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
     if wanted_number and (number or is_same_text):
         return is_same_text or same_number(number, wanted_number, tolerance, need_unit)
@@ -1184,7 +1173,7 @@ REMARK = (  # comments, and strings but for a verdict
 )
 VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
     (?: ^[^a-z\n]* | [\[{(,.:;=|>→–—)-] ) [\s"'“”*`_]{0,20}
-    (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?![\w]|[ ](?!because|since|as\b)\w)"""
+    (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?!\w|[ ](?!because|since|as\b)\w)"""
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
