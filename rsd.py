@@ -966,21 +966,25 @@ def extract_answer(text):
     return answers[-1].strip(" *_`#")
 
 
-TEX = dict(pair.partition(" ")[::2] for pair in (  # a command and its sign, if it has one
+SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if any, and of units
     "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, "
     "rho ρ, sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, "
     "Sigma Σ, Phi Φ, Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, "
     "infty ∞, le ≤, leq ≤, ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, "
     "rightarrow →, text, textbf, textit, textrm, textnormal, mathrm, mathbf, mathit, rm, "
-    "bf, mbox, operatorname, left, right, big, Big, displaystyle, quad, qquad, thinspace"
+    "bf, mbox, operatorname, left, right, big, Big, displaystyle, quad, qquad, thinspace, "
+    "meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, kelvin K, "
+    "°celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
+    "mole mol, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %"
 ).split(", "))
 DRESS = {  # what changes no answer -> its plain spelling, in this order
-    r"\\([A-Za-z]+)": lambda name: TEX.get(name[1], name[0]),
+    r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
     r"\\[cdt]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?": r" \1/\2",
     r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
+    r"^ ?- ": "-",
     r"\^?([μ°]) ?": r"\1",
     r"(?<=[\d.]) ?[×·*] ?10\^": "e",
     r"^ ?10\^": "1e",
@@ -994,17 +998,11 @@ OPTION = re.compile(r"(?:\W|option|choice|answer)*\w(?:[)\]]|\W*$)")
 UNIT = r"(?![a-cefi-kn-rt-z]\b|[xyz]+\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
 NUMBER = re.compile(
     rf"""(?x) (?P<name>(?:[^\W\d][\w'^().\\ ]*[=:][ ]?)*) (?:[^,;:=≈]*≈[ ]? | about[ ])?
-    (?P<size>[-+]?[ ]? (?=\.?\d)\d*(?:\.\d+)? (?:/\d+)?)  # -5.0, 1/2
+    (?P<size>[-+]?(?=\.?\d)\d*(?:\.\d+)? (?:/\d+)?)  # -5.0, 1/2
     (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
     (?:\^?[ ]?(?:st|nd|rd|th)\b)? [ ]?
     (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*"""
 )
-SYMBOLS = dict(pair.split() for pair in (
-    "meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, kelvin K, "
-    "°celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ohm Ω, ampere A, liter L, litre L, "
-    "mole mol, kilometer km, centimeter cm, millimeter mm, kilogram kg, kilojoule kJ, "
-    "percent %, degree °"
-).split(", "))
 COUNTED = re.compile(r"[°%]|(?!m?mol|rad|min|bar|atm|torr|k?cal)[a-z]{3,}")
 FORMULA = re.compile(  # a sign of one, and neither words nor a molecule nor a reaction
     r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]"
@@ -1034,32 +1032,31 @@ def letters_in(text):
 def unit_of(text):
     """A unit's symbols and powers, so that "kJ/mol" and "kJ mol^-1" are the same."""
     parts = re.findall(r"°?[^\W\d]+|[°%'/2-9]", text.replace("-", "/"))
-    return {SYMBOLS.get(part.rstrip("s"), part) for part in parts}
+    return {SIGNS.get(part.rstrip("s"), part) for part in parts}
 
 
 def same_number(given, wanted, tolerance, need_unit):
     """Have two matches of NUMBER the same value, and units that go together?"""
     unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
-    if unit and wanted_unit:
-        fits = unit == wanted_unit
-    else:
-        fits = not (wanted_unit and need_unit) or any(map(COUNTED.fullmatch, wanted_unit))
+    if unit and wanted_unit and unit != wanted_unit:
+        return False
+    if need_unit and wanted_unit - unit and not any(map(COUNTED.fullmatch, wanted_unit)):
+        return False
 
+    power, given_power = wanted["power"], given["power"]
+    if wanted["apart"] and not (unit or need_unit):
+        given_power = given_power or power  # 3 in units of 10^-19 J
     try:
-        x, y = (
-            Fraction(number["size"].replace(" ", "")) * Fraction(10) ** int(number["power"] or 0)
-            for number in (given, wanted)
-        )
+        x = Fraction(given["size"]) * Fraction(10) ** int(given_power or 0)
+        y = Fraction(wanted["size"]) * Fraction(10) ** int(power or 0)
     except (ValueError, ZeroDivisionError):
         return False
-    if wanted["apart"] and not (unit or need_unit or given["power"]):
-        x *= Fraction(10) ** int(wanted["power"])  # 3 in units of 10^-19 J
 
     if tolerance is None:
-        is_measured = wanted["power"] or "." in wanted["size"]
-        is_exact = re.search("%|dollar|cent", wanted["unit"])
-        tolerance = 0.01 if is_measured and not is_exact else 0
-    return fits and abs(x - y) <= Fraction(tolerance) * abs(y)
+        is_counted = re.search("%|dollar|cent", wanted["unit"])
+        is_measured = power or "." in wanted["size"]
+        tolerance = 0.01 if is_measured and not is_counted else 0
+    return abs(x - y) <= Fraction(tolerance) * abs(y)
 
 
 def has_math_verify():
@@ -1096,16 +1093,17 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     if OPTION.match(wanted) and len(letters) == 1:
         return letters_in(given) == letters
 
-    texts = [re.sub(r"[ \\_]", "", text).strip("().") for text in (given, wanted)]
-    is_same_text = texts[0] == texts[1]
+    texts = {re.sub(r"[ \\_]", "", text).strip("().") for text in (given, wanted)}
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
-    if wanted_number and (number or is_same_text):
-        return is_same_text or same_number(number, wanted_number, tolerance, need_unit)
+    if wanted_number and len(texts) == 1:
+        return True
+    if wanted_number and number:
+        return same_number(number, wanted_number, tolerance, need_unit)
     if wanted_number:
         return bool(same_formula(answer, reference))
     if FORMULA.match(wanted):
         return same_formula(answer, reference)
-    return is_same_text if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
+    return len(texts) == 1 if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
 
 def rubric_score(rubric, met, rar=False):

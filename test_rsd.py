@@ -1778,7 +1778,7 @@ def test_grading_takes_linear_time(filler, monkeypatch):
             rsd.grade(answer, "6 m")
         return time.process_time() - start
 
-    assert min(seconds(40_000), seconds(40_000)) < 9 * min(seconds(10_000), seconds(10_000)) + 0.05
+    assert min(seconds(20_000), seconds(20_000)) < 9 * min(seconds(5_000), seconds(5_000)) + 0.05
 
 
 # ---- 6. grading: scores, judge, statistics -------------------------------------------------------
@@ -1895,13 +1895,22 @@ def test_checks_of_criteria_score_a_text():
 
 
 def test_a_check_that_never_ends_is_one_sentence():
-    row = {"reference_answer": "", "rubric": [checked(1, r"(\S+\s*)+!!")]}
-    start = time.monotonic()
-    with pytest.raises(rsd.UserError, match=r"!!' of a criterion takes over 2 s"):
-        rsd.score("a long answer " * 20, row)
-    assert time.monotonic() - start < 3
-    assert rsd.score("short!!", row)["rubric_score"] == 1
-    time.sleep(0.01)  # no alarm is left
+    criterion = checked(1, r"(\w|\w\w)+!")
+    with pytest.raises(rsd.UserError, match=r"\+!' of a criterion takes over 0.1 s"):
+        rsd.check_criterion(criterion, "a" * 100, seconds=0.1)
+    assert rsd.check_criterion(criterion, "short!") is True
+    assert rsd.check_criterion(GOOD, "without a check") is None
+
+
+def test_checks_mean_the_same_as_in_pythons_re():
+    rows = toy_rows("test", 60)
+    texts = [row["solution"] for row in rows]
+    criteria = json.loads((REPO / "prompts/brief/rubric.json").read_text())
+    criteria += [c for row in rows for c in row["rubric"]]
+    checks = {c["check"] for c in criteria if "check" in c}
+    assert len(checks) > 9
+    for check, text in itertools.product(checks, texts):
+        assert rsd.check_criterion({"check": check}, text) is bool(re.search(check, text))
 
 
 def test_a_judge_sees_statements_without_weights_and_a_fenced_response(tok):
@@ -2163,52 +2172,6 @@ def test_models_are_read_from_safetensors_alone(base, monkeypatch):
     words = ["eval", "--model", str(base), "--data", "toy", "--limit", "1", "--max-new-tokens", "2"]
     assert rsd.main(words) == 0
     assert seen == [(torch.bfloat16 if torch.cuda.is_available() else torch.float32, True)]
-
-
-@pytest.mark.slow
-def test_the_harness_grades_a_checkpoint_as_eval_does(tmp_path):
-    """EleutherAI's harness on the toy's model: greedy, 40 held-out problems."""
-    for needed in ("lm_eval", "accelerate"):
-        pytest.importorskip(needed, reason="pip install lm_eval[hf]")
-    model = TOY / "base-0"
-    rows = toy_rows("test", 40)
-    names = ("question", "reference_answer")
-    lines = [{name: row[name] for name in names} for row in rows]
-    data = write_lines(tmp_path / "d.jsonl", lines)
-    boxed = [
-        {"function": "regex", "regex_pattern": r"boxed\{([^}]*)\}"},
-        {"function": "take_first"},
-    ]
-    task = {
-        "task": "toy",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": data}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{reference_answer}}",
-        "generation_kwargs": {"until": ["<|im_end|>"], "max_gen_toks": 80, "do_sample": False},
-        "filter_list": [{"name": "boxed", "filter": boxed}],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tmp_path / "toy.yaml").write_text(json.dumps(task))  # JSON is YAML
-    words = [sys.executable, "-m", "lm_eval", "--model", "hf", "--apply_chat_template"]
-    words += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
-    words += ["--tasks", "toy", "--include_path", tmp_path, "--batch_size", "40"]
-    words += ["--output_path", tmp_path / "o"]
-    run = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    results = json.loads(next((tmp_path / "o").rglob("results*.json")).read_text())
-    found = results["results"]["toy"]["exact_match,boxed"]
-
-    out = tmp_path / "e.jsonl"
-    words = ["eval", "--model", str(model), "--data", data, "--prompts", str(TOY)]
-    words += ["--temperature", "0", "--max-new-tokens", "80", "--out", str(out)]
-    assert rsd.main(words) == 0
-    texts = [line["text"] for line in rsd.read_jsonl(out)]
-    ours = [rsd.score(text, row)["accuracy"] for text, row in zip(texts, rows)]
-    assert found == pytest.approx(sum(ours) / 40)
-    assert 0 < found < 1
 
 
 def test_eval_keeps_every_sample_and_goes_on(base, tmp_path, monkeypatch, capsys):
