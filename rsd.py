@@ -928,8 +928,11 @@ def generate_rubrics(write, asked, parse, tries=3):
 #   1. An option's letter ("(b)", "B) the lamp"): the answer names it and no other.
 #   2. A number, perhaps with a unit: exact, but for measured ones. A bare number also
 #      meets degrees, per cent, money, counted things; any unit if need_unit is False.
-#   3. A formula: math_verify decides; n/a (None) where it is not installed.
-#   4. A short text: the same text. Case counts in symbols (Co is not CO), not in words.
+#   3. A formula (mathematical signs and no words): math_verify decides, which looks at no
+#      unit; n/a (None) where it is not installed or cannot read the reference. It also
+#      reads the formulas that answer 2.
+#   4. A text of up to 40 characters: the same text. Case counts in symbols (Co is not
+#      CO), not in words.
 #   5. All else is prose: n/a, since it takes a judge. n/a is never 0.
 #
 # Of the text that is graded only what stands behind the thinking counts, and of that the
@@ -967,16 +970,14 @@ def extract_answer(text):
 
 
 SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if any, and of units
-    "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, "
-    "rho ρ, sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, "
-    "Sigma Σ, Phi Φ, Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, "
-    "infty ∞, le ≤, leq ≤, ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, "
-    "rightarrow →, text, textbf, textit, textrm, textnormal, mathrm, mathbf, mathit, rm, "
-    "bf, mbox, operatorname, left, right, big, Big, displaystyle, quad, qquad, thinspace, "
-    "meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, kelvin K, "
-    "°celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
-    "mole mol, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %"
-).split(", "))
+    "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, rho ρ, "
+    "sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, Sigma Σ, Phi Φ, "
+    "Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, infty ∞, le ≤, leq ≤, "
+    "ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, rightarrow →, text, textbf, textit, "
+    "textrm, textnormal, mathrm, mathbf, mathit, rm, bf, mbox, operatorname, left, right, quad, "
+    "qquad, thinspace, meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, "
+    "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
+    "mole mol, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %").split(", "))
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
@@ -989,24 +990,20 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"(?<=[\d.]) ?[×·*] ?10\^": "e",
     r"^ ?10\^": "1e",
     r" ?\bmillion\b": "e6",
-    # words to lower case, but no genotype (Ddgg), formula (NaCl) or unit (Hz)
     r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b":
-        lambda word: word[0].lower(),
+        lambda word: word[0].lower(),  # no genotype (Ddgg), formula (NaCl) or unit (Hz)
 }
 LETTER = re.compile(r"(?<!\d )\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
 OPTION = re.compile(r"(?:\W|option|choice|answer)*\w(?:[)\]]|\W*$)")
 UNIT = r"(?![a-cefi-kn-rt-z]\b|[xyz]+\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
-NUMBER = re.compile(
-    rf"""(?x) (?P<name>(?:[^\W\d][\w'^().\\ ]*[=:][ ]?)*) (?:[^,;:=≈]*≈[ ]? | about[ ])?
-    (?P<size>[-+]?(?=\.?\d)\d*(?:\.\d+)? (?:/\d+)?)  # -5.0, 1/2
+NUMBER = re.compile(rf"""(?x)
+    (?:[^\W\d][\w'^().\\ ]*[=:][ ]?)* (?:[^,;:=≈]*≈[ ]? | about[ ])?  # x = 2√3 ≈
+    (?P<size>[-+]?(?=\.?\d)\d{{0,4000}}(?:\.\d{{1,4000}} | /[1-9]\d{{0,99}})?(?!\d))
     (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
     (?:\^?[ ]?(?:st|nd|rd|th)\b)? [ ]?
-    (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*"""
-)
+    (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*""")
 COUNTED = re.compile(r"[°%]|(?!m?mol|rad|min|bar|atm|torr|k?cal)[a-z]{3,}")
-FORMULA = re.compile(  # a sign of one, and neither words nor a molecule nor a reaction
-    r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]"
-)
+FORMULA = re.compile(r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]")
 
 
 def ascii_signs(text):
@@ -1042,15 +1039,11 @@ def same_number(given, wanted, tolerance, need_unit):
         return False
     if need_unit and wanted_unit - unit and not any(map(COUNTED.fullmatch, wanted_unit)):
         return False
-
     power, given_power = wanted["power"], given["power"]
     if wanted["apart"] and not (unit or need_unit):
         given_power = given_power or power  # 3 in units of 10^-19 J
-    try:
-        x = Fraction(given["size"]) * Fraction(10) ** int(given_power or 0)
-        y = Fraction(wanted["size"]) * Fraction(10) ** int(power or 0)
-    except (ValueError, ZeroDivisionError):
-        return False
+    x = Fraction(given["size"]) * Fraction(10) ** int(given_power or 0)
+    y = Fraction(wanted["size"]) * Fraction(10) ** int(power or 0)
 
     if tolerance is None:
         is_counted = re.search("%|dollar|cent", wanted["unit"])
@@ -1065,12 +1058,10 @@ def has_math_verify():
 
 
 def same_formula(given, wanted):
-    """Are they equal for math_verify? It looks at no unit, and a formula meets the decimal
-    to which it rounds. None without it, and if it cannot read the wanted one."""
+    """Are they equal, or rounded alike, for math_verify? None: it cannot read `wanted`."""
     if not has_math_verify():
         return None
     from math_verify import parse, verify
-
     texts = (ascii_signs(text).replace("$", "") for text in (given[:300], wanted))
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text

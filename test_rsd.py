@@ -1714,7 +1714,7 @@ def library(request, monkeypatch):
 @pytest.mark.parametrize("answer, reference, right", [
     *pairs(RIGHT, True), *pairs(WRONG, False),
     ("7" * 500, "7" * 500, True), ("7" * 499 + "8", "7" * 500, False),
-    ("1" * 20000, "1" * 20000, True), ("1" * 19999 + "2", "1" * 20000, False),
+    ("1" * 4000, "1" * 4000, True), ("1" * 3999 + "2", "1" * 4000, False),
 ], ids=lambda value: str(value)[:30])
 def test_letters_numbers_and_texts_need_no_library(answer, reference, right, library):
     assert rsd.grade(answer, reference) is right
@@ -1838,51 +1838,28 @@ def test_one_grader_for_rewards_and_results():
     assert rsd.score("x", free) == {"accuracy": None, "rubric_score": None}
 
 
-@pytest.mark.parametrize(
-    "answer, right",
-    [("6.6", 1), (r"6.6 \times 10^{-19}", 1), (r"6.8 \times 10^{-19} J", 1), ("7e-19", 0)],
-)
-def test_scibench_has_its_power_of_ten_in_the_unit(answer, right):
-    cells = {"problem_text": "q", "answer_number": "6.6", "unit": r"$10^{-19} \mathrm{~J}$"}
-    row = rsd.scibench_row(cells)
+@pytest.mark.parametrize("answer, number, unit, right", [
+    ("6.6", "6.6", r"$10^{-19} \mathrm{~J}$", 1), ("7e-19", "6.6", r"$10^{-19} \mathrm{~J}$", 0),
+    (r"6.6 \times 10^{-19}", "6.6", r"$10^{-19} \mathrm{~J}$", 1),
+    (r"6.8 \times 10^{-19} J", "6.6", r"$10^{-19} \mathrm{~J}$", 1),
+    ("9.6", "9.5", "m", 1), ("9.6 m", "9.5", "m", 1), ("9.6 cm", "9.5", "m", 0),
+    ("8.9", "9.5", "m", 0)])
+def test_scibench_takes_five_per_cent_no_unit_and_its_power_of_ten(answer, number, unit, right):
+    row = rsd.scibench_row({"problem_text": "q", "answer_number": number, "unit": unit})
     assert rsd.score(f"So \\boxed{{{answer}}}.", row)["accuracy"] == right
 
 
-@pytest.mark.parametrize("answer, right", [("9.6", 1), ("9.6 m", 1), ("9.6 cm", 0), ("8.9", 0)])
-def test_scibench_takes_no_unit_and_five_per_cent(answer, right):
-    row = rsd.scibench_row({"problem_text": "q", "answer_number": "9.5", "unit": "m"})
-    assert rsd.score(f"So \\boxed{{{answer}}}.", row)["accuracy"] == right
-
-
-def test_rubric_score_by_hand():
-    rubric = [checked(5, "a"), checked(3, "b"), checked(-2, "z")]
-    cases = {  # criteria met -> HealthBench, Rubrics as Rewards
-        (1, 1, 0): (1, 1),
-        (1, 0, 0): (5 / 8, 7 / 10),
-        (1, 0, 1): (3 / 8, 5 / 10),
-        (0, 0, 1): (0, 0),
-        (0, 0, 0): (0, 2 / 10),
-    }
-    for met, (health, rar) in cases.items():
-        verdicts = [bool(m) for m in met]
-        assert rsd.rubric_score(rubric, verdicts) == health
-        assert rsd.rubric_score(rubric, verdicts, rar=True) == rar
-
-    faults = [checked(-2), checked(-2)]
-    assert rsd.rubric_score(faults, [False, False]) == 1
-    assert rsd.rubric_score(faults, [True, False]) == 0.5
-    assert rsd.rubric_score(faults, [True, True]) == 0
-
-    worthless = [checked(0)]
-    assert rsd.rubric_score(worthless, [True]) is None
-    assert rsd.rubric_score(worthless, [True], rar=True) is None
-
-
-def test_without_a_verdict_on_each_criterion_there_is_no_rubric_score():
-    rubric = [checked(5), checked(3), checked(-2)]
-    for met in ([True, None, True], [True], [], None):
-        assert rsd.rubric_score(rubric, met) is None
-    assert rsd.rubric_score(None, []) is None
+@pytest.mark.parametrize("weights, met, health, rar", [
+    ((5, 3, -2), (1, 1, 0), 1, 1), ((5, 3, -2), (1, 0, 0), 5 / 8, 7 / 10),
+    ((5, 3, -2), (1, 0, 1), 3 / 8, 5 / 10), ((5, 3, -2), (0, 0, 1), 0, 0),
+    ((5, 3, -2), (0, 0, 0), 0, 2 / 10), ((-2, -2), (0, 0), 1, 1), ((-2, -2), (1, 0), 0.5, 0.5),
+    ((-2, -2), (1, 1), 0, 0), ((0,), (1,), None, None), ((5, 3), (1, None), None, None),
+    ((5, 3), (1,), None, None), ((5, 3), (), None, None), ((5, 3), None, None, None),
+    ((), (), None, None)])
+def test_rubric_score_by_hand(weights, met, health, rar):
+    rubric = [checked(weight) for weight in weights]
+    assert rsd.rubric_score(rubric or None, met) == health
+    assert rsd.rubric_score(rubric or None, met, rar=True) == rar
 
 
 def test_checks_of_criteria_score_a_text():
@@ -1895,10 +1872,11 @@ def test_checks_of_criteria_score_a_text():
 
 
 def test_a_check_that_never_ends_is_one_sentence():
-    criterion = checked(1, r"(\w|\w\w)+!")
-    with pytest.raises(rsd.UserError, match=r"\+!' of a criterion takes over 0.1 s"):
+    criterion = checked(1, r"(\w|\w\w)+\d")
+    with pytest.raises(rsd.UserError, match="of a criterion takes over 0.1 s"):
         rsd.check_criterion(criterion, "a" * 100, seconds=0.1)
-    assert rsd.check_criterion(criterion, "short!") is True
+    assert rsd.check_criterion(criterion, "short 7") is False
+    assert rsd.check_criterion(criterion, "short7") is True
     assert rsd.check_criterion(GOOD, "without a check") is None
 
 
