@@ -37,6 +37,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -45,7 +46,7 @@ import random
 import re
 import shlex
 import shutil
-import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -60,6 +61,7 @@ from zlib import crc32
 
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # or threads that wait starve a busy machine
 
+import regex
 import torch
 import torch.nn.functional as F
 import transformers
@@ -808,266 +810,154 @@ def generate_rubrics(write, asked, parse, tries=3):
 
 # ---- 6. Grading: one grader for rewards and for results ------------------------------------------
 #
-# One order of decisions, for training's rewards and for results:
-#   1. Only what stands behind the thinking counts; thinking that never ends holds none.
-#   2. The answer is the last \boxed{}, \boxed 5, \fbox or \framebox; without one, the
-#      last line that names an answer ("The answer is (C)."); else the last line.
-#   3. Dress off: LaTeX's spacing, fonts and signs, Unicode's signs, markdown, a
-#      lead-in, and a name or an about sign before the value ("x = 5").
-#   4. An option's letter is met by that letter alone ("(b)", "B. the lamp").
-#   5. Equal texts are equal. Case counts in symbols (Co is not CO), not in words.
-#   6. Numbers: exact, but for measured ones; in the reference's unit. A bare number
-#      meets degrees, per cent, money, counted things; physics if need_unit is False.
-#   7. Whatever is not settled then is asked of math_verify, if that is installed.
-#   8. All else is wrong.
+# The reference alone decides what kind of answer is wanted, in this order:
+#   1. An option's letter ("(b)", "B) the lamp"): the answer names it and no other.
+#   2. A number, perhaps with a unit: exact, but for measured ones. A bare number also
+#      meets degrees, per cent, money, counted things; any unit if need_unit is False.
+#   3. A formula (mathematical signs and no words): math_verify decides, which looks at no
+#      unit; n/a (None) where it is not installed or cannot read the reference. It also
+#      reads the formulas that answer 2.
+#   4. A text of up to 40 characters: the same text. Case counts in symbols (Co is not
+#      CO), not in words.
+#   5. All else is prose: n/a, since it takes a judge. n/a is never 0.
+#
+# Of the text that is graded only what stands behind the thinking counts, and of that the
+# last \boxed{}; without one, what the last "answer is" names; else the last line.
 
-BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
+BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
 NAMED_ANSWER = re.compile(
-    r"""(?imx) ^.* (?:
-        (?<!/) \b (?:answers? | choice | option)  # the word, and what leads on
-        [*_ ]{0,4}
-        (?: [ ]to[ ][^.:\n]{1,60}? | [ ](?:choice|option) )?
-        (?: [ ]?\b(?:(?:must|should|would|will)[ ])?(?:is|are|be|was)\b
-            (?:[ ](?:therefore|thus|simply|just)\b)?
-          | [ ]{0,2}[:=>] | [ ][–—-][ ] | [*_]{0,4}\n )
-      | (?= \(?\b[A-J]\)? [ ] is [ ] (?:the[ ])? (?:correct|right|best) )
-    )
-    [\s:*_]{0,9}
-    (\S.*?)  # the answer, up to where the sentence goes on
-    (?= </ | \.?\s*$ | \.\s+[A-Z] | ,?[ ](?:because|since|which)\b
-      | [ ]is[ ](?:the[ ])?(?:correct|right|best) )"""
-)
-SIGNS = dict(re.findall(r"(\w+) (\S)", r"""
-    alpha α beta β gamma γ delta δ epsilon ε varepsilon ε zeta ζ eta η theta θ kappa κ
-    lambda λ mu μ nu ν xi ξ pi π rho ρ sigma σ tau τ phi φ varphi φ chi χ psi ψ omega ω
-    Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Psi Ψ ohm Ω Omega Ω hbar ℏ degree °
-    circ ° le ≤ leq ≤ ge ≥ geq ≥ ne ≠ neq ≠ simeq ≈ cong ≈ approx ≈ in ∈ times × cdot ·
-    pm ± lor ∨ vee ∨ land ∧ wedge ∧ lnot ~ sim ~ neg ~ equiv ≡ to → rightarrow → infty ∞
-    cup ∪ cap ∩"""))  # a command -> one sign
-TEX = str.maketrans({sign: f"\\{name} " for name, sign in SIGNS.items()})
-DRESS = re.findall(r'(?m)^ *(\S.*?) +=> "(.*)"$', r"""
-    # spacing, sizes, markdown and tags
-    \\\\(?=[a-z])                                             => "\\"
-    \{,\}                                                     => ","
-    \\(?:[,;:!> ()\[\]]|(?:q?quad|(?:thin|med|thick)space)\b) => " "
-    \\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?             => ""
-    \*\*|__|`|</?answer>|^[#>\s]+                             => " "
-    # money, before the other dollar signs go
-    (?:\\\$|^\W*\$(?=[^$]*$)|[€£]) ?([\d.,]+(?: [mb]illion)?) => "\1 dollars "
-    \\?\$                                                     => " "
-    # signs; a tilde is TeX's space beside a number, else a negation
-    \\(?=[%#&_{}])                                            => ""
-    [−–]                                                      => "-"
-    [¬∼]                                                      => "~"
-    (?<=[\d{}.])~|~(?=[\\\d])                                 => " "
-    !=                                                        => "≠"
-    <=                                                        => "≤"
-    >=                                                        => "≥"
-    [≃≅]                                                      => "≈"
-    [⋅∙•]                                                     => "·"
-    # fonts, and braces that change nothing
-    \\(?:text|math)(?:rm|bf|it|sf|tt|normal)?(?![A-Za-z])     => "\\rm"
-    \\(?:bf|it|[mh]box|bm|boldsymbol|ce)(?![A-Za-z])          => "\\rm"
-    \\(?:operatorname|displaystyle)(?![A-Za-z])\*?            => "\\rm"
-    (?<=\d)\^?\{?(?:\\rm ?)?\{?(?:st|nd|rd|th)\b\}{0,2}       => ""
-    ([\^_]) ?\{ ?([-+]?\w+|°) ?\}                             => "\1\2"
-    \^ ?°                                                     => "°"
-    \\rm ?\{([^{}]*)\}                                        => " \1"
-    \\rm ?\{([^{}]*)\}                                        => " \1"
-    \\rm\b                                                    => " "
-    (?<![\w^}])\{([^{}]*)\}                                   => " \1"
-    (?<=[A-Za-z)])_(?=\w)                                     => ""
-    # fractions and roots
-    \\[cdt]?frac(?![a-z]) ?                                   => "\\frac"
-    \\frac([^\W_])                                            => "\\frac{\1}"
-    (\\frac\{[^{}]*\}) ?(\w)                                  => "\1{\2}"
-    (?:\\sqrt|√) ?\(?(\w+)\)?                                 => "\\sqrt{\1}"
-    \\frac\{ ?(-?[\d.]+) ?\} ?\{ ?([\d.]+) ?\}(?![\w\\(]| \d) => " \1/\2"
-    ⁄                                                         => "/"
-    # powers of ten, large numbers, per cent, degrees, money
-    (?<=[\d.]) ?[×·x*] ?10 ?\^ ?\(?([-+]?\d+)\)?              => "e\1"
-    ^\s*10 ?\^ ?([-+]?\d+)                                    => "1e\1"
-    (?<=[\d.]) ?thousand\b                                    => "e3"
-    (?<=[\d.]) ?million\b                                     => "e6"
-    (?<=[\d.]) ?billion\b                                     => "e9"
-    (?i) ?\bper ?cent(?:age)?\b                               => "%"
-    (?i) ?\bdegrees?\b                                        => "°"
-    ° ?[Cc]elsius                                             => "°C"
-    \b(?:USD|dollar)\b                                        => "dollars"
-    # a lead-in, an about sign, white space
-    (?i)^\W*(?:the )?(?:\w+ )?answer(?: is\b|[:.])[ :]*       => ""
-    (?i)\b(?:approximately|approx\.|about|roughly|around) ?(?=[-+.\d]) => "≈"
-    \s+                                                       => " "
-    ^([^\d≈,;]*)≈                                             => "\1="
-    = ?[~≈=]                                                  => "="
-    ^ ?= ?                                                    => ""
-""")
-# Words become lower case; genotypes (Ddgg), formulas (NaCl) and units (Hz) do not.
-WORD = re.compile(
-    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}"
-    r"|(?i:an|as|at|by|if|in|is|it|no|of|on|or|to|we))\b"
-)
-NAME = re.compile(  # up to the last sign; none before 25y = 0 and x + y^2 = 9
-    r"(?:(?![^=]*\d[A-Za-z]|[^=+-]*[+-][^=^]*\^)"
-    r"(?:(?:[^,;=<>≤≥≠∈≈()]|\([^()]*\))*[=∈] ?)*)?"
-)
-EXACT_AND_ROUNDED = re.compile(r"(?=[^\d≈]*\d)([^≈,;]*)≈([^≈,;]*)")
-OPTION = re.compile(  # a reference that is one: (b), B, option B, [B], B) the lamp
-    r"\W*(?:(?:option|choice)\W{1,3})?"
-    r"(?:[(\[]([A-Ja-j])[)\]](?![^ .:,;])|([A-J])(?:\)|\W*$))(?!.*[(\[][A-Ja-j][)\]])"
-)
-ALONE = (  # behind an answer's letter: nothing, or a text, and no second letter
-    r"\W*$| (?=[-\d])| - |[.,:;)\]]"
-    r"(?!\W*(?:[A-J]|[(\[][a-j])(?:$|[^\w ]|\W*(?:and|or)\b))"
-)
-UNIT = (  # not one: 5 x, 2 sin, 5 or 6
-    r"(?=[A-Za-zμΩÅ°%'])"
-    r"(?!(?:[a-cefi-kn-rt-z]|[xyz]+|sin|cos|tan|log|ln|exp)(?![A-Za-z]))"
-    r"(?!.*\b(?:and|or)\b)(?:[A-Za-zμΩÅ°%'/·*.() ]|\^\(?[-+]?\d+\)?)+"
-)
-MEASURE = re.compile(
-    rf"""(?x) (?P<sign>[-+]?) [ ]?
-    (?:(?P<whole>\d+)[ ](?=\d+/\d))?  # the 2 of 2 1/2
-    (?P<number>(?=\.?\d) (?:\d{{1,3}}(?:(?:,[ ]?|[ ])\d{{3}})+(?!\d) | \d*) (?:\.\d+)?)
-    (?:(?:[eE]|(?P<apart>[ ]10[ ]?\^)[ ]?) (?P<power>[-+]?\d{{1,4}}(?!\d)))?
-    (?:/\(?(?P<below>-?\d+(?:\.\d+)?)\)?)?
-    [ ]*(?P<unit>_\d+|(?:{UNIT})?)[ .]*"""
-)
-MEASURED = re.compile(  # reference|answer: a decimal, a power of ten, a rounded 2/3
-    r"(?!.*(?:%|dollar|cent).*\|)[^|]*(?:\.\d|\d[eE]|10\^|\d/\d.*\|.*\.\d)"
-)
-COUNTED = re.compile(  # degrees, per cent, a base, words but for those of physics
-    r"°|%|_\d+|(?!.*(?:met(?:er|re)|gram|second|joule|newton|watt|volt|kelvin|pascal"
-    r"|hertz|tesla|coulomb|lit(?:er|re)|\bamp|\bk?cal\b|\bm?mol|\brad|ohm|\bmin\b|\batm"
-    r"|\bbar\b|\btorr))[a-z]{3,}(?: [a-z]{2,})*"
-)
-FORMULA = re.compile(rf"(.*?)(?: +({UNIT}))?")
-NO_FORMULA = re.compile(  # words, H2O, f_{1→2}, no sign of mathematics, too long
-    r"(?m)(?<!\\)\b[A-Za-z]{4,}|[A-Z][a-z]?\d|_\{|→|^[^\d\\+^π√]*$|.{300}"
+    r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
+    (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>] | [–—-][ ]) | \W*\n )
+    [\s:*]* (\S.*?)  # the answer, up to where the sentence goes on
+    (?= </ | \.?$ | \.[ ][A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
 )
 
 
 def box_content(rest):
     """What the box holds that opened just before `rest`, nested braces included."""
-    if not rest.startswith("{"):
-        return re.match(r"[^\s$]*", rest)[0]
-
     depth = 0
-    for brace in re.finditer("[{}]", rest):
-        depth += 1 if brace[0] == "{" else -1
+    for place, sign in enumerate(rest):
+        depth += (sign == "{") - (sign == "}")
         if depth == 0:
-            rest = rest[:brace.start()]
-            break
-    return rest[1:].strip()
+            return rest[1:place].strip() if place else sign
+    return rest
 
 
 def extract_answer(text):
     r"""The last \boxed{}; without one, the last named answer; or the last line."""
     text = after_thinking(text) or ""
-    before, *boxes = BOX.split(text)
+    _, *boxes = BOX.split(text)
     if boxes:
         return box_content(boxes[-1])
 
-    lines = re.findall(r"(?m)^[^\w\n]*\w.*", text) or [""]
-    answers = NAMED_ANSWER.findall(text) or lines
-    return answers[-1].strip(" *_`\t\r")
+    lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w", line)]
+    answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
+    return answers[-1].strip(" *_`#")
 
 
-def normalise(text):
-    r"""One plain spelling: "$5\ \mathrm{m/s²}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
-    text = re.sub("(?=[¼-¾⅐-⅞])", " ", text)
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^\g<0>", text)
-    text = unicodedata.normalize("NFKC", text)
-    text = re.sub(r"\\([A-Za-z]+)", lambda name: SIGNS.get(name[1], name[0]), text)
-    for pattern, plain in DRESS:
-        text = re.sub(pattern, plain, text)
-    return WORD.sub(lambda word: word[0].lower(), text).strip()
+SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if any, and of units
+    "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, rho ρ, "
+    "sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, Sigma Σ, Phi Φ, "
+    "Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, infty ∞, le ≤, leq ≤, "
+    "ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, rightarrow →, text, textbf, textit, "
+    "textrm, textnormal, mathrm, mathbf, mathit, rm, bf, mbox, operatorname, left, right, quad, "
+    "qquad, thinspace, meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, "
+    "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
+    "mole mol, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %").split(", "))
+DRESS = {  # what changes no answer -> its plain spelling, in this order
+    r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
+    r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
+    r"\\[cdt]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?": r" \1/\2",
+    r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
+    r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
+    r" ?\^ ?": "^",
+    r"^ ?- ": "-",
+    r"\^?([μ°]) ?": r"\1",
+    r"(?<=[\d.]) ?[×·*] ?10\^": "e",
+    r"^ ?10\^": "1e",
+    r" ?\bmillion\b": "e6",
+    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b":
+        lambda word: word[0].lower(),  # no genotype (Ddgg), formula (NaCl) or unit (Hz)
+}
+LETTER = re.compile(r"(?<!\d )\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
+OPTION = re.compile(r"(?:\W|option|choice|answer)*\w(?:[)\]]|\W*$)")
+UNIT = r"(?![a-cefi-kn-rt-z]\b|[xyz]+\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
+NUMBER = re.compile(rf"""(?x)
+    (?:[^\W\d][\w'^().\\ ]*[=:][ ]?)* (?:[^,;:=≈]*≈[ ]? | about[ ])?  # x = 2√3 ≈
+    (?P<size>[-+]?(?=\.?\d)\d{{0,4000}}(?:\.\d{{1,4000}} | /[1-9]\d{{0,99}})?(?!\d))
+    (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
+    (?:\^?[ ]?(?:st|nd|rd|th)\b)? [ ]?
+    (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*""")
+COUNTED = re.compile(r"[°%]|(?!m?mol|rad|min|bar|atm|torr|k?cal)[a-z]{3,}")
+FORMULA = re.compile(r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]")
 
 
-def same_text(given, wanted):
-    """Are they equal but for spaces and outer brackets?"""
-    given, wanted = (re.sub(r" |[·*](?! ?\d)", "", text) for text in (given, wanted))
-    return given.strip("().") == wanted.strip("().")
+def ascii_signs(text):
+    """Unicode's signs as LaTeX has them: "s²" -> "s^{2}", "½" -> "1/2"."""
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text).replace("√", r"\sqrt ")
+    return unicodedata.normalize("NFKC", text).translate(str.maketrans("⁄−–⋅¬", "/--·~"))
 
 
-def same_unit(given, wanted, need_unit):
-    """Is the unit the wanted one, or left out where it may be?"""
-    if given and wanted:
-        return same_text(given, wanted)
-    return not (need_unit and wanted) or bool(COUNTED.fullmatch(wanted))
+def plain(text):
+    r"""One plain spelling: "$5\ \mathrm{m/s^2}$" -> "5 m/s^2", "Carbon" -> "carbon"."""
+    text = ascii_signs(text)
+    for pattern, spelling in DRESS.items():
+        text = re.sub(pattern, spelling, text)
+    return text.strip()
 
 
-def value(measure):
-    """The number of a match of MEASURE; may raise ValueError, ZeroDivisionError."""
-    digits = re.sub("[, ]", "", measure["number"])
-    number = Fraction(f"{digits}e{measure['power'] or 0}")
-    number = Fraction(measure["whole"] or 0) + number / Fraction(measure["below"] or 1)
-    return -number if measure["sign"] == "-" else number
+def letters_in(text):
+    """The letters of options that a text names: "(b)", "B. the lamp" -> {"B"}."""
+    text = re.split(r"[.:)\]] (?=\w\w)", text)[0]
+    return {letter.upper() for letter in LETTER.findall(text)}
 
 
-def same_number(x, given, wanted, tolerance, need_unit):
-    """Is x, which `given` says, the wanted number, exactly or within the tolerance?"""
+def unit_of(text):
+    """A unit's symbols and powers, so that "kJ/mol" and "kJ mol^-1" are the same."""
+    parts = re.findall(r"°?[^\W\d]+|[°%'/2-9]", text.replace("-", "/"))
+    return {SIGNS.get(part.rstrip("s"), part) for part in parts}
+
+
+def same_number(given, wanted, tolerance, need_unit):
+    """Have two matches of NUMBER the same value, and units that go together?"""
+    unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
+    if unit and wanted_unit and unit != wanted_unit:
+        return False
+    if need_unit and wanted_unit - unit and not any(map(COUNTED.fullmatch, wanted_unit)):
+        return False
+    power, given_power = wanted["power"], given["power"]
+    if wanted["apart"] and not (unit or need_unit):
+        given_power = given_power or power  # 3 in units of 10^-19 J
+    x = Fraction(given["size"]) * Fraction(10) ** int(given_power or 0)
+    y = Fraction(wanted["size"]) * Fraction(10) ** int(power or 0)
+
     if tolerance is None:
-        tolerance = 0.01 if MEASURED.match(f"{wanted[0]}|{given}") else 0
-
-    targets = [value(wanted)]
-    if wanted["apart"] and not need_unit and not re.search("[A-Za-z^]", given):
-        targets.append(targets[0] / Fraction(10) ** int(wanted["power"]))
-    return any(abs(x - y) <= Fraction(tolerance) * abs(y) for y in targets)
+        is_counted = re.search("%|dollar|cent", wanted["unit"])
+        is_measured = power or "." in wanted["size"]
+        tolerance = 0.01 if is_measured and not is_counted else 0
+    return abs(x - y) <= Fraction(tolerance) * abs(y)
 
 
-def same_formula(given, wanted, tolerance, need_unit):
-    """Are they equal for math_verify, which looks neither at units nor at case?"""
-    if NO_FORMULA.search(f"{given}\n{wanted}") or given.lower() == wanted.lower():
-        return False
-
-    formula, unit = FORMULA.fullmatch(given).groups("")
-    wanted_formula, wanted_unit = FORMULA.fullmatch(wanted).groups("")
-    if not same_unit(unit, wanted_unit, need_unit):
-        return False
-
-    try:
-        from math_verify import parse, verify
-        from math_verify.errors import TimeoutException
-        from math_verify.utils import timeout
-    except ImportError:
-        return False
-
-    try:
-        x = parse(f"${formula.translate(TEX)}$", parsing_timeout=1)
-        y = parse(f"${wanted_formula.translate(TEX)}$", parsing_timeout=1)
-        if verify(y, x, timeout_seconds=1):
-            return True
-        number = MEASURE.fullmatch(wanted)
-        number_given = Fraction(timeout(1)(float)(x[0]))
-        return same_number(number_given, given, number, tolerance, need_unit)
-    except (Exception, TimeoutException):  # no number, or too long in the making
-        return False
+def has_math_verify():
+    """Can formulas be graded here? pip install math-verify"""
+    return importlib.util.find_spec("math_verify") is not None
 
 
-def same(given, wanted, tolerance, need_unit):
-    """Are two plain texts the same answer: by text, as numbers, as formulas?"""
-    if same_text(given, wanted):
-        return True
-    x, y = MEASURE.fullmatch(given), MEASURE.fullmatch(wanted)
-    if not x or not y:
-        return same_formula(given, wanted, tolerance, need_unit)
-    if not same_unit(x["unit"], y["unit"], need_unit):
-        return False
-    try:
-        return same_number(value(x), given, y, tolerance, need_unit)
-    except (ValueError, ZeroDivisionError):
-        return False
-
-
-def readings(text):
-    """The exact and the rounded value, where a text gives both; else the text."""
-    both = EXACT_AND_ROUNDED.fullmatch(text)
-    return both.groups() if both else (text,)
+def same_formula(given, wanted):
+    """Are they equal, or rounded alike, for math_verify? None: it cannot read `wanted`."""
+    if not has_math_verify():
+        return None
+    from math_verify import parse, verify
+    texts = (ascii_signs(text).replace("$", "") for text in (given[:300], wanted))
+    x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
+    if len(y) < 2:  # not a value and its text
+        return None
+    decimals = re.search(r"\.(\d+)|$", wanted)[1] or "000000"
+    return verify(y, x, float_rounding=len(decimals), timeout_seconds=1)
 
 
 def grade(answer, reference, tolerance=None, need_unit=True):
-    """Is the extracted answer the reference? In the order of decisions above.
+    """Is the extracted answer the reference? True, False, or None for n/a, as above.
 
     tolerance: relative, for every number; None: 0.01 for measured ones, else exact.
     need_unit: a physical unit has to be there.
@@ -1075,52 +965,47 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     >>> grade("719 C", "720 C"), grade("720", "720 C"), grade("(b)", "B")
     (False, False, True)
     """
-    given, wanted = normalise(answer), normalise(reference)
-    option = OPTION.match(wanted)
-    if option:
-        letter = option[1] or option[2]
-        named = rf"\W*(?:(?:option|choice|answer)\W{{1,3}})?(?i:{letter})(?:{ALONE})"
-        return bool(re.match(named, given))
+    given, wanted = plain(answer), plain(reference)
+    letters = letters_in(wanted)
+    if OPTION.match(wanted) and len(letters) == 1:
+        return letters_in(given) == letters
 
-    name, wanted_name = NAME.match(given)[0], NAME.match(wanted)[0]
-    if not name or not wanted_name or same_text(name, wanted_name):
-        given = given[len(name):]
-        wanted = wanted[len(wanted_name):]
-
-    pairs = itertools.product(readings(given), readings(wanted))
-    return any(same(x, y, tolerance, need_unit) for x, y in pairs)
+    texts = {re.sub(r"[ \\_]", "", text).strip("().") for text in (given, wanted)}
+    number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
+    if wanted_number and len(texts) == 1:
+        return True
+    if wanted_number and number:
+        return same_number(number, wanted_number, tolerance, need_unit)
+    if wanted_number:
+        return bool(same_formula(answer, reference))
+    if FORMULA.match(wanted):
+        return same_formula(answer, reference)
+    return len(texts) == 1 if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
 
 def rubric_score(rubric, met, rar=False):
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench). rar (Rubrics as
     Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
     fault's by its absence. None without a rubric, or without a verdict on each criterion."""
-    if not rubric or not met or None in met or len(met) != len(rubric):
+    if not met or None in met or len(met) != len(rubric or ()):
         return None
     weights = [signed_weight(c) for c in rubric]
-    earned = sum(w for w, is_met in zip(weights, met) if is_met)
+    earned = sum(itertools.compress(weights, met))
     best = sum(w for w in weights if w > 0)
-    worst = sum(w for w in weights if w < 0)
+    worst = sum(weights) - best
     if rar or not best:
         return (earned - worst) / (best - worst) if best > worst else None
     return min(1.0, max(0.0, earned / best))
 
 
-def gradable(reference):
-    """Is no judge needed: is it boxed, short for a reader, a number with a unit?"""
-    seen = normalise(reference)
-    short = 0 < min(len(seen), len(reference)) <= 40
-    return short or bool(BOX.search(reference) or MEASURE.fullmatch(seen))
-
-
 def accuracy(text, row):
-    """1.0 or 0.0: is the text's answer the row's? None where that takes a judge."""
+    """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
+    math_verify, which is settled by the reference alone."""
     reference = row["reference_answer"] or ""
-    if not gradable(reference):
-        return None
     if BOX.search(reference):
         reference = extract_answer(reference)
-    return float(grade(extract_answer(text), reference, **row.get("grading", {})))
+    right = grade(extract_answer(text), reference, **row.get("grading", {}))
+    return None if right is None else float(right)
 
 
 def check_criterion(criterion, text, seconds=2.0):
@@ -1129,15 +1014,12 @@ def check_criterion(criterion, text, seconds=2.0):
     check = criterion.get("check")
     if check is None:
         return None
-
-    def give_up(*_):
-        raise UserError(f"the check {check!r} of a criterion takes over {seconds:g} s; mend it.")
-
-    signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    met = bool(re.search(check, after_thinking(text) or ""))
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return met
+    try:
+        return bool(regex.search(check, after_thinking(text) or "", timeout=seconds))
+    except TimeoutError:
+        raise UserError(
+            f"the check {check!r} of a criterion takes over {seconds:g} s; mend it."
+        ) from None
 
 
 def score(text, row):
@@ -1161,18 +1043,18 @@ def score_rubric(rubric, row):
     }
 
 
-NOTE = (  # comments, and strings that are no verdict
-    r'(?<=[\s,])(?://|#\s)[^\n]*|/\*[^*]*\*/|"\s*(true|false|yes|no)\s*"|"[^"\n]*"')
+REMARK = (  # comments, and strings but for a verdict
+    r'(?<=[\s,])(?://|#\s)[^\n]*|/\*[^*]*\*/|"\s*(true|false|yes|no)\s*"|"[^"\n]*"'
+)
 VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
-    (?:^[^a-z\n]*|[\[{(,:;=|>→–—-]|\d[.)]?)[\s"'“”‘’*`_]{0,20}
-    (?:(true|yes)|(false|no)|maybe|null|none|unclear|\.{3}|…)(?!\w)
-    (?=[\s"'“”‘’*`_]{0,20}(?:[\]}),;.|<(–—/-]|(?:because|since|as)\b|$))"""
+    (?: ^[^a-z\n]* | [\[{(,.:;=|>→–—)-] ) [\s"'“”*`_]{0,20}
+    (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?!\w|[ ](?!because|since|as\b)\w)"""
+TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def read_verdicts(text, row):
     r"""A judge's verdicts -> ([bool] * len(row["rubric"]), "") or (None, why not). They are the
-    last run of exactly as many booleans, in a list, in objects or one a line; quoted, numbered,
-    commented.
+    last list or paragraph of exactly as many booleans, or the whole text; in JSON or one a line.
 
     >>> read_verdicts("1. true\n2. false (no unit)", {"rubric": [{}, {}]})
     ([True, False], '')
@@ -1180,14 +1062,12 @@ def read_verdicts(text, row):
     text = after_thinking(text)
     if text is None:
         return None, "unfinished thinking"
-    text = re.sub(NOTE, r"\1", text.lower())
-    text = re.sub(r"\[[\s,\d]*\]|\]\s*,\s*\[", ", ", text)  # none; a list of lists
 
-    runs = re.split(r"[\[\]]", text) + re.split(r"[\[\]]|\n\s*\n", text)
-    for run in reversed(runs):
-        words = re.findall(VERDICT, run)
-        if len(words) == len(row["rubric"]) and all(map(any, words)):
-            return [bool(met) for met, _ in words], ""
+    text = re.sub(REMARK, r"\1", text.lower())
+    for run in (*re.split(r"[\[\]]|\n\s*\n", text)[::-1], text):
+        verdicts = [TRUTH.get(word) for word in re.findall(VERDICT, run)]
+        if len(verdicts) == len(row["rubric"]) and None not in verdicts:
+            return verdicts, ""
     return None, "not a verdict for each one"
 
 
@@ -1199,17 +1079,17 @@ def judge(write, asked, tries=3):
 
 def judge_scores(met, row):
     """What verdicts are worth, as in HealthBench and as in Rubrics as Rewards."""
-    rar = rubric_score(row["rubric"], met, rar=True)
-    return {"rubric_score": rubric_score(row["rubric"], met), "rar_score": rar}
+    rubric = row["rubric"]
+    return {"rubric_score": rubric_score(rubric, met), "rar_score": rubric_score(rubric, met, True)}
 
 
 def mean_se(values):
     """Mean, standard error and number of the values that are not None."""
-    x = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    if not len(x):
+    known = [v for v in values if v is not None]
+    if not known:
         return None, 0.0, 0
-    se = x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
-    return x.mean().item(), se, len(x)
+    spread = statistics.stdev(known) if len(known) > 1 else 0.0
+    return statistics.fmean(known), spread / len(known) ** 0.5, len(known)
 
 
 def interval(mean, se, n):
@@ -1218,9 +1098,9 @@ def interval(mean, se, n):
     if se > 1e-9 and 0 < mean < 1:
         n = mean * (1 - mean) / se**2 * n / (n - 1)
     z2 = 1.96**2 / n
-    middle = mean + z2 / 2
-    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4)
-    return max(0.0, (middle - half) / (1 + z2)), (middle + half) / (1 + z2)
+    middle = (mean + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4) / (1 + z2)
+    return max(0.0, middle - half), middle + half
 
 
 def question_figures(scores):
