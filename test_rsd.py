@@ -2305,161 +2305,134 @@ def test_answers_of_a_model_that_was_saved_anew_are_another_models(base, tmp_pat
 
 def completion(content, reason="stop", **more):
     """The JSON of an OpenAI-compatible server's answer."""
-    message = {"role": "assistant", "content": content}
-    reply = {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "system_fingerprint": "",
-        "choices": [{"index": 0, "finish_reason": reason, "message": message}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
-    }
-    return reply | more
+    choice = {"finish_reason": reason, "message": {"role": "assistant", "content": content}}
+    return {"choices": [choice], "usage": {"completion_tokens": 3}} | more
+
+
+class Stub(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server. `server.answer` (prompt -> ...) tells what to answer: a text, an
+    object or bytes to send as they are, a status to refuse with, drop, hang or ctrl-c."""
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.seen.append((self.path, self.headers["Authorization"], body))
+            server.now += 1
+            server.most = max(server.most, server.now)
+            answer = server.answer(body["messages"][0]["content"])
+        server.wait(0.5 if answer == "hang" else 0.02)
+        with server.lock:
+            server.now -= 1
+        if answer == "drop":
+            return
+        if answer == "ctrl-c":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            server.end.wait()
+        status = 200
+        if isinstance(answer, int):
+            status, answer = answer, {"error": {"message": "longer than 8192 tokens"}}
+        if isinstance(answer, str):
+            answer = completion(answer)
+        if isinstance(answer, dict):
+            answer = json.dumps(answer).encode()
+        with contextlib.suppress(OSError):  # the one who hung is gone
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
 def stub(monkeypatch):
-    """An OpenAI-compatible server on loopback that follows a script, one entry a request: a text to
-    answer, an object or bytes to send as they are, a status to refuse with, drop, hang or ctrl-c.
-    Behind its end, `then` (prompt -> entry) says what comes: an echo."""
-    log = {"script": [], "seen": [], "now": 0, "most": 0, "slept": [], "lock": threading.Lock()}
-    log["then"] = str
-    sleep = time.sleep
-    end = threading.Event()
-    monkeypatch.setattr(time, "sleep", log["slept"].append)  # a writer's waiting takes no time here
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with log["lock"]:
-                log["seen"].append((self.path, self.headers["Authorization"], body))
-                log["now"] += 1
-                log["most"] = max(log["most"], log["now"])
-                prompt = body["messages"][0]["content"]
-                act = log["script"].pop(0) if log["script"] else log["then"](prompt)
-            sleep(0.5 if act == "hang" else 0.02)
-            with log["lock"]:
-                log["now"] -= 1
-            if act == "drop":
-                self.connection.close()
-                return
-            if act == "ctrl-c":
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                end.wait()
-            status = act if isinstance(act, int) else 200
-            if isinstance(act, int):
-                act = {"error": {"message": "longer than 8192 tokens"}}
-            if isinstance(act, str):
-                act = completion(act)
-            if isinstance(act, dict):
-                act = json.dumps(act).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(act)))
-            self.end_headers()
-            try:
-                self.wfile.write(act)
-            except OSError:  # the one who hung is gone
-                pass
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    """A running Stub: its `model` for the command line, the requests it has `seen`, the `most` at a
+    time, and how long a writer would have `slept`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     server.daemon_threads = False  # its closing waits for all of them
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    server.model = f"some/model@http://127.0.0.1:{server.server_port}/v1"
+    server.seen, server.slept, server.now, server.most = [], [], 0, 0
+    server.lock, server.end, server.wait = threading.Lock(), threading.Event(), time.sleep
+    monkeypatch.setattr(time, "sleep", server.slept.append)  # the writer's waiting takes no time
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield f"some/model@http://127.0.0.1:{server.server_port}/v1", log
-    end.set()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    yield server
+    server.end.set()
     server.shutdown()
     server.server_close()
 
 
-def server_writer(name, tries=8, timeout=600.0, **sampling):
+def in_turn(answers):
+    """Tells a stub to give these answers, one a request."""
+    left = list(answers)
+    return lambda prompt: left.pop(0)
+
+
+def server_writer(stub, tries=8, timeout=600.0, batch_size=64):
     """The writer of a server, with sampling of the tests."""
-    usual = {"max_new_tokens": 7, "temperature": 0.3, "top_p": 0.9, "batch_size": 64}
-    return rsd.ServerWriter(name, usual | sampling, tries, timeout)
+    sampling = dict(max_new_tokens=7, temperature=0.3, top_p=0.9, batch_size=batch_size)
+    return rsd.ServerWriter(stub.model, sampling, tries, timeout)
 
 
-def test_a_server_that_fails_is_asked_again(stub):
-    name, log = stub
-    log["script"] = ["drop", 429, 500, b'{"choices": [', "hang", 503, "at last"]
-    assert server_writer(name, timeout=0.25)(["q"]) == [rsd.Written("at last", 3, True)]
-    assert len(log["seen"]) == 7
-    assert [round(math.log2(s) + 0.5) for s in log["slept"]] == [0, 1, 2, 3, 4, 5]
-
-    path, _, body = log["seen"][-1]
-    assert path == "/v1/chat/completions"
-    assert body["model"] == "some/model"
-    assert body["max_tokens"] == 7
-    assert body["temperature"] == 0.3
-    assert body["top_p"] == 0.9
-    assert body["messages"] == [{"role": "user", "content": "q"}]
+def asks(command, stub, folder, rows):
+    """A command that asks the stub -> its exit code and the lines that it wrote."""
+    data, out = write_lines(folder / "d.jsonl", rows), folder / "o.jsonl"
+    code = rsd.main([command, "--model", stub.model, "--data", data, "--out", str(out)])
+    return code, rsd.read_jsonl(out)
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [
-        {"error": {"message": "no slot is free", "code": 503}},
-        {"error": "no slot is free"},
-        {"object": "error", "message": "no slot is free"},
-        {"choices": [], "detail": "no slot is free"},
-        completion("half an", reason="error"),
-        completion(None, reason="error", error={"message": "no slot is free"}),
-        b"<html>no slot is free</html>",
-        b"null",
-        b"",
-    ],
-    ids=repr,
-)
-def test_an_error_inside_a_200_is_tried_again(stub, failure):
-    name, log = stub
-    log["script"] = [failure, "at last"]
-    assert server_writer(name)(["q"]) == [rsd.Written("at last", 3, True)]
-    assert len(log["slept"]) == 1
+NO_SLOT = {"message": "no slot is free", "code": 503}
+MAY_PASS = [
+    "drop", "hang", 408, 429, 500, 503, b'{"choices": [', b"<html></html>", b"null", b"",
+    {"error": NO_SLOT}, {"error": "no slot is free"}, {"object": "error", **NO_SLOT},
+    {"choices": [], "detail": "no slot is free"}, completion("half an", reason="error"),
+    completion(None, reason="error", error=NO_SLOT),
+]
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [{"error": {"message": "no slot is free", "code": 503}}, {"error": "no slot is free"}],
-)
-def test_a_servers_own_words_about_an_error_are_shown(stub, failure):
-    name, log = stub
-    log["script"] = [failure] * 2
-    with pytest.raises(rsd.UserError, match="no slot is free"):
-        server_writer(name, tries=2)(["q"])
+def test_what_may_pass_is_tried_again_after_waits_that_double(stub):
+    stub.answer = in_turn([*MAY_PASS, "at last"])
+    write = server_writer(stub, tries=len(MAY_PASS) + 1, timeout=0.25)
+    assert write(["q"]) == [rsd.Written("at last", 3, True)]
+    waits = [round(math.log2(seconds) + 0.5) for seconds in stub.slept]  # at random, up to that
+    assert waits == list(range(len(MAY_PASS)))
+
+    message = {"role": "user", "content": "q"}
+    want = {"model": "some/model", "max_tokens": 7, "temperature": 0.3, "top_p": 0.9}
+    for path, _, body in stub.seen:
+        assert path == "/v1/chat/completions"
+        assert body["messages"] == [message]
+        assert want.items() <= body.items()
 
 
-@pytest.mark.parametrize(
-    "script, requests", [([401], 1), ([404], 1), ([500, 403], 2), ([500] * 9, 3)]
-)
-def test_a_server_that_refuses_is_one_sentence(stub, script, requests):
-    name, log = stub
-    log["script"] = script
-    said = rf"--model some/model@http\S*: try {requests} of 3 failed.*prompt 'Why"
+@pytest.mark.parametrize("answers, why", [
+    ([401], "401"), ([404], "404"), ([500, 403], "403"), ([500] * 3, "500"),
+    ([{"error": NO_SLOT}] * 3, "no slot is free"), ([{"error": "no slot"}] * 3, "no slot"),
+])
+def test_a_server_that_refuses_is_one_sentence(stub, answers, why):
+    stub.answer = in_turn(answers)
+    n = len(answers)
+    said = rf"--model some/model@http\S*: try {n} of 3 failed \(.*{why}.*\) for the prompt 'Why"
     with pytest.raises(rsd.UserError, match=said):
-        server_writer(name, tries=3)(["Why so?"])
-    assert len(log["seen"]) == requests
+        server_writer(stub, tries=3)(["Why so?"])
+    assert len(stub.seen) == n
 
 
-def too_long(prompt):
-    """A server that refuses q2 and answers the others with a rubric, or answers in a word."""
-    if "q2" in prompt:
-        return 400
-    return json.dumps([GOOD]) if "rubric" in prompt else "so"
+def test_offline_mode_is_said_at_once(stub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(rsd.UserError, match="HF_HUB_OFFLINE"):
+        server_writer(stub)(["q"])
+    assert stub.slept == stub.seen == []
 
 
 @pytest.mark.parametrize("command, name", [("generate", "rubric"), ("eval", "text")])
 def test_a_prompt_that_is_refused_is_lost_alone(stub, tmp_path, capsys, command, name):
     """Too long for the server, say: the three others are kept, and none is asked again."""
-    model, log = stub
-    log["then"] = too_long
-    data = write_lines(tmp_path / "d.jsonl", free_rows(4, [GOOD]))
-    out = tmp_path / "o.jsonl"
-    words = [command, "--model", model, "--data", data, "--out", str(out)]
-    assert rsd.main(words) == 0
-    lines = rsd.read_jsonl(out)
+    stub.answer = lambda prompt: 400 if "q2" in prompt else json.dumps([GOOD])
+    code, lines = asks(command, stub, tmp_path, free_rows(4, [GOOD]))
+    assert code == 0
     assert [line["question"] for line in lines] == ["q0", "q1", "q2", "q3"]
     assert [line[name] is None for line in lines] == [False, False, True, False]
     assert "longer than 8192 tokens" in lines[2]["reason"]
@@ -2469,175 +2442,97 @@ def test_a_prompt_that_is_refused_is_lost_alone(stub, tmp_path, capsys, command,
     assert f"{name}: none for 1 of 4" in report
     assert re.search(r"tokens +3\.000 .* n 3\)", report)
 
-    assert rsd.main(words) == 0
-    assert len(log["seen"]) == 4
+    asks(command, stub, tmp_path, free_rows(4, [GOOD]))
+    assert len(stub.seen) == 4
 
 
-def test_a_server_that_refuses_every_prompt_is_one_sentence(stub, tmp_path, capsys):
-    name, log = stub
-    log["then"] = lambda prompt: 400
-    data = write_lines(tmp_path / "d.jsonl", free_rows(4, [GOOD]))
-    out = tmp_path / "o.jsonl"
-    assert rsd.main(["generate", "--model", name, "--data", data, "--out", str(out)]) == 2
-    (last,) = [line for line in capsys.readouterr().err.splitlines() if "rsd.py: " in line]
-    assert "longer than 8192 tokens" in last
-    assert last.endswith("the server has refused every prompt.")
-    assert rsd.read_jsonl(out) == []
-    assert len(log["seen"]) == 4
-
-
-def test_ctrl_c_works_while_a_server_hangs(stub, tmp_path, capsys):
-    name, log = stub
-    log["then"] = lambda prompt: "ctrl-c" if "q1" in prompt else json.dumps([GOOD])
-    data = write_lines(tmp_path / "d.jsonl", free_rows(2, [GOOD]))
-    out = str(tmp_path / "o.jsonl")
-    assert rsd.main(["generate", "--model", name, "--data", data, "--out", out]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
-def test_offline_mode_is_said_at_once(stub, monkeypatch):
-    name, log = stub
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(rsd.UserError, match="HF_HUB_OFFLINE"):
-        server_writer(name)(["q"])
-    assert not log["slept"]
-    assert not log["seen"]
+@pytest.mark.parametrize("answer, code, said", [
+    (400, 2, r"rsd.py: .*longer than 8192 tokens.*; the server has refused every prompt\.\n"),
+    ("ctrl-c", 130, "interrupted"),
+])
+def test_what_ends_a_command(stub, tmp_path, capsys, answer, code, said):
+    """A server that refuses every prompt, once each; Ctrl-C, while a server hangs."""
+    stub.answer = lambda prompt: "so" if answer == "ctrl-c" and "q0" in prompt else answer
+    assert asks("generate", stub, tmp_path, free_rows(2, [GOOD])) == (code, [])
+    assert re.search(said, capsys.readouterr().err)
+    assert len(stub.seen) <= 3
 
 
 def test_requests_run_side_by_side_within_bounds_and_answers_stay_in_order(stub):
-    name, log = stub
+    stub.answer = str
     prompts = [f"question {i}" for i in range(24)]
     echoed = [rsd.Written(prompt, 3, True) for prompt in prompts]
-    assert server_writer(name, batch_size=4)(prompts) == echoed
-    assert 2 <= log["most"] <= 4
+    assert server_writer(stub, batch_size=4)(prompts) == echoed
+    assert 2 <= stub.most <= 4
 
 
-@pytest.mark.parametrize(
-    "reply, written",
-    [
-        (completion("cut", reason="length"), ("cut", 3, False)),
-        (completion("whole", usage={}), ("whole", None, True)),
-        (completion("whole", usage=None), ("whole", None, True)),
-        (completion("whole", reason=None), ("whole", 3, True)),
-        (completion(None), ("", 3, True)),
-        (completion(""), ("", 3, True)),
-        (completion([{"type": "text", "text": "one part"}]), ("one part", 3, True)),
-        (completion("half \ud83d a pair"), ("half \ufffd a pair", 3, True)),
-    ],
-)
-def test_what_a_server_may_answer(stub, reply, written):
-    name, log = stub
-    log["script"] = [reply]
-    assert server_writer(name)(["q"]) == [rsd.Written(*written)]
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+REPLIES = [  # reply, the text that is kept, its tokens, whether it was cut off
+    (completion("cut", reason="length"), "cut", 3, True),
+    (completion("so", reason=None), "so", 3, False),
+    (completion(None), "", 3, False),
+    (completion(""), "", 3, False),
+    (completion(PARTS[:1]), "one", 3, False),
+    (completion(PARTS), "one two", 3, False),
+    (completion("half \ud83d a pair"), "half \ufffd a pair", 3, False),
+    (completion("half \udc00 a pair"), "half \ufffd a pair", 3, False),
+    (completion("so", usage={"completion_tokens": 10**30}), "so", 10**30, False),
+    ({"choices": completion("so")["choices"]}, "so", None, False),
+]
+for usage in ({}, None, [], [{"completion_tokens": 3}], "3", 3):
+    REPLIES.append((completion("so", usage=usage), "so", None, False))
+for tokens in ("3", "many", {"text": 3}, None, 1.5, math.inf):
+    REPLIES.append((completion("so", usage={"completion_tokens": tokens}), "so", None, False))
 
 
-def test_a_server_may_leave_out_the_number_of_tokens(stub):
-    name, log = stub
-    reply = completion("whole")
-    del reply["usage"]
-    log["script"] = [reply]
-    assert server_writer(name)(["q"]) == [rsd.Written("whole", None, True)]
+def test_what_a_server_may_answer(stub, tmp_path):
+    """Whatever it says besides the text, no run ends and nothing is asked twice."""
+    stub.answer = lambda prompt: REPLIES[int(re.search(r"q(\d+)", prompt)[1])][0]
+    code, lines = asks("eval", stub, tmp_path, free_rows(len(REPLIES), [GOOD]))
+    assert code == 0
+    kept = [(" ".join(line["text"].split()), line["tokens"], line["truncated"]) for line in lines]
+    assert kept == [tuple(want) for _, *want in REPLIES]
+    assert len(stub.seen) == len(REPLIES)
 
 
-@pytest.mark.parametrize("usage", [[], [{"completion_tokens": 3}], "3", 3])
-def test_usage_in_any_form_is_no_failure(stub, usage):
-    name, log = stub
-    log["script"] = [completion("whole", usage=usage)] * 8
-    (written,) = server_writer(name)(["q"])
-    assert written.text == "whole"
-    assert not log["slept"]
-
-
-@pytest.mark.parametrize("tokens", ["3", "many", {"text": 3}, None, 1.5, 10**30, math.inf])
-def test_an_absurd_number_of_tokens_ends_no_run(stub, tmp_path, tokens):
-    name, log = stub
-    log["then"] = lambda prompt: completion("so", usage={"completion_tokens": tokens})
-    data = write_lines(tmp_path / "d.jsonl", free_rows(2, [GOOD]))
-    out = tmp_path / "o.jsonl"
-    assert rsd.main(["eval", "--model", name, "--data", data, "--out", str(out)]) == 0
-    assert [line["text"] for line in rsd.read_jsonl(out)] == ["so", "so"]
-
-
-def test_content_of_several_parts_is_kept_whole(stub):
-    name, log = stub
-    parts = [{"type": "text", "text": text} for text in ("first part", "second part")]
-    log["script"] = [completion(parts)]
-    (written,) = server_writer(name)(["q"])
-    assert written.text.split() == ["first", "part", "second", "part"]
-
-
-def test_half_a_surrogate_pair_is_one_sign_in_the_file(stub, tmp_path):
-    name, log = stub
-    log["script"] = ["so \udc00 it is"]
-    data = write_lines(tmp_path / "d.jsonl", free_rows(1, [GOOD]))
-    out = tmp_path / "o.jsonl"
-    assert rsd.main(["eval", "--model", name, "--data", data, "--out", str(out)]) == 0
-    (line,) = rsd.read_jsonl(out)
-    assert line["text"] == "so \ufffd it is"
-
-
-def test_the_key_is_the_servers_own_and_no_other(stub, monkeypatch):
-    name, log = stub
+@pytest.mark.parametrize("key", ["", "sk-mine", "sk-mine\n", "\r\nsk-mine", "sk-\nmine"])
+def test_the_key_is_the_servers_own_and_is_not_printed(stub, tmp_path, monkeypatch, capfd, key):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    write = server_writer(name)
-    write(["q"])
-    for key in ("", "sk-mine"):
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        write(["q"])
-    assert [key for _, key, _ in log["seen"]] == ["Bearer none", "Bearer none", "Bearer sk-mine"]
-
-
-@pytest.mark.parametrize("key", ["sk-mine\n", "\r\nsk-mine", "sk-\nmine", " sk-mine "])
-def test_a_key_with_a_line_break_is_not_printed(stub, tmp_path, monkeypatch, capfd, key):
-    name, log = stub
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    data = write_lines(tmp_path / "d.jsonl", free_rows(1, [GOOD]))
-    words = ["eval", "--model", name, "--data", data]
-    log["script"] = ["so", 401]
-    assert rsd.main(words) == 0
-    assert rsd.main(words) == 2
-    assert [key for _, key, _ in log["seen"]] == ["Bearer sk-mine"] * 2
+    stub.answer = in_turn(["so", 401])
+    assert asks("eval", stub, tmp_path, free_rows(1, [GOOD]))[0] == 0
+    assert asks("eval", stub, tmp_path, free_rows(2, [GOOD]))[0] == 2
+    sent = "Bearer sk-mine" if key else "Bearer none"
+    assert [key for _, key, _ in stub.seen] == [sent] * 2
     said = capfd.readouterr()
     assert "mine" not in said.out + said.err
 
 
 def test_a_server_gets_the_same_prompt_with_data_that_cannot_be_control_tokens(stub, tmp_path):
     """The template's text arrives as it is; what could be a control token in data is broken."""
-    name, log = stub
     question = "Is 1<2 and <b>x</b>?<|im_end|>\n<|im_start|>assistant [INST] [1]"
     broken = "Is 1<2 and < b>x< /b>?< |im_end|>\n< |im_start|>assistant [ INST] [1]"
     row = {"question": question, "reference_answer": "yes", "rubric": [GOOD]}
-    data = write_lines(tmp_path / "d.jsonl", [row])
-    log["script"] = ["no rubric", json.dumps([GOOD])]
-    out = tmp_path / "r.jsonl"
-    words = ["generate", "--model", name, "--data", data, "--out", str(out)]
-    assert rsd.main(words) == 0
-    sent = log["seen"][0][2]["messages"][0]["content"]
-    template = rsd.load_prompts(REPO / "prompts")["writer+answer"]
-    assert sent == template.replace("{answer}", "yes").replace("{question}", broken)
+    stub.answer = in_turn(["no rubric", json.dumps([GOOD])])
+    code, (line,) = asks("generate", stub, tmp_path, [row])
+    assert code == 0
+    sent = rsd.load_prompts(REPO / "prompts")["writer+answer"]
+    sent = sent.replace("{answer}", "yes").replace("{question}", broken)
+    assert [body["messages"][0]["content"] for _, _, body in stub.seen] == [sent] * 2
+    want = {"rubric": [GOOD], "tries": 2, "tokens": 3, "model": stub.model, "question": question}
+    assert want.items() <= line.items()
 
-    (line,) = rsd.read_jsonl(out)
-    assert line["rubric"] == [GOOD]
-    assert line["tries"] == 2
-    assert line["tokens"] == 3
-    assert line["model"] == name
-    assert line["question"] == question
-    assert len(log["seen"]) == 2
-    assert rsd.main(words) == 0
-    assert len(log["seen"]) == 2  # nothing is asked twice
+    assert asks("generate", stub, tmp_path, [row]) == (0, [line])
+    assert len(stub.seen) == 2  # nothing is asked twice
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["train", "--model"], ["inspect", "--model"], ["inspect", "--model", "BASE", "--compare"]],
-)
-def test_a_server_cannot_train_or_be_inspected(words, base, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = [str(base) if word == "BASE" else word for word in words]
-    server = "some/model@http://127.0.0.1:9/v1"
-    assert rsd.main([*words, server, "--data", "toy", "--split", "test"]) == 2
-    assert "a server can generate, eval and judge" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [
+    "train --model SERVER", "inspect --model SERVER", "inspect --model BASE --compare SERVER",
+])
+def test_a_server_cannot_train_or_be_inspected(words, base, capsys):
+    words = words.replace("SERVER", "some/model@http://127.0.0.1:9/v1").replace("BASE", str(base))
+    said = error_of([*words.split(), "--data", "toy", "--split", "test"], capsys)
+    assert "a server can generate, eval and judge" in said
 
 
 @pytest.fixture(scope="session")
@@ -2650,18 +2545,11 @@ def real_server(random_model):
         port = s.getsockname()[1]
     serve = [Path(sys.executable).with_name("transformers"), "serve", random_model]
     serve += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    threading.Thread(target=process.stdout.read, daemon=True).start()  # its log would fill the pipe
-    for _ in range(240):
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            break
-        except OSError:
-            assert process.poll() is None, "transformers serve ended"
-            time.sleep(0.5)
+    process = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 120
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert process.poll() is None and time.time() < end, "transformers serve does not answer"
+        time.sleep(0.5)
     yield f"{random_model}@http://127.0.0.1:{port}/v1"
     process.terminate()
     process.wait()
@@ -2671,50 +2559,24 @@ def real_server(random_model):
 def test_a_real_server_answers_as_the_model_does_here(
     real_server, random_model, tmp_path, monkeypatch
 ):
+    """Real questions, where they are; and what eval wrote goes to the judge."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    common = ["--data", "toy", "--limit", "4", "--temperature", "0", "--max-new-tokens", "12"]
-    for command in ("eval", "generate"):
+    real = SHARED / "rar_science_100.jsonl"
+    data = real if real.exists() else "toy"
+    judged = tmp_path / "eval_here.jsonl"
+    for command, data in (("eval", data), ("generate", data), ("judge", judged)):
         lines = []
-        for model in (random_model, real_server):
-            out = tmp_path / f"{command}{len(lines)}.jsonl"
-            assert rsd.main([command, "--model", model, *common, "--out", str(out)]) == 0
+        for where, model in (("here", random_model), ("there", real_server)):
+            out = tmp_path / f"{command}_{where}.jsonl"
+            words = [command, "--model", model, "--data", data, "--limit", 4, "--out", out]
+            words += ["--temperature", 0, "--max-new-tokens", 12]
+            assert rsd.main(list(map(str, words))) == 0
             lines.append(rsd.read_jsonl(out))
+        assert len(lines[0]) == len(lines[1]) == 4
         for here, there in zip(*lines):
             assert here["text"].strip() == there["text"] != ""
             assert here["tokens"] == there["tokens"] > 4
             assert here["truncated"] == there["truncated"] == (here["tokens"] == 12)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARED.exists(), reason="the real questions are not here")
-def test_real_questions_over_a_real_server(
-    real_server, random_model, tmp_path, monkeypatch, capsys
-):
-    """generate, train, eval, judge on real questions; what random weights write is counted, never
-    met."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    common = ["--data", str(SHARED / "rar_science_100.jsonl"), "--max-new-tokens", "8"]
-    common += ["--limit", "6"]
-    words = ["generate", "--model", real_server, *common, "--out", "r.jsonl", "--tries", "2"]
-    assert rsd.main(words) == 0
-    assert "rubric: none for 6 of 6" in capsys.readouterr().out
-    words = ["train", "--model", random_model, *common, "--steps", "2", "--batch", "2"]
-    assert rsd.main([*words, "--out", "t"]) == 0
-
-    words = ["eval", "--model", "t", *common, "--k", "2", "--out", "e.jsonl"]
-    assert rsd.main(words) == 0
-    capsys.readouterr()
-    words = ["judge", "--model", real_server, "--data", "e.jsonl", "--max-new-tokens", "8"]
-    assert rsd.main([*words, "--out", "v.jsonl"]) == 0
-    said = capsys.readouterr().out
-    verdicts = rsd.read_jsonl(Path("v.jsonl"))
-    answered = {(line["question"], line["text"]) for line in rsd.read_jsonl(Path("e.jsonl"))}
-    assert len(verdicts) == len(answered) >= 10
-    assert all(line["judge"] is None and line["tries"] == 1 for line in verdicts)
-    assert {line["question"] for line in verdicts} <= {question for question, _ in answered}
-    assert "judge: none for" in said
-    assert re.search("rubric_score +n/a", said.split("judge: none for")[1])
 
 
 # ---- 8. many processes ---------------------------------------------------------------------------
