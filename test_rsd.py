@@ -3581,43 +3581,34 @@ def test_token_credit_against_plain_forwards(tok):
     time."""
     model, teacher = tiny(tok, 1), tiny(tok, 2)
     rng = random.Random(3)
-
-    def ids(n):
-        return [rng.randrange(3, len(tok)) for _ in range(n)]
-
-    prompt, context = ids(5), ids(17)
-    without = [ids(12), ids(9), ids(14)]
-    said = ids(8)
-    at = torch.tensor(said)[:, None]
+    prompt, context, said, *without = (
+        [rng.randrange(3, len(tok)) for _ in range(n)] for n in (5, 17, 8, 12, 9)
+    )
+    without.append(context)  # nothing is left out: a credit of 0
 
     def log_probs(net, prompt):
         with torch.no_grad():
             logits = net(torch.tensor([prompt + said])).logits[0]
         return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
-    def kl_to(student, teacher):
-        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    def of_said(log_probs):
+        return log_probs[range(8), said]
 
-    def assert_near(got, want):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    def kl_from(log_probs):
+        return F.kl_div(s, log_probs, reduction="none", log_target=True).sum(-1)
 
     got = rsd.token_credit(model, teacher, prompt, context, without, said, top=3)
     s, t = log_probs(model, prompt), log_probs(teacher, context)
-    assert_near(got["gap"], (t - s).gather(1, at)[:, 0])
-    assert_near(got["divergence"], kl_to(s, t))
-    for k, view in enumerate(without):
-        q = log_probs(teacher, view)
-        assert_near(got["credit"][k], (t - q).gather(1, at)[:, 0])
-        assert_near(got["credit_divergence"][k], kl_to(s, t) - kl_to(s, q))
-    assert got["credit"].shape == (3, 8)
-    assert got["student_ids"].tolist() == s.topk(3).indices.tolist()
-    assert got["teacher_ids"].tolist() == t.topk(3).indices.tolist()
-    torch.testing.assert_close(got["student_p"], s.exp().topk(3).values)
-    torch.testing.assert_close(got["teacher_p"], t.exp().topk(3).values)
-
-    same = rsd.token_credit(model, teacher, prompt, context, [context, without[0]], said)
-    assert not same["credit"][0].any()  # nothing was left out
-    assert not same["credit_divergence"][0].any()
+    views = [log_probs(teacher, view) for view in without]
+    want = {
+        "gap": of_said(t) - of_said(s),
+        "divergence": kl_from(t),
+        "credit": torch.stack([of_said(t) - of_said(q) for q in views]),
+        "credit_divergence": torch.stack([kl_from(t) - kl_from(q) for q in views]),
+    }
+    for who, x in (("student", s), ("teacher", t)):
+        want[f"{who}_p"], want[f"{who}_ids"] = x.exp().topk(3)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def toy_parts(n, seed=0):
@@ -3626,30 +3617,13 @@ def toy_parts(n, seed=0):
     return [row | {"parts": parts[row["question"]]} for row in toy_rows("test", n, seed)]
 
 
-def spans_of(row):
-    """Where in its solution criteria are met: {title: (first character, last + 1)}, for those that
-    ask for words."""
-    text, parts = row["solution"], row["parts"]
-    words = {
-        "Formula": parts["formula"],
-        "Time": f"{parts['b']} min = {parts['n']} s",
-        "Number": f"In all {parts['k']} * {parts['a']}",
-    }
-    return {
-        title: (text.index(said), text.index(said) + len(said))
-        for title, said in words.items() if said in text
-    }
-
-
-def tokens_inside(tok, ids, spans):
-    """For each span of characters, which of the tokens it holds: a mask [T]."""
+def tokens_of(tok, ids, text, words):
+    """Which tokens of a text hold these words of it: a mask [T]."""
+    first = text.index(words)
     pieces = [tok.decode([i]) for i in ids]
     ends = list(itertools.accumulate(map(len, pieces)))
-    masks = []
-    for first, last in spans:
-        inside = [first < end and end - len(p) < last for end, p in zip(ends, pieces)]
-        masks.append(torch.tensor(inside))
-    return masks
+    last = first + len(words)
+    return torch.tensor([first < e and e - len(p) < last for p, e in zip(pieces, ends)])
 
 
 def credit_of(model, tok, row, view, rubric, completion):
@@ -3660,46 +3634,45 @@ def credit_of(model, tok, row, view, rubric, completion):
 
     without = [ids(rubric[:k] + rubric[k + 1 :]) for k in range(len(rubric))]
     prompt = rsd.context_ids(tok, "{question}", row)
-    credit = rsd.token_credit(model, model, prompt, ids(rubric), without, completion)
-    return credit["credit"]
+    return rsd.token_credit(model, model, prompt, ids(rubric), without, completion)["credit"]
 
 
 @pytest.mark.slow
 def test_credit_falls_where_the_toy_says(prompts, toy_maker):
-    """50 held-out problems, each with its right solution and then the remark that is a fault."""
+    """50 held-out problems, each with its right solution and then the remark that is a fault: a
+    criterion moves its own words, the fault is held back, a foreign criterion moves the least."""
     model, tok = rsd.load_model(str(TOY_BASE))
-    rows, view = toy_parts(50, seed=1), prompts["rubric+answer"]
-    shares = {"Formula": [], "Time": [], "Number": []}  # of each one's credit, on its own span
-    remark, weaker = [], []
+    rows = toy_parts(50, seed=1)
+    shares = {"Formula": [], "Time": [], "Number": []}  # of each one's credit, on its own words
+    remarks, weaker = [], []
     for row in rows:
-        parts, spans = row["parts"], spans_of(row)
-        before = tok.encode(row["solution"])
-        ids = tok.encode(f"{row['solution']} {toy_maker.WORLD['steps']['remark']}")
-        assert ids[: len(before)] == before
-
+        parts, solution = row["parts"], row["solution"]
+        ids = tok.encode(f"{solution} {toy_maker.WORLD['steps']['remark']}")
+        remark = len(tok.encode(solution))
         strangers = [r for r in rows if r["parts"]["right"].keys() != parts["right"].keys()]
         stranger = random.Random(row["question"]).choice(strangers)
         foreign = [c for c in stranger["rubric"] if c["title"] in ("Number", "Sign")]
         rubric = row["rubric"] + foreign
-        credit = credit_of(model, tok, row, view, rubric, ids)
-        for k, c in enumerate(rubric[:-1]):
-            if c["title"] in spans:
-                (mask,) = tokens_inside(tok, ids, [spans[c["title"]]])
-                gains = credit[k].clamp(min=0)
+        credit = credit_of(model, tok, row, prompts["rubric+answer"], rubric, ids)
+
+        words = {
+            "Formula": parts["formula"],
+            "Time": f"{parts['b']} min = {parts['n']} s",
+            "Number": f"In all {parts['k']} * {parts['a']}",
+        }
+        for c, moves in zip(row["rubric"], credit):
+            if c["title"] == "Remark":
+                remarks.append(moves[remark].item())
+            elif words.get(c["title"], "\n") in solution:
+                mask, gains = tokens_of(tok, ids, solution, words[c["title"]]), moves.clamp(min=0)
                 shares[c["title"]].append((gains[mask].sum() / gains.sum()).item())
-        fault = [c["title"] for c in rubric].index("Remark")
-        remark.append(credit[fault, len(before)].item())
         moved = credit.abs().sum(1)
         weaker.append((moved[-1] < moved[:-1].min()).item())
 
-    def mean(x):
-        return sum(x) / len(x)
-
-    print({title: (mean(x), len(x)) for title, x in shares.items()})
-    print("remark", mean(remark), max(remark), "foreign weaker", mean(weaker))
-    assert min(mean(x) for x in shares.values()) >= 0.5
-    assert max(remark) < -1  # the fault's first token becomes e times less likely at least
-    assert mean(weaker) >= 0.8
+    assert all(sum(x) / len(x) >= 0.5 for x in shares.values()), shares
+    assert len(remarks) == 50
+    assert max(remarks) < -1  # the fault's first token becomes e times less likely at least
+    assert sum(weaker) / len(weaker) >= 0.8
 
 
 HOSTILE = (
@@ -3712,20 +3685,14 @@ HOSTILE = (
 def credit_page(base, tmp_path_factory):
     """A page of inspect, with hostile text in question and rubric, two students and curves."""
     where = tmp_path_factory.mktemp("credit")
-    rubric = []
-    for title, weight in (("One", 5), ("Two", -2), ("", 1)):
-        rubric.append({"title": title, "description": HOSTILE, "weight": weight})
-    rows = []
-    for i in range(2):
-        question = f"{HOSTILE} {i}"
-        rows.append({"question": question, "reference_answer": "1", "rubric": rubric})
-    rows.append({"question": "no rubric", "reference_answer": "1"})
+    criterion = {"description": HOSTILE}
+    rubric = [criterion | {"title": t, "weight": w} for t, w in (("One", 5), ("Two", -2), ("", 1))]
+    rows = [{"question": f"{HOSTILE} {i}", "rubric": rubric} for i in (0, 1)]
+    rows = [row | {"reference_answer": "1"} for row in (*rows, {"question": "no rubric"})]
     data = write_lines(where / "d.jsonl", rows)
-    steps = []
-    for i in (1, 2, 3):
-        figures = {"loss": 1 / i, "accuracy": None, "entropy": 2.0, "rubric_score": 0.3 * i}
-        steps.append({"step": i, **figures})
-    write_lines(where / "metrics.jsonl", steps)
+    same = {"accuracy": None, "entropy": 2.0}
+    curves = [{"step": i, "loss": 1 / i, "rubric_score": 0.3 * i} | same for i in (1, 2, 3)]
+    write_lines(where / "metrics.jsonl", curves)
     out = where / "new" / "credit.html"
     words = ["inspect", "--model", base, "--data", data, "--prompts", TOY, "--compare", base]
     words += ["--teacher-context", "rubric+answer", "--run", where, "--n", 3]
@@ -3737,40 +3704,31 @@ def credit_page(base, tmp_path_factory):
     return out
 
 
-def test_inspect_writes_the_page_and_its_figures(credit_page):
+def test_inspect_writes_the_page_and_its_figures(credit_page, base, prompts):
+    """The credit on the page is that of leaving out one criterion."""
     text = credit_page.read_text()
     figures = json.loads(credit_page.with_suffix(".json").read_text())
     assert text.count("<script") == 2
     assert "<img" not in text
-    elsewhere = re.findall(r"https?://(?!www\.w3\.org)|@import|url\(", text)
-    assert not elsewhere
+    assert not re.findall(r"https?://(?!www\.w3\.org)|@import|url\(", text)  # all is in the page
     assert json.dumps(figures).replace("<", "\\u003c") in text
 
     assert [m["step"] for m in figures["curves"]] == [1, 2, 3]
-    rollouts = figures["rollouts"]
-    assert len(rollouts) == 4
-    questions = [r["question"] for r in rollouts]
+    questions = [r["question"] for r in figures["rollouts"]]
     assert questions == [f"{HOSTILE} 0"] * 2 + [f"{HOSTILE} 1"] * 2  # side by side
-    for r in rollouts:
-        n = len(r["tokens"])
-        assert len(r["gap"]) == len(r["divergence"]) == len(r["student_ids"]) == n
-        assert len(r["criteria"]) == 3
-        assert [len(x) for x in r["credit"] + r["credit_divergence"]] == [n] * 6
-        named = {*r["tokens"], *itertools.chain(*r["student_ids"], *r["teacher_ids"])}
+    model, tok = rsd.load_model(str(base))
+    for r in figures["rollouts"]:
+        row, said = {"question": r["question"], "reference_answer": "1"}, r["tokens"]
+        credit = credit_of(model, tok, row, prompts["rubric+answer"], r["criteria"], said)
+        on_page = torch.tensor(r["credit"], device=credit.device)
+        torch.testing.assert_close(on_page, credit, rtol=1e-3, atol=1e-4)
+        rows = [r["gap"], r["divergence"], r["student_ids"], *r["credit_divergence"]]
+        assert [len(row) for row in rows] == [len(said)] * 6
+        named = {*said, *itertools.chain(*r["student_ids"], *r["teacher_ids"])}
         assert set(map(str, named)) <= set(figures["text"])
 
 
-def test_the_credit_on_the_page_is_that_of_leaving_out_one_criterion(credit_page, base, prompts):
-    model, tok = rsd.load_model(str(base))
-    rollout = json.loads(credit_page.with_suffix(".json").read_text())["rollouts"][0]
-    row = {"question": rollout["question"], "reference_answer": "1"}
-    view, said = prompts["rubric+answer"], rollout["tokens"]
-    credit = credit_of(model, tok, row, view, rollout["criteria"], said)
-    on_page = torch.tensor(rollout["credit"], device=credit.device)
-    torch.testing.assert_close(on_page, credit, rtol=1e-3, atol=1e-4)
-
-
-def test_inspect_writes_over_its_own_page_alone(credit_page, tmp_path):
+def test_inspect_writes_over_its_own_page_alone(tmp_path):
     page = {"curves": [], "rollouts": [], "text": {}}
     mine = tmp_path / "mine.html"
     rsd.write_page(mine, page)
@@ -3791,50 +3749,37 @@ def test_inspect_of_no_question_shows_the_run_alone(tmp_path, capsys, monkeypatc
     assert rsd.main(["inspect", "--n", "0", "--run", str(tmp_path), "--out", "p.html"]) == 0
     page = json.loads(Path("p.json").read_text())
     assert page == {"curves": curves, "rollouts": [], "text": {}}
-
-    assert rsd.main(["inspect", "--n", "0", "--run", "none", "--out", "q.html"]) == 2
-    assert "none" in capsys.readouterr().err
+    assert "none" in error_of("inspect --n 0 --run none --out q.html".split(), capsys)
 
 
-BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-BROWSER = next(filter(None, BROWSERS), None)
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 CLICKS = """<script>
-  const log = {};
-  const section = document.querySelectorAll("section")[1];
-  const text = section.querySelector(".tokens");
-  const panel = () => section.querySelector(".panel").textContent;
-  const key = name => text.dispatchEvent(
-    new KeyboardEvent("keydown", {key: name, cancelable: true}));
-  log.sections = document.querySelectorAll("section").length;
-  log.figures = document.querySelectorAll("figure").length;
-  log.numbers = [...document.querySelectorAll("figure")].map(
-    figure => [...figure.querySelectorAll("text")].map(text => text.textContent));
-  log.question = section.querySelector(".question").textContent;
-  log.tokens = text.textContent.length;
+  const all = (inside, what) => [...inside.querySelectorAll(what)];
+  const section = all(document, "section")[1], text = all(section, ".tokens")[0];
+  const figures = all(document, "figure").map(f => all(f, "text").map(t => t.textContent));
+  const log = {sections: all(document, "section").length, figures, panels: [], paints: []};
+  log.question = all(section, ".question")[0].textContent;
 
+  const panel = () => log.panels.push(all(section, ".panel")[0].textContent);
   text.children[3].dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
-  log.hover = panel();
-  key("ArrowRight");
-  log.right = panel();
-  key("Home");
-  key("ArrowLeft");
-  log.home = panel();
-  key("End");
-  log.end = panel();
+  panel();
+  for (const key of ["ArrowRight", "Home", "ArrowLeft", "End"]) {
+    text.dispatchEvent(new KeyboardEvent("keydown", {key, cancelable: true}));
+    panel();
+  }
 
-  const buttons = [...section.querySelectorAll("td button")];
-  const paint = () => [...text.children].map(s => s.style.background).join();
-  const before = paint();
+  const paint = () => log.paints.push(all(text, "span").map(s => s.style.background).join());
+  const buttons = all(section, "td button");
+  paint();
   buttons[1].click();
   log.pressed = buttons.map(b => b.getAttribute("aria-pressed")).join();
-  log.painted = paint() !== before;
+  paint();
   buttons[1].click();
-  log.back = paint() === before;
-  section.querySelectorAll(".switch button")[1].click();
-  const explained = section.querySelector(".switch p, .switch + p, p:nth-of-type(2)");
-  log.switched = explained !== null && paint() !== before;
+  paint();
+  all(section, ".switch button")[1].click();
+  paint();
 
-  log.wide = document.documentElement.scrollWidth <= innerWidth;
+  log.fits = document.documentElement.scrollWidth <= innerWidth;
   log.images = document.images.length;
   log.title = document.title;
   document.body.replaceChildren(document.createElement("pre"));
@@ -3857,28 +3802,22 @@ def test_the_page_in_a_browser(width, credit_page, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
     log = json.loads(html.unescape(re.search("RESULT(.*)END", done.stdout, re.DOTALL)[1]))
+    want = {"images": 0, "fits": True, "sections": 5, "question": f"{HOSTILE} 0"}
+    assert want.items() <= log.items()
     assert log["title"] != "ran"
-    assert log["images"] == 0
-    assert log["sections"] == 5
-    assert log["figures"] == 3
-    loss, score, entropy = log["numbers"]  # the axes': first up, then along
+    loss, score, entropy = log["figures"]  # the axes' numbers: first up, then along
     assert loss == ["0.2", "0.4", "0.6", "0.8", "1", "1", "2", "3"]
     assert score == ["0", "0.5", "1", "1", "2", "3"]
     assert float(entropy[0]) < 2 < float(entropy[-4])
-    assert log["question"] == f"{HOSTILE} 0"
-    assert log["tokens"] > 5
-    assert log["wide"]
 
     rollouts = json.loads(credit_page.with_suffix(".json").read_text())["rollouts"]
     n = len(rollouts[0]["tokens"])
-    for name, number in (("hover", 4), ("right", 5), ("home", 1), ("end", n)):
-        assert log[name].startswith(f"Token {number} of {n}")
-        assert "pull" in log[name]
-        assert "%" in log[name]
+    for panel, number in zip(log["panels"], (4, 5, 1, 1, n), strict=True):
+        assert re.match(rf"Token {number} of {n}: .*pull .* %", panel, re.DOTALL)
     assert log["pressed"] == "false,true,false"
-    assert log["painted"]
-    assert log["back"]
-    assert log["switched"]
+    plain, chosen, back, switched = log["paints"]
+    assert plain == back != chosen
+    assert plain != switched
 
 
 # ---- 11. models and data -------------------------------------------------------------------------
