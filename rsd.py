@@ -1340,7 +1340,13 @@ class VllmSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm  # optional; main says how to get it
 
-        self.sampling = {"max_tokens": max_new_tokens, "stop_token_ids": sorted(stop), **sampling}
+        self.sampling = dict(
+            max_tokens=max_new_tokens,
+            stop_token_ids=sorted(stop),
+            logprobs=0,  # those of the sampled tokens, for `gap`
+            detokenize=False,
+            **sampling,
+        )
         self.dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
         self.folder = tempfile.TemporaryDirectory()
         self.save(model)
@@ -1377,13 +1383,12 @@ class VllmSampler:
         self.llm.reset_prefix_cache()
 
     def __call__(self, prompts):
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
-        seed = torch.randint(2**31, ()).item()  # it follows torch's
-        asked, how = [], []
-        for i, ids in enumerate(prompts):
-            asked.append(TokensPrompt(prompt_token_ids=ids))
-            how.append(SamplingParams(seed=seed + i, logprobs=0, detokenize=False, **self.sampling))
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        first = torch.randint(2**31, ()).item()  # it follows torch's seed
+        seeds = range(first, first + len(prompts))
+        how = [SamplingParams(seed=seed, **self.sampling) for seed in seeds]
         written = [out.outputs[0] for out in self.llm.generate(asked, how)]
         self.last = list(zip(prompts, written))
         return [(list(out.token_ids), out.finish_reason == "stop") for out in written]
@@ -1392,15 +1397,15 @@ class VllmSampler:
     def gap(self, model, n=4):
         """The mean distance in nats between the log-probs of the tokens of the first n completions
         and the model's own. UserError: these are other weights."""
-        contexts, completions, theirs = [], [], []
+        distances = []
         for prompt, out in self.last[:n]:
-            contexts.append(prompt)
-            completions.append(list(out.token_ids))
-            theirs += [x[i].logprob for i, x in zip(out.token_ids, out.logprobs)]
-        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-            logits = logits_of(model, rescore(model, contexts, completions))
-        ids = torch.tensor(sum(completions, []), device=model.device)
-        gap = (log_prob(logits, ids).cpu() - torch.tensor(theirs)).abs().mean().item()
+            ids = list(out.token_ids)
+            theirs = torch.tensor([x[i].logprob for i, x in zip(ids, out.logprobs)])
+            with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+                logits = logits_of(model, rescore(model, [prompt], [ids]))
+            own = log_prob(logits, torch.tensor(ids, device=logits.device)).cpu()
+            distances.append((own - theirs).abs())
+        gap = torch.cat(distances).mean().item()
         bound = 1e-4 if self.dtype == torch.float32 else 0.1
         require(gap < bound, f"--engine vllm: it is {gap:.3g} nats a token off; stopped.")
         return gap
@@ -1464,13 +1469,12 @@ class ServerWriter:
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
                 said = " ".join(str(error).split())
-                what = f"try {attempt} of {self.tries} failed ({said:.200})"
-                what = f"--model {self.server}: {what} for the prompt {prompt[:80]!r}"
-                if status in (400, 413, 422):
-                    return Written("", None, False, f"the server refuses it ({said:.200})")
-                may_pass = status in (408, 429) or status >= 500
-                offline = "HF_HUB_OFFLINE" in str(error)
-                require(may_pass and not offline and attempt < self.tries, what)
+            if status in (400, 413, 422):
+                return Written("", None, False, f"the server refuses it ({said:.200})")
+            may_pass = status >= 500 or status in (408, 429)
+            again = may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said
+            failed = f"try {attempt} of {self.tries} failed ({said:.200})"
+            require(again, f"--model {self.server}: {failed} for the prompt {prompt[:80]!r}")
             time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
 
 

@@ -2387,6 +2387,7 @@ MAY_PASS = [
     {"error": NO_SLOT}, {"error": "no slot is free"}, {"object": "error", **NO_SLOT},
     {"choices": [], "detail": "no slot is free"}, completion("half an", reason="error"),
     completion(None, reason="error", error=NO_SLOT),
+    {"choices": [completion("half an")["choices"][0] | {"error": NO_SLOT}]},
 ]
 
 
