@@ -1779,18 +1779,16 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
     """
     ids = torch.tensor(completion, device=student.device)
 
-    def log_probs(model, hidden):
-        return logits_of(model, hidden).float().log_softmax(-1)  # [T, V]
+    def log_probs(model, context):
+        return logits_of(model, rescore(model, [context], [completion])).float().log_softmax(-1)
 
-    own = log_probs(student, rescore(student, [prompt], [completion]))
-    said, apart = [], []
-    for view in [context, *without]:  # one [T, V] at a time
-        seen = log_probs(teacher, rescore(teacher, [view], [completion]))
-        if not said:
-            teacher_top = seen.exp().topk(top)
+    own, seen = log_probs(student, prompt), log_probs(teacher, context)  # [T, V]
+    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
+    said, apart = [log_prob(seen, ids)], [divergence(own, seen)]
+    for view in without:  # one at a time
+        seen = log_probs(teacher, view)
         said.append(log_prob(seen, ids))
         apart.append(divergence(own, seen))
-    student_top = own.exp().topk(top)
     said, apart = torch.stack(said), torch.stack(apart)
     return {
         "gap": said[0] - log_prob(own, ids),
