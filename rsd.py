@@ -63,10 +63,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import InferenceClient
-from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
 
@@ -112,6 +112,7 @@ class Episode:
     teacher_ids: list[int]  # what the teacher sees in its place: the question and the rubric
     completion_ids: list[int] = ()  # its first stop token included
     stopped: bool = False  # False: cut off at the limit of tokens
+    writer_log_probs: list[float] = ()  # of its tokens, as the student's engine gave them
     advantage: float = 1.0  # weight of the policy gradient: 1 in SFT, (r - mean) / std in GRPO
     train_from: int = 0  # the completion tokens before this one carry no loss
     scores: dict = field(default_factory=dict)  # how the completion was graded
@@ -193,13 +194,15 @@ def turn_end(tokenizer):
 @torch.no_grad()
 def sample_completions(
     model, prompts, stop, max_new_tokens=512, batch_size=64,
-    temperature=1.0, top_p=1.0, top_k=0,
+    temperature=1.0, top_p=1.0, top_k=0, static=False,
 ):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped), in the order of the prompts.
 
     A completion ends with its first stop token, which is part of it; without one it has
     max_new_tokens ids and stopped is False. temperature 0 is greedy, top_p 1 and top_k 0 are all
-    tokens. The model's own defaults, such as a repetition penalty, are set aside.
+    tokens. The model's own defaults, such as a repetition penalty, are set aside. static: the cache
+    has a fixed size, which transformers decodes by CUDA graphs on a GPU; the batch is padded to few
+    sizes, since each is compiled.
     """
     config = GenerationConfig(
         eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens
@@ -212,14 +215,22 @@ def sample_completions(
     completions = {}
     for start in range(0, len(prompts), batch_size):
         rows = longest_first[start : start + batch_size]
-        ids = [torch.tensor(prompts[i], device=model.device) for i in rows]
-        mask = [torch.ones_like(x) for x in ids]
-        ids, mask = (pad_sequence(x, batch_first=True, padding_side="left") for x in (ids, mask))
-        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+        width = len(prompts[rows[0]])
+        if static:
+            config.cache_implementation = "static"
+            rows = rows + rows[:1] * (-len(rows) % 8)  # the last of equal ones counts
+            width += -width % 128
+        padding = [width - len(prompts[i]) for i in rows]  # on the left
+        ids = [[0] * n + prompts[i] for n, i in zip(padding, rows)]
+        mask = [[0] * n + [1] * (width - n) for n in padding]
+        is_mixed = model.device.type == "cuda" and model.dtype == torch.float32
+        with torch.autocast("cuda", torch.bfloat16, is_mixed):
             out = sampler.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=config,
             )
-        for i, new in zip(rows, out[:, ids.shape[1] :].tolist()):
+        for i, new in zip(rows, out[:, width:].tolist()):
             end = next((k + 1 for k, token in enumerate(new) if token in stop), None)
             completions[i] = new[:end], end is not None
     return [completions[i] for i in range(len(prompts))]
@@ -322,22 +333,29 @@ def divergence(
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
 
 
-def token_loss(student, teacher, ids, advantage, signal="forward", kl=0.0, clip="none", **options):
+def token_loss(
+    student, teacher, ids, advantage, writer=None, signal="forward", kl=0.0, clip="none", **options
+):
     """Choice 3, the per-token signal, and what is logged of it.
 
-    Logits [N, V] of student and teacher, ids [N], advantage [N] -> loss, divergence (before it is
-    clipped), clipped (1 where the clip changed it) and entropy, each [N]. forward, reverse and jsd
-    are `divergence` with these options. sampled: policy gradient with the advantage log p_T - log
-    p_S. advantage: policy gradient with the given one (1 makes it SFT's cross-entropy), plus kl
-    times the reverse KL to the teacher. It is strictly on policy, if sampled at temperature 1 from
-    all tokens: there is no importance ratio to clip.
-    The policy gradients use no options and report no divergence. KeyError: an unknown signal.
+    Logits [N, V] of student and teacher; ids, advantage and the writer's log-probs [N] -> loss,
+    entropy and other figures, each [N]. forward, reverse and jsd are `divergence` with these
+    options; divergence is its value before it is clipped, clipped 1 where the clip changed it.
+    sampled: policy gradient with the advantage log p_T - log p_S. advantage: policy gradient with
+    the given one (1 makes it SFT's cross-entropy), plus kl times the reverse KL to the teacher.
+    Where the writer's log-probs are known, the policy gradient is weighted by the student's
+    probability over the writer's, cut at 2 (truncated importance sampling). KeyError: an unknown
+    signal.
     """
-    whole = clipped = torch.zeros_like(ids, dtype=torch.float32)
+    figures = {"entropy": entropy(student)}
     if signal in ("advantage", "sampled"):
         logp = log_prob(student, ids)
         if signal == "sampled":
             advantage = (log_prob(teacher, ids) - logp).detach()
+        if writer is not None:
+            ratio = (logp.detach() - writer).exp().clamp(max=2).nan_to_num(1.0)
+            figures["ratio"] = ratio
+            advantage = ratio * advantage
         loss = -advantage * logp
         if kl:
             loss = loss + kl * divergence(student, teacher, beta=1.0)
@@ -346,8 +364,9 @@ def token_loss(student, teacher, ids, advantage, signal="forward", kl=0.0, clip=
         if clip != "none":
             with torch.no_grad():
                 whole = divergence(student, teacher, BETAS[signal], **options)
-            clipped = (loss < whole - 1e-6).float()
-    return {"loss": loss, "divergence": whole, "clipped": clipped, "entropy": entropy(student)}
+            figures["clipped"] = (loss < whole - 1e-6).float()
+        figures["divergence"] = whole
+    return {"loss": loss, **figures}
 
 
 def backward_in_chunks(
@@ -377,10 +396,10 @@ def backward_in_chunks(
         (figures["loss"].sum() / denominator).backward()  # into the head, and down to h
         gradient[some] = h.grad
         for name, values in figures.items():
-            sums[name] += values.sum().item()
+            sums[name] += values.detach().sum()
     if hidden.requires_grad:  # or the head alone is trained
         hidden.backward(gradient)  # through the rest of the model
-    return sums
+    return {name: total.item() for name, total in sums.items()}
 
 
 # ---- 4. One step, and the loop: methods as choices in one pipeline -------------------------------
@@ -413,7 +432,13 @@ def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
     `sample` (prompts of ids -> pairs of ids and stopped) writes so many times per example."""
     examples = [e for e in examples for _ in range(rollouts)]
     outputs = sample([getattr(e, context) for e in examples])
-    return [replace(e, completion_ids=ids, stopped=s) for e, (ids, s) in zip(examples, outputs)]
+    episodes = []
+    for e, (ids, stopped, *log_probs) in zip(examples, outputs):
+        e = replace(e, completion_ids=ids, stopped=stopped)
+        if log_probs and context == "prompt_ids":
+            e.writer_log_probs = log_probs[0]
+        episodes.append(e)
+    return episodes
 
 
 def reference_writes(tokenizer, examples):
@@ -457,6 +482,19 @@ def trained_part(e):
     return e.prompt_ids + given, e.teacher_ids + given, e.completion_ids[e.train_from :]
 
 
+def flatten(episodes, device):
+    """The N trained tokens, one completion after the other -> ids [N], advantage [N] and the
+    writer's log-probs [N], NaN where they are unknown."""
+    ids, advantage, log_probs = [], [], []
+    for e in episodes:
+        unknown = [math.nan] * len(e.completion_ids)
+        ids += e.completion_ids[e.train_from :]
+        log_probs += (e.writer_log_probs or unknown)[e.train_from :]
+        advantage += [e.advantage] * (len(ids) - len(advantage))
+    ids = torch.tensor(ids, dtype=torch.long, device=device)
+    return ids, *(torch.tensor(x, device=device) for x in (advantage, log_probs))
+
+
 def optimizer_step(model, optimizer, lr, max_grad_norm=1.0):
     """Clip, step, clear -> the gradient's norm before clipping. UserError: it is not finite; then
     nothing has moved."""
@@ -471,7 +509,7 @@ def optimizer_step(model, optimizer, lr, max_grad_norm=1.0):
 
 def train_step(
     student, teacher, examples, write, loss, optimizer, lr, token_budget=8192, max_grad_norm=1.0,
-    split=micro_batches, combine=None,
+    chunk=24_000_000, split=micro_batches, combine=None,
 ):
     """One step of RSD and, by other choices, of every method -> (episodes, figures).
 
@@ -490,12 +528,7 @@ def train_step(
     device = student.device
     for batch in split(episodes, token_budget):
         contexts, views, completions = zip(*map(trained_part, batch))
-        ids = [i for completion in completions for i in completion]
-        advantage = [e.advantage for e, c in zip(batch, completions) for _ in c]
-        per_token = (
-            torch.tensor(ids, dtype=torch.long, device=device),
-            torch.tensor(advantage, device=device),
-        )
+        per_token = flatten(batch, device)
         # Autocast's cache of weights would outlive a micro-batch: it is off.
         with torch.autocast("cuda", torch.bfloat16, device.type == "cuda", cache_enabled=False):
             target = None
@@ -506,7 +539,7 @@ def train_step(
             hidden = rescore(student, contexts, completions)  # 3. from the question alone
             sums.update(  # 4. the gradient of sum_t D / N
                 backward_in_chunks(
-                    loss, student, hidden, teacher, target, per_token, max(trained, 1)
+                    loss, student, hidden, teacher, target, per_token, max(trained, 1), chunk
                 )
             )
             watch.lap("s_update")
@@ -1323,14 +1356,68 @@ class ModelWriter:
 
     def __call__(self, prompts):
         written = []
-        for ids, stopped in self.sample(prompts):
+        for ids, stopped, *_ in self.sample(prompts):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             written.append(Written(text, len(ids), stopped))
         return written
 
 
+@torch.no_grad()
+def merged_weights(model):
+    """{name: weight} as a plain model has them, a LoRA's adapters added in. UserError: adapters of
+    a kind that cannot be added, such as those on a mixture's experts."""
+    weights = {}
+    for name, x in model.state_dict().items():
+        if "lora_" not in name:
+            weights[name.replace(".base_layer", "")] = x
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            known = f"{name}.weight" in weights
+            require(known, f"the adapters of {name} cannot be merged; sample without --engine vllm.")
+            weight = weights[f"{name}.weight"]
+            weights[f"{name}.weight"] = weight + module.get_delta_weight("default")
+    return weights
+
+
+class StaticSampler:
+    """`sample_completions` with a static cache, on a copy of the writer in half precision.
+
+    On a GPU transformers compiles its decoding, which is five times as fast. `load` refreshes the
+    copy. Attention runs over the whole cache, however much of it is filled, so a long completion is
+    written in stages of `stage` tokens, each with a cache of the size it needs.
+    """
+
+    def __init__(self, model, stop, max_new_tokens, stage=512, **sampling):
+        self.stop, self.max_new_tokens, self.stage = stop, max_new_tokens, stage
+        self.sampling = sampling
+        dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
+        with model.device:
+            self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+        self.load(model)
+
+    @torch.no_grad()
+    def load(self, model):
+        """Take over the model's weights, in place, since the compiled graphs know the places."""
+        own = self.copy.state_dict()
+        for name, x in merged_weights(model).items():
+            own[name].copy_(x)
+
+    def __call__(self, prompts):
+        written = [([], False)] * len(prompts)
+        for done in range(0, self.max_new_tokens, self.stage):
+            open_rows = [i for i, (_, stopped) in enumerate(written) if not stopped]
+            more = sample_completions(
+                self.copy, [prompts[i] + written[i][0] for i in open_rows], self.stop,
+                min(self.stage, self.max_new_tokens - done), static=True, **self.sampling,
+            )
+            for i, (ids, stopped) in zip(open_rows, more):
+                written[i] = written[i][0] + ids, stopped
+        return written
+
+
 class VllmSampler:
-    """vLLM in the place of `sample_completions`: prompts of ids in, pairs of ids and stopped out.
+    """vLLM in the place of `sample_completions`: prompts of ids in; ids, stopped and the log-probs
+    of the ids out.
 
     `load` gives it a model's weights; `gap` compares its log-probs with that model's, since an
     engine with old or other weights would spoil every on-policy method in silence.
@@ -1338,74 +1425,65 @@ class VllmSampler:
 
     def __init__(self, model, stop, memory, max_new_tokens, batch_size, **sampling):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it takes the weights in this process
         import vllm  # optional; main says how to get it
 
-        self.sampling = dict(
-            max_tokens=max_new_tokens,
-            stop_token_ids=sorted(stop),
-            logprobs=0,  # those of the sampled tokens, for `gap`
-            detokenize=False,
-            **sampling,
-        )
+        self.sampling = {"max_tokens": max_new_tokens, "stop_token_ids": sorted(stop), **sampling}
         self.dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-        self.folder = tempfile.TemporaryDirectory()
-        self.save(model)
-        self.llm = vllm.LLM(
-            self.folder.name,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # the model's own defaults are set aside
-            dtype=self.dtype,
-            max_model_len=-1,  # as much as the memory holds
-            max_num_seqs=batch_size,
-            gpu_memory_utilization=memory,
-            enforce_eager=self.dtype == torch.float32,
-        )
-
-    def save(self, model):
-        """Write the weights where the engine reads them, a LoRA's adapters added in; the head apart
-        from the embeddings, since vLLM (0.32, on CPUs) reloads only these if they are one."""
         config = copy.deepcopy(model.config)
-        config.tie_word_embeddings = False
-        config.save_pretrained(self.folder.name)
-        weights = {}
-        for name, x in model.state_dict().items():
-            if "lora_" not in name:
-                weights[name.replace(".base_layer", "")] = x.to(self.dtype, copy=True).cpu()
-        for name, module in model.named_modules():
-            if hasattr(module, "get_delta_weight"):
-                weights[f"{name}.weight"] += module.get_delta_weight("default").cpu()
-        save_file(weights, f"{self.folder.name}/model.safetensors")
+        config.tie_word_embeddings = False  # vLLM (0.32, on CPUs) reloads the head only if apart
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            self.llm = vllm.LLM(
+                folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # the model's own defaults are set aside
+                dtype=self.dtype,
+                max_model_len=-1,  # as much as the memory holds
+                max_num_seqs=batch_size,
+                gpu_memory_utilization=memory,
+                enforce_eager=self.dtype == torch.float32,
+            )
+        self.load(model)
 
     def load(self, model):
         """Take over the model's weights, and forget what the old ones computed."""
-        self.save(model)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self.folder.name})
+        weights = merged_weights(model)
+        weights["lm_head.weight"] = model.get_output_embeddings().weight.detach()
+        named = ((name, x.to(self.dtype)) for name, x in weights.items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
         self.llm.reset_prefix_cache()
 
     def __call__(self, prompts):
-        from vllm import SamplingParams
+        from vllm import SamplingParams, TokensPrompt
 
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
-        first = torch.randint(2**31, ()).item()  # it follows torch's seed
-        seeds = range(first, first + len(prompts))
-        how = [SamplingParams(seed=seed, **self.sampling) for seed in seeds]
-        written = [out.outputs[0] for out in self.llm.generate(asked, how)]
+        seed = torch.randint(2**31, ()).item()  # it follows torch's
+        asked, how = [], []
+        for i, ids in enumerate(prompts):
+            asked.append(TokensPrompt(prompt_token_ids=ids))
+            how.append(SamplingParams(seed=seed + i, logprobs=0, detokenize=False, **self.sampling))
+        written = []
+        for answer in self.llm.generate(asked, how, use_tqdm=False):
+            out = answer.outputs[0]
+            ids = list(out.token_ids)
+            log_probs = [at[i].logprob for i, at in zip(ids, out.logprobs)]
+            written.append((ids, out.finish_reason == "stop", log_probs))
         self.last = list(zip(prompts, written))
-        return [(list(out.token_ids), out.finish_reason == "stop") for out in written]
+        return written
 
     @torch.no_grad()
     def gap(self, model, n=4):
         """The mean distance in nats between the log-probs of the tokens of the first n completions
         and the model's own. UserError: these are other weights."""
-        distances = []
-        for prompt, out in self.last[:n]:
-            ids = list(out.token_ids)
-            theirs = torch.tensor([x[i].logprob for i, x in zip(ids, out.logprobs)])
-            with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-                logits = logits_of(model, rescore(model, [prompt], [ids]))
-            own = log_prob(logits, torch.tensor(ids, device=logits.device)).cpu()
-            distances.append((own - theirs).abs())
-        gap = torch.cat(distances).mean().item()
+        contexts, written = zip(*self.last[:n])
+        completions, _, theirs = zip(*written)
+        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+            logits = logits_of(model, rescore(model, contexts, completions))
+        ids = torch.tensor(sum(completions, []), device=model.device)
+        own = log_prob(logits, ids).cpu()
+        require(own.isfinite().all(), "the model's log-probs are not finite; stopped.")
+        gap = (own - torch.tensor(sum(theirs, []))).abs().mean().item()
         bound = 1e-4 if self.dtype == torch.float32 else 0.1
         require(gap < bound, f"--engine vllm: it is {gap:.3g} nats a token off; stopped.")
         return gap
@@ -1887,6 +1965,21 @@ def load_model(name, dtype=torch.float32):
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
+
+
+def compile_layers(model, backend="inductor"):
+    """Compile a model's decoder layers in place; its weights keep their names. One that does not
+    compile goes on as it is, which is said."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+    try:
+        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
+            rescore(model, [[1, 2, 3]] * 2, [[4, 5, 6]] * 2)
+    except Exception as error:  # of dynamo, inductor and the compilers behind them
+        say(f"note: {model.config.model_type} is not compiled ({error!r:.150})")
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 # A data set is a function from the cells of a raw row, as text, to the fields of a row.

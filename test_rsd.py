@@ -673,8 +673,9 @@ def test_clipping_the_entries_can_turn_the_divergence_negative():
     for clip, changed in (("none", 0), ("token", 1), ("entry", 1)):
         figures = rsd.token_loss(s, t, ids, advantage, clip=clip)
         assert figures["loss"].item() == rsd.divergence(s, t, clip=clip).item()
-        assert figures["clipped"].item() == changed
-        assert rsd.token_loss(s, s, ids, advantage, clip=clip)["clipped"].item() == 0
+        assert figures.get("clipped", torch.zeros(1)).item() == changed
+        if clip != "none":
+            assert rsd.token_loss(s, s, ids, advantage, clip=clip)["clipped"].item() == 0
         assert figures["divergence"].item() == pytest.approx(whole)  # before it is clipped
 
 
@@ -684,7 +685,7 @@ def test_sampled_token_signal_is_unbiased_for_the_reverse_kl():
     (exact,) = torch.autograd.grad(rsd.divergence(s, t, beta=1).sum(), s)
     probs, mean = s.detach().softmax(-1)[0], 0
     for token in range(6):  # the expectation by enumeration, not by sampling
-        loss = rsd.token_loss(s, t, torch.tensor([token]), None, "sampled")["loss"]
+        loss = rsd.token_loss(s, t, torch.tensor([token]), None, signal="sampled")["loss"]
         mean = mean + probs[token] * torch.autograd.grad(loss.sum(), s)[0]
     torch.testing.assert_close(mean, exact)
 
@@ -694,7 +695,7 @@ def test_advantage_signal_is_cross_entropy_and_policy_gradient():
     ids = torch.arange(7)
 
     def loss(teacher, advantage, **options):
-        return rsd.token_loss(s, teacher, ids, advantage, "advantage", **options)["loss"]
+        return rsd.token_loss(s, teacher, ids, advantage, signal="advantage", **options)["loss"]
 
     one = loss(None, torch.ones(7))
     torch.testing.assert_close(one, F.cross_entropy(s, ids, reduction="none"))
@@ -719,14 +720,14 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
     advantage = torch.linspace(-1, 1, n)
 
     logits = rsd.logits_of(model, rsd.rescore(model, prompts, completions))
-    loss = rsd.token_loss(logits, target, ids, advantage, signal)["loss"].sum() / n
+    loss = rsd.token_loss(logits, target, ids, advantage, signal=signal)["loss"].sum() / n
     loss.backward()
     want = grads(model).clone()
     entropy = torch.distributions.Categorical(logits=logits).entropy().sum()
 
     def losses(student_logits, teacher_logits, ids, advantage):
         assert student_logits.numel() <= max(chunk, v)
-        return rsd.token_loss(student_logits, teacher_logits, ids, advantage, signal)
+        return rsd.token_loss(student_logits, teacher_logits, ids, advantage, signal=signal)
 
     v = len(tok)
     for chunk in (1, 4 * v, 5 * v, 10**9):

@@ -94,11 +94,13 @@ def random_model(shape, lora=0):
 
 def bench_step(
     shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2, context=322, sampled=True,
-    checkpointing=False,
+    checkpointing=False, compiled=False, engine="transformers", budget=16384 if ON_GPU else 2048,
 ):
     """Seconds of one train_step with its split, and peak memory. On a CPU also its parts, each timed
     alone, and their sum; on a GPU what of its speed is used. sampled=False: the completions are
-    random tokens, since a long sampling says nothing new."""
+    random tokens, since a long sampling says nothing new. compiled: layers, loss and sampler, as
+    `train --compile on` has them; the seconds of the first step, which compiles, are reported
+    apart."""
     model = random_model(shape, lora)
     if lora:
         rsd.add_lora(model, lora)
@@ -108,12 +110,29 @@ def bench_step(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     vocabulary = model.config.vocab_size
-    sample = functools.partial(
-        rsd.sample_completions, model, stop={vocabulary}, max_new_tokens=tokens
-    )
-    write = functools.partial(rsd.model_writes, sample)
-    loss = functools.partial(rsd.token_loss, signal="forward")
+    sampling = {"max_new_tokens": tokens, "batch_size": prompts}
+    if engine == "vllm":
+        free = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        sample = rsd.VllmSampler(model, {vocabulary - 1}, 0.3, **sampling, **free)
+        sample.sampling["ignore_eos"] = True
+        del sample.sampling["stop_token_ids"]
+    elif compiled:
+        sample = rsd.StaticSampler(model, {vocabulary}, **sampling)
+    else:
+        sample = functools.partial(rsd.sample_completions, model, stop={vocabulary}, **sampling)
+    loss = rsd.token_loss
+    if compiled:
+        backend = "inductor" if ON_GPU else "eager"
+        rsd.compile_layers(model, backend)
+        rsd.compile_layers(teacher, backend)
+        loss = torch.compile(loss, dynamic=True, backend=backend)
+    chunk = 192_000_000 if ON_GPU else 24_000_000
     rng = random.Random(0)
+
+    def write(examples):
+        if hasattr(sample, "load"):
+            sample.load(model)
+        return rsd.model_writes(sample, examples)
 
     def random_ids(n):
         return [rng.randrange(4, vocabulary) for _ in range(n)]
@@ -128,7 +147,7 @@ def bench_step(
         start = clock()
         episodes, figures = rsd.train_step(
             model, teacher, examples, write if sampled else write_at_random, loss, optimizer,
-            1e-5, 8192 if ON_GPU else 2048,
+            1e-5, budget, chunk=chunk,
         )
         times.append([*(clock() - start).tolist(), *(figures[name] for name in names)])
         assert {len(e.completion_ids) for e in episodes} == {tokens}
@@ -136,6 +155,7 @@ def bench_step(
     wall, cpu, *split = torch.tensor(times[warmup:]).median(0).values.tolist()
     result = {"s": wall, "cpu_s": cpu, **dict(zip(names, split))}
     result["s_without_sampling"] = wall - result["s_sampling"]
+    result["first_step_s"] = times[0][0]
     result["tokens_per_s"] = prompts * tokens / wall
     result["peak_mib"] = peak_mib()
     if ON_GPU:
@@ -328,14 +348,23 @@ def bench_loss(kind, tokens, frozen, vocabulary=151936, width=1536):
     return {"s": wall, "cpu_s": cpu, "peak_over_start_mib": peak_mib() - before}
 
 
-def bench_sampler(shape="tiny"):
-    """Tokens per second of sampling: 64 prompts of 64 tokens, 64 new ones."""
+def bench_sampler(shape="tiny", prompts=64, tokens=64, compiled=False):
+    """Tokens per second of sampling with prompts of 64 tokens; compiled: after a first call."""
     model = random_model(shape)
-    vocabulary = model.config.vocab_size
-    prompts = torch.randint(4, vocabulary, (64, 64)).tolist()
+    stop = {model.config.vocab_size}
+    ids = torch.randint(4, model.config.vocab_size, (prompts, 64)).tolist()
+    sample = functools.partial(
+        rsd.sample_completions, model, stop=stop, max_new_tokens=tokens, batch_size=prompts
+    )
+    result = {}
+    if compiled:
+        sample = rsd.StaticSampler(model, stop, tokens, batch_size=prompts)
+        start = clock()
+        sample(ids)
+        result["first_call_s"] = (clock() - start)[0].item()
     start = clock()
-    rsd.sample_completions(model, prompts, {vocabulary}, 64)
-    return {"tokens_per_s": 64 * 64 / (clock() - start)[0].item()}
+    sample(ids)
+    return result | {"tokens_per_s": prompts * tokens / (clock() - start)[0].item()}
 
 
 def bench_engine(shape, prompts=32, tokens=512):
@@ -449,17 +478,23 @@ def on_gpu(quick):
     if quick:
         fresh("step", shape="quick", prompts=2, tokens=8, steps=1)
         return
-    ours = fresh("step", shape="1.5B", prompts=32, tokens=256, context=64)
-    fresh("step", shape="1.5B", prompts=32, tokens=2048, sampled=False)
-    fresh("step", shape="8B", prompts=32, tokens=128, lora=64, checkpointing=True, steps=1)
-    fresh("step", shape="8B", prompts=32, tokens=2048, lora=64, checkpointing=True, sampled=False)
+    step = {"shape": "1.5B", "prompts": 32, "tokens": 512}
+    fresh("step", **step)
+    fresh("step", **step, compiled=True, steps=4)
+    for prompts, tokens in ((32, 512), (128, 512), (32, 2048)):
+        fresh("sampler", shape="1.5B", prompts=prompts, tokens=tokens, compiled=True)
+    large = {"shape": "8B", "prompts": 32, "lora": 64, "checkpointing": True, "compiled": True}
+    fresh("step", **large, tokens=512, warmup=2)
+    fresh("step", **large, tokens=2048, sampled=False, warmup=2)
     if importlib.util.find_spec("vllm"):
         fresh("engine", shape="1.5B")
+        fresh("step", **step, compiled=True, engine="vllm", steps=4)
     if importlib.util.find_spec("trl"):
+        ours = fresh("step", shape="1.5B", prompts=32, tokens=256, context=64, compiled=True)
         keys = ("s", "s_without_sampling", "cuda_peak_mib")
         theirs = fresh("trl", trainer="DistillationTrainer", shape="1.5B")
         show_ratios("step 1.5B, ours / DistillationTrainer", [(ours, theirs)], keys)
-        ours = fresh("step", shape="1.5B", prompts=32, tokens=256)
+        ours = fresh("step", shape="1.5B", prompts=32, tokens=256, compiled=True)
         theirs = fresh("trl", trainer="SDFTTrainer", shape="1.5B")
         show_ratios("step 1.5B, ours / SDFTTrainer", [(ours, theirs)], keys)
 
@@ -479,6 +514,8 @@ def on_cpu(pairs, peer, quick):
     keys = ("s", "cpu_s") if quick else ("s", "cpu_s", "peak_over_start_mib")
     show_ratios("loss, ours / bare products", found, keys)
 
+    if quick:
+        fresh("step", shape="quick", steps=1, compiled=True)
     steps_of = {"quick": 1} if quick else {"tiny": 4, "wide-vocab": 1}
     for shape, steps in steps_of.items():
         found = []
