@@ -1307,8 +1307,8 @@ def run_token_credit(module, tok):
 
 
 LIFTED = [  # what runs it, and how many lines it may drag along, its own among them
-    (run_parse_rubric, 120), (run_generate_rubrics, 40), (run_sample_completions, 40),
-    (run_rescore, 15), (run_divergence, 55), (run_backward_in_chunks, 45), (run_train_step, 150),
+    (run_parse_rubric, 120), (run_generate_rubrics, 40), (run_sample_completions, 45),
+    (run_rescore, 15), (run_divergence, 55), (run_backward_in_chunks, 45), (run_train_step, 155),
     (run_grade, 210), (run_judge, 80), (run_evaluate, 30), (run_token_credit, 115),
 ]
 
