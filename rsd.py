@@ -1346,13 +1346,12 @@ class ServerWriter:
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
                 said = " ".join(str(error).split())
-                what = f"try {attempt} of {self.tries} failed ({said:.200})"
-                what = f"--model {self.server}: {what} for the prompt {prompt[:80]!r}"
-                if status in (400, 413, 422):
-                    return Written("", None, False, f"the server refuses it ({said:.200})")
-                may_pass = status in (408, 429) or status >= 500
-                offline = "HF_HUB_OFFLINE" in str(error)
-                require(may_pass and not offline and attempt < self.tries, what)
+            if status in (400, 413, 422):
+                return Written("", None, False, f"the server refuses it ({said:.200})")
+            may_pass = status >= 500 or status in (408, 429)
+            again = may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said
+            failed = f"try {attempt} of {self.tries} failed ({said:.200})"
+            require(again, f"--model {self.server}: {failed} for the prompt {prompt[:80]!r}")
             time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
 
 
@@ -1630,18 +1629,16 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
     """
     ids = torch.tensor(completion, device=student.device)
 
-    def log_probs(model, hidden):
-        return logits_of(model, hidden).float().log_softmax(-1)  # [T, V]
+    def log_probs(model, context):
+        return logits_of(model, rescore(model, [context], [completion])).float().log_softmax(-1)
 
-    own = log_probs(student, rescore(student, [prompt], [completion]))
-    said, apart = [], []
-    for view in [context, *without]:  # one [T, V] at a time
-        seen = log_probs(teacher, rescore(teacher, [view], [completion]))
-        if not said:
-            teacher_top = seen.exp().topk(top)
+    own, seen = log_probs(student, prompt), log_probs(teacher, context)  # [T, V]
+    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
+    said, apart = [log_prob(seen, ids)], [divergence(own, seen)]
+    for view in without:  # one at a time
+        seen = log_probs(teacher, view)
         said.append(log_prob(seen, ids))
         apart.append(divergence(own, seen))
-    student_top = own.exp().topk(top)
     said, apart = torch.stack(said), torch.stack(apart)
     return {
         "gap": said[0] - log_prob(own, ids),
