@@ -2039,21 +2039,12 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
     "lr": 1e-3,
 }
 
+COUNTS = ("k", "steps", "batch", "save_every", "rollouts", "max_new_tokens", "batch_size")
+SHARES = ("top_p", "engine_memory", "ema_decay")
+RANGES = dict.fromkeys(COUNTS, (1, 10**9)) | dict.fromkeys(SHARES, (0, 1))  # others: from 0
+
 # -- the settings of each command: a field is a flag; where a class changes the default alone, the
 # help is its parent's
-
-
-def number(kind, low, high=10**9):
-    """A type for argparse: a number of this kind from low to high."""
-
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} has to be from {low} to {high}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse says "invalid int value"
-    return read
 
 
 def flag(default, text, group="run"):
@@ -2061,7 +2052,6 @@ def flag(default, text, group="run"):
     return field(default=default, metadata={"help": text, "group": group})
 
 
-Count, Size, Real, Share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
 data_flag = functools.partial(flag, group="data")
 sampling_flag = functools.partial(flag, group="sampling")
 method_flag = functools.partial(flag, group="method")
@@ -2078,20 +2068,20 @@ class Sampling:
     prompts: str = data_flag(str(HERE / "prompts"), "Directory of the prompt files.")
     seed: int = data_flag(0, "Seed of data and sampling, and which of the toy's two models.")
     thinking: Literal["off", "on"] = sampling_flag("off", "What the chat template is told of it.")
-    max_new_tokens: Count = sampling_flag(4096, "Tokens of a completion, at most.")
-    temperature: Real = sampling_flag(0.7, "Sampling temperature; 0 takes the likeliest token.")
-    top_p: Share = sampling_flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
-    top_k: Size = sampling_flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
-    batch_size: Count = memory_flag(64, "Completions that are sampled at a time.")
+    max_new_tokens: int = sampling_flag(4096, "Tokens of a completion, at most.")
+    temperature: float = sampling_flag(0.7, "Sampling temperature; 0 takes the likeliest token.")
+    top_p: float = sampling_flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
+    top_k: int = sampling_flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
+    batch_size: int = memory_flag(64, "Completions that are sampled at a time.")
 
 
 @dataclass
 class ManyRows(Sampling):
     """What all of them have but inspect."""
 
-    limit: Size = data_flag(0, "Rows of the data, at most; 0 is all.")
+    limit: int = data_flag(0, "Rows of the data, at most; 0 is all.")
     engine: Literal["transformers", "vllm"] = sampling_flag("transformers", "What writes.")
-    engine_memory: Share = memory_flag(0.3, "Share of the GPU's memory that vllm takes.")
+    engine_memory: float = memory_flag(0.3, "Share of the GPU's memory that vllm takes.")
     compile: Literal["auto", "on", "off"] = memory_flag("auto", "Compile; auto: where it pays.")
 
 
@@ -2101,7 +2091,7 @@ class Eval(ManyRows):
 
     writer: str = flag("student", "Prompt file that the writing model sees.")
     out: str = flag("", "JSON Lines file; what it holds already is not asked again.")
-    k: Count = flag(1, "Answers to each question, for their mean and pass@m.")
+    k: int = flag(1, "Answers to each question, for their mean and pass@m.")
 
 
 @dataclass
@@ -2109,10 +2099,9 @@ class Generate(ManyRows):
     """python rsd.py generate --model Qwen2.5-7B-Instruct --limit 3200"""
 
     split: str = "train"
-    max_new_tokens: Count = 1024
+    max_new_tokens: int = 1024
     writer: str = flag("writer+answer", "Prompt file that the writing model sees.")
     out: str = flag("runs/rubrics.jsonl", "JSON Lines file; what it holds is not asked again.")
-    tries: Count = flag(3, "Draws, at most, until what is written can be read.")
 
 
 @dataclass
@@ -2120,7 +2109,7 @@ class Judge(Generate):
     """python rsd.py judge --model Qwen2.5-7B-Instruct --data runs/answers.jsonl"""
 
     split: str = "test"
-    temperature: Real = 0.0
+    temperature: float = 0.0
     writer: str = "judge"
     out: str = "runs/verdicts.jsonl"
 
@@ -2129,9 +2118,9 @@ class Judge(Generate):
 class Teaching(Sampling):
     """What the commands have in which a teacher looks on."""
 
-    temperature: Real = 1.0
-    top_p: Share = 1.0
-    top_k: Size = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
     rubrics: str = data_flag("data", "data, none, or a .jsonl file of generate.")
     teacher_context: str = method_flag("rubric", "Prompt file that a teacher with rubric sees.")
 
@@ -2140,7 +2129,7 @@ class Teaching(Sampling):
 class Inspect(Teaching):
     """python rsd.py inspect --model Qwen2.5-1.5B --compare runs/train --run runs/train"""
 
-    n: Size = flag(5, "Held-out questions; 0 is none, for the curves alone.")
+    n: int = flag(5, "Held-out questions; 0 is none, for the curves alone.")
     compare: str = flag("", "A trained model to show beside the student.")
     run: str = flag("", "Directory of a run whose curves are drawn.")
     out: str = flag("runs/credit.html", "The page; its figures go to .json beside it.")
@@ -2154,56 +2143,50 @@ class Train(Teaching, ManyRows):
     split: str = "train"
     out: str = flag("runs/train", "Directory of metrics and checkpoints.")
     resume: bool = flag(False, "Go on with the run in --out.")
-    steps: Count = flag(100, "Optimizer steps.")
-    batch: Count = flag(32, "Prompts of one step.")
-    save_every: Count = flag(50, "Steps between two checkpoints.")
-    lr: Real = flag(5e-6, "Learning rate at its highest.")
-    warmup: Size = flag(5, "Steps of linear warm-up.")
-    rollouts: Count = sampling_flag(1, "Completions of each prompt; GRPO needs 2 or more.")
+    steps: int = flag(100, "Optimizer steps.")
+    batch: int = flag(32, "Prompts of one step.")
+    save_every: int = flag(50, "Steps between two checkpoints.")
+    lr: float = flag(5e-6, "Learning rate at its highest.")
+    warmup: int = flag(5, "Steps of linear warm-up.")
+    rollouts: int = sampling_flag(1, "Completions of each prompt; GRPO needs 2 or more.")
     method: Literal[tuple(METHODS)] = method_flag("rsd", "Who writes, who looks on, which signal.")
     stage: Literal[tuple(STAGES)] = method_flag("reason", "Learn to reason, or to write rubrics.")
     divergence: Literal[(*BETAS, "sampled")] = method_flag("forward", "Per-token signal.")
-    support: Size = method_flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
+    support: int = method_flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
     tail: bool = method_flag(False, "With --support: one more bucket holds the rest of the mass.")
     clip: Literal["none", "entry", "token"] = method_flag("none", "Cap entries or the sum at .05.")
-    loss_temperature: Real = method_flag(1.0, "Divides both logits in the divergence.")
+    loss_temperature: float = method_flag(1.0, "Divides both logits in the divergence.")
     teacher: Literal["fixed", "ema", "live"] = method_flag("fixed", "The teacher's weights.")
-    ema_decay: Share = method_flag(0.99, "Decay of --teacher ema, per step.")
-    kl: Real = method_flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
+    ema_decay: float = method_flag(0.99, "Decay of --teacher ema, per step.")
+    kl: float = method_flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
     skip_thinking: bool = method_flag(False, "No loss on the tokens up to </think>.")
-    token_budget: Size = memory_flag(0, "Padded tokens of a micro-batch; 0: 8,192 or 16,384.")
-    lora_rank: Size = memory_flag(0, "Train adapters of this rank (by peft); 0 is all weights.")
+    token_budget: int = memory_flag(0, "Padded tokens of a micro-batch; 0: 8,192 or 16,384.")
+    lora_rank: int = memory_flag(0, "Train adapters of this rank (by peft); 0 is all weights.")
     gradient_checkpointing: bool = memory_flag(False, "Take less memory and more time.")
 
     def __post_init__(self):
         """The contexts that a method or a stage decides; UserError for what cannot be trained."""
-        method, named = METHODS[self.method], f"--method {self.method}"
+        method = METHODS[self.method]
         self.student_context, of_stage = STAGES[self.stage]
-        if method.sees == "solution":
-            self.teacher_context = "solution"
-        elif not method.sees:
-            self.teacher_context = self.student_context
-        elif of_stage:
-            self.teacher_context = of_stage
-        is_rsd = self.method == "rsd" or not of_stage
-        require(is_rsd, f"--stage {self.stage} goes with --method rsd.")
-        has_rubric = self.rubrics != "none" or method.sees != "rubric"
-        require(has_rubric, f"--rubrics none: {named} teaches what a rubric says.")
-        sees_more = self.teacher_context != self.student_context
-        require(
-            sees_more or method.signal != "divergence",
-            f"--teacher-context {self.teacher_context}: the teacher has to see more than that.",
-        )
-        has_groups = self.rollouts > 1 or not method.reward
-        require(has_groups, f"{named}: needs --rollouts 2 or more.")
-        require(self.kl > 0 or self.method != "rsd-grpo", f"{named}: needs a --kl above 0.")
-        require(self.loss_temperature > 0, "--loss-temperature: has to be above 0.")
-        enough = self.batch >= WORLD_SIZE
-        require(enough, f"--batch {self.batch}: each of {WORLD_SIZE} processes needs a prompt.")
+        decided = {"solution": "solution", None: self.student_context}
+        self.teacher_context = decided.get(method.sees, of_stage or self.teacher_context)
+        mistakes = {
+            f"--stage {self.stage} goes with --method rsd.": of_stage and self.method != "rsd",
+            f"--rubrics none: --method {self.method} teaches what a rubric says.":
+                self.rubrics == "none" and method.sees == "rubric",
+            f"--teacher-context {self.teacher_context}: the teacher has to see more than that.":
+                method.signal == "divergence" and self.teacher_context == self.student_context,
+            f"--method {self.method}: needs --rollouts 2 or more.":
+                method.reward and self.rollouts < 2,
+            "--method rsd-grpo: needs a --kl above 0.": self.method == "rsd-grpo" and not self.kl,
+            "--loss-temperature: has to be above 0.": self.loss_temperature == 0,
+            f"--batch {self.batch}: each of {WORLD_SIZE} processes needs a prompt.":
+                self.batch < WORLD_SIZE,
+        }
+        for sentence, applies in mistakes.items():
+            require(not applies, sentence)
         if self.divergence == "reverse" and self.support and not self.tail:
             say("warning: the reverse KL on a --support goes wrong without --tail")
-        if self.thinking == "on" and self.max_new_tokens < 2048:
-            say("warning: --max-new-tokens will cut most of the thinking off")
 
 
 @dataclass
@@ -2211,59 +2194,67 @@ class Demo:
     """python rsd.py demo --seed 1 --out runs/demo1"""
 
     seed: int = flag(0, "Seed of data and sampling, and which of the toy's two models.")
-    steps: Count = flag(60, "Training steps.")
-    n: Count = flag(200, "Held-out problems.")
-    limit: Count = flag(256, "Training problems.")
+    steps: int = flag(60, "Training steps.")
+    n: int = flag(200, "Held-out problems.")
+    limit: int = flag(256, "Training problems.")
     out: str = flag("runs/demo", "Directory of the results.")
 
 
 def unused_flags(args):
-    """What this run does not use: (in which case, what does not use them, the flags)."""
+    """{flag: what does not use it} of a run with these settings."""
     of_file = re.search(r"\.(jsonl?|parquet)$", args.data)
     cases = [
         (of_file, "a file", "split"),
         (SERVER.search(args.model), "a server", "top_k thinking engine engine_memory"),
-        (args.engine != "vllm", f"--engine {args.engine}", "engine_memory"),
-        (args.temperature == 0, "--temperature 0", "top_p top_k tries k"),
+        (args.engine != "vllm", "--engine transformers", "engine_memory"),
+        (args.temperature == 0, "--temperature 0", "top_p top_k k"),
     ]
     if isinstance(args, Inspect):
-        return [*cases, (args.n == 0, "--n 0", "compare")]
-    if not isinstance(args, Train):
-        return cases
-    method, named = METHODS[args.method], f"method {args.method}"
-    has_divergence = method.signal == "divergence"
-    is_sampled = args.divergence == "sampled"
-    drawing = "rollouts temperature top_p top_k batch_size engine engine_memory"
-    shape = "support tail clip loss_temperature"
-    return cases + [
-        (method.writer == "reference", named, drawing),
-        (not has_divergence, named, f"divergence {shape}"),
-        (has_divergence and not is_sampled, named, "kl"),
-        (method.sees != "rubric", named, "teacher_context"),
-        (not method.sees and not args.kl, named, "teacher ema_decay"),
-        (is_sampled, "--divergence sampled", shape),
-        (args.support == 0, "--support 0", "tail"),
-        (args.teacher != "ema", f"--teacher {args.teacher}", "ema_decay"),
-        (args.stage != "reason", f"--stage {args.stage}", "teacher_context"),
-    ]
+        cases.append((args.n == 0, "--n 0", "compare"))
+    if isinstance(args, Train):
+        method, named = METHODS[args.method], f"method {args.method}"
+        has_divergence = method.signal == "divergence"
+        is_sampled = args.divergence == "sampled"
+        drawing = "rollouts temperature top_p top_k batch_size engine engine_memory"
+        shape = "support tail clip loss_temperature"
+        cases += [
+            (method.writer == "reference", named, drawing),
+            (not has_divergence, named, f"divergence {shape}"),
+            (has_divergence and not is_sampled, named, "kl"),
+            (method.sees != "rubric", named, "teacher_context"),
+            (not method.sees and not args.kl, named, "teacher ema_decay"),
+            (is_sampled, "--divergence sampled", shape),
+            (args.support == 0, "--support 0", "tail"),
+            (args.teacher != "ema", f"--teacher {args.teacher}", "ema_decay"),
+            (args.stage != "reason", f"--stage {args.stage}", "teacher_context"),
+        ]
+    unused = {}
+    for applies, what, names in cases:
+        if applies:
+            unused |= dict.fromkeys(names.split(), what)
+    return unused
 
 
 def settle(kind, **given):
     """Settings of this kind with these flags given; where the data are the toy's, so are the
-    defaults. UserError: one of these flags would change nothing."""
+    defaults. UserError: a number is out of range, or a flag would change nothing."""
     if kind is Demo:
         return Demo(**given)
+    for name, value in given.items():
+        low, high = RANGES.get(name, (0, 10**9))
+        fits = isinstance(value, str) or low <= value <= high
+        require(fits, f"{as_flag(name)} {value}: it has to be from {low} to {high}.")
+
     is_toy = given.get("model", "toy") == "toy"
     settings = {"data": "toy" if is_toy else "rar-science"} | given
-    if is_toy:
-        settings["model"] = f"{TOY}/base-{given.get('seed', 0) % 2}"  # there are two
     if settings["data"] == "toy":
         settings = {k: v for k, v in TOY_DEFAULTS.items() if hasattr(kind, k)} | settings
     args = kind(**settings)
-    for applies, what, names in unused_flags(args):
-        for name in names.split():
-            is_unused = applies and name in given
-            require(not is_unused, f"{as_flag(name)}: {what} does not use it.")
+    if is_toy:
+        args.model = f"{TOY}/base-{args.seed % 2}"  # there are two
+    unused = unused_flags(args)
+    for name in given:
+        require(name not in unused, f"{as_flag(name)}: {unused.get(name)} does not use it.")
     return args
 
 
@@ -2273,15 +2264,12 @@ def as_flag(name):
 
 
 def prompt_files(args, *names):
-    """The texts of these prompt files. UserError: there is none of that name, or it is broken."""
+    """The texts of these prompt files. UserError: there is none, or none with a question."""
     prompts = load_prompts(args.prompts)
     for name in names:
         require(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
-        file, text = f"{args.prompts}/{name}.txt", prompts[name]
-        require("{question}" in text, f"{file}: it has no {{question}}.")
-        known = "question|answer|solution|rubric|rubric_json|feedback|response|statements|fence"
-        for begun in re.findall(rf"\{{(?:{known})\b(?!\}})", text):
-            raise UserError(f"{file}: the brace of {begun} is not closed.")
+        has_question = "{question}" in prompts[name]
+        require(has_question, f"{args.prompts}/{name}.txt: it has no {{question}}.")
     return [prompts[name] for name in names]
 
 
@@ -2358,20 +2346,21 @@ def write_lines(args, name, columns, ask, rate, k=1):
     writer = open_writer(args, k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):
-        for number in range(k):
-            item = {column: row.get(column) for column in columns}
-            item["sample"] = (row["sample"] or 0) if name == "judge" else number
-            jobs.append((item, (row, prompt)))
-    folder = Path(last_checkpoint(args.model) or args.model)
-    saved = [file.stat().st_mtime for file in folder.glob("*.safetensors")]
+        item = {column: row.get(column) for column in columns}
+        jobs += [({"sample": number} | item, (row, prompt)) for number in range(k)]
+    weights = Path(last_checkpoint(args.model) or args.model).glob("*.safetensors")
     origin = {
-        "model": args.model, "saved": max(saved, default=0.0), "writer": args.writer,
-        "prompt": crc32(template.encode()), "thinking": args.thinking, **sampling_of(args)
+        "model": args.model,
+        "saved": max((file.stat().st_mtime for file in weights), default=0.0),
+        "writer": args.writer,
+        "prompt": crc32(template.encode()),
+        "thinking": args.thinking,
+        **sampling_of(args),
     }
     del origin["batch_size"]  # it shapes nothing
     seed_process(args.seed)
-    work = functools.partial(ask, writer)
-    lines = remember(args.out, jobs, work, 2 * args.batch_size * WORLD_SIZE, name, origin)
+    size = 2 * args.batch_size * WORLD_SIZE
+    lines = remember(args.out, jobs, functools.partial(ask, writer), size, name, origin)
     return report(lines, name, {row["question"]: row for row in rows}, rate)
 
 
@@ -2381,36 +2370,26 @@ def report(lines, name, row_of, rate):
     lost = Counter(line["reason"] for line in lines if line[name] is None)
     if lost:
         say(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
-
     samples = []
     for line in lines:
         if line["text"] is not None:  # the server did not refuse it
             scores = rate(line[name], row_of[line["question"]] | line)
-            scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
+            scores |= {figure: line[figure] for figure in ("tokens", "truncated")}
             samples.append(((line["question"], line.get("reference_answer")), scores))
+
     figures = evaluate(samples).values()
     summary = {"n": len(figures)}
     for figure in dict.fromkeys(itertools.chain(*figures)):
         mean, se, n = mean_se([f.get(figure) for f in figures])
         summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
-        shown = "n/a"
-        if n:
-            shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})"
-        if n and figure not in ("tokens", "criteria"):
-            low, high = interval(mean, se, n)
-            shown += f", 95 %: {low:.3f} to {high:.3f}"
+        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a"
         say(f"{figure:18s} {shown}")
     return summary
 
 
-def tries_of(args):
-    """How often a text that cannot be read is asked for: once where it would only be repeated."""
-    return args.tries if args.temperature > 0 else 1
-
-
 def cmd_generate(args):
     """Write a rubric for every question."""
-    ask = functools.partial(generate_rubrics, parse=parse_rubric, tries=tries_of(args))
+    ask = functools.partial(generate_rubrics, parse=parse_rubric)
     columns = ("question", "reference_answer", "solution")
     return write_lines(args, "rubric", columns, ask, score_rubric)
 
@@ -2424,8 +2403,8 @@ def cmd_eval(args):
 
 def cmd_judge(args):
     """Ask a model which criteria of its rubric each answer of eval's --out meets."""
-    ask = functools.partial(judge, tries=tries_of(args))
-    return write_lines(args, "judge", ("question", "response", "rubric"), ask, judge_scores)
+    columns = ("question", "response", "rubric", "sample")
+    return write_lines(args, "judge", columns, judge, judge_scores)
 
 
 # -- train
@@ -2606,14 +2585,15 @@ def cmd_train(args):
 
 def cmd_inspect(args):
     """Draw an HTML page: what the rubric does to each token of some rollouts; a run's curves."""
+    out = Path(args.out)
+    page_files(out)  # before anything is sampled
     page = {"curves": [], "rollouts": [], "text": {}}
-    page_files(Path(args.out))  # before anything is sampled
     if args.run:
         page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
     if args.n:
         page |= inspect_rollouts(args)
-    write_page(Path(args.out), page)
-    say(f"{args.out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps")
+    write_page(out, page)
+    say(f"{out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps")
     return page
 
 
@@ -2627,23 +2607,22 @@ def inspect_rollouts(args):
     students = {"the student": teacher}
     if args.compare:
         students[args.compare], _ = load_model(args.compare, teacher.dtype)
-    writers = [model_writer(args, student, tokenizer) for student in students.values()]
-    reader = writers[0]
+    reader = model_writer(args, teacher, tokenizer)
     examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, ["rubric"])]
     seed_process(args.seed)
-    written = [model_writes(writer.sample, examples) for writer in writers]
     rollouts, text = [], {}
-    for episodes in progress(list(zip(*written)), "credit"):  # of one question
-        row = episodes[0].row
-        without = contexts_without(reader, templates[1], row)
-        for (name, student), e in zip(students.items(), episodes):
-            ids = e.completion_ids
+    for name, student in students.items():
+        sample = model_writer(args, student, tokenizer).sample
+        for e in progress(model_writes(sample, examples), "credit"):
+            ids, row = e.completion_ids, e.row
+            without = contexts_without(reader, templates[1], row)
             credit = token_credit(student, teacher, e.prompt_ids, e.teacher_ids, without, ids)
-            rollout = {figure: values.tolist() for figure, values in credit.items()}
+            rollout = {"student": name, "question": row["question"], "criteria": row["rubric"]}
+            rollout |= {figure: values.tolist() for figure, values in credit.items()}
+            rollouts.append(rollout | {"tokens": ids})
             likely = itertools.chain(*rollout["student_ids"], *rollout["teacher_ids"])
             text |= {i: tokenizer.decode([i]) for i in {*ids, *likely}}
-            rollout |= {"student": name, "question": row["question"], "criteria": row["rubric"]}
-            rollouts.append(rollout | {"tokens": ids})
+    rollouts.sort(key=lambda rollout: rollout["question"])  # the students side by side
     return {"rollouts": rollouts, "text": text}
 
 
@@ -2651,8 +2630,8 @@ def contexts_without(reader, template, row):
     """The teacher's contexts that lack the first criterion, the second ..."""
     nothing = dict.fromkeys(PLACEHOLDER.findall(template), "-")  # no criterion may be left
     contexts = []
-    for k in range(len(row["rubric"])):
-        others = row["rubric"][:k] + row["rubric"][k + 1 :]
+    for criterion in row["rubric"]:
+        others = [c for c in row["rubric"] if c is not criterion]
         contexts.append(reader.prompt(template, nothing | row_fields(row | {"rubric": others})))
     return contexts
 
@@ -2671,16 +2650,17 @@ def cmd_demo(args):
     """Show the whole method on the toy, in minutes on a CPU."""
     out = shlex.quote(args.out)
     toy = f"--data toy --seed {args.seed}"
-    test = f"{toy} --limit {args.n} --max-new-tokens 80"
-    train = f"{toy} --limit {args.limit} --max-new-tokens 80 --steps {args.steps} --resume"
-    before = run(f"eval {test}")
-    teacher = run(f"eval {test} --writer rubric+answer")
-    run(f"generate {toy} --limit {args.limit} --out {out}/rubrics.jsonl")
-    training = run(f"train {train} --rubrics {out}/rubrics.jsonl --out {out}/model")
-    after = training | run(f"eval {test} --model {out}/model")
+    rows = f"{toy} --limit {args.limit}"
+    test = f"eval {toy} --limit {args.n} --max-new-tokens 80"
+    results = {"student before": run(test), "teacher": run(f"{test} --writer rubric+answer")}
+    run(f"generate {rows} --out {out}/rubrics.jsonl")
+    training = run(
+        f"train {rows} --max-new-tokens 80 --steps {args.steps} --resume "
+        f"--rubrics {out}/rubrics.jsonl --out {out}/model"
+    )
+    results["student after"] = training | run(f"{test} --model {out}/model")
     page = f"{out}/credit.html"
     run(f"inspect {toy} --n 3 --run {out}/model --compare {out}/model --out {page}")
-    results = {"student before": before, "teacher": teacher, "student after": after}
     (Path(args.out) / "results.json").write_text(json.dumps(results, indent=1))
     say(f"\n{args.n} held-out problems     accuracy          rubric score")
     for name, f in results.items():
@@ -2718,18 +2698,14 @@ def add_flags(parser, kind):
     for parent in reversed(kind.__mro__[:-1]):
         about |= {f.name: f.metadata for f in fields(parent) if f.metadata}
     for name, hint in get_type_hints(kind).items():
-        options = {"type": hint}
-        if get_args(hint):
-            options = {"choices": get_args(hint)}
-        elif hint is bool:
+        options = {"choices": get_args(hint)} if get_args(hint) else {"type": hint}
+        if hint is bool:
             options = {"action": "store_true"}
-        group, text = groups[about[name]["group"]], about[name]["help"]
         default = getattr(kind, name)
         if name in TOY_DEFAULTS:
             default = f"{default}; toy: {TOY_DEFAULTS[name]}"
-        if default != "":
-            text += f" (default: {default})"
-        group.add_argument(as_flag(name), default=argparse.SUPPRESS, help=text, **options)
+        text = f"{about[name]['help']} (default: {default})"
+        groups[about[name]["group"]].add_argument(as_flag(name), help=text, **options)
 
 
 def parse_args(argv=None):
@@ -2737,27 +2713,25 @@ def parse_args(argv=None):
     parser = Parser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for kind, run_it in COMMANDS.items():
-        text, example = run_it.__doc__, f"example: {kind.__doc__}"
         command = commands.add_parser(
-            kind.__name__.lower(), help=text, description=text, epilog=example, allow_abbrev=False
+            kind.__name__.lower(),
+            help=run_it.__doc__,
+            description=run_it.__doc__,
+            epilog=f"example: {kind.__doc__}",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
         )
         command.set_defaults(kind=kind)
         add_flags(command, kind)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     kind, name = given.pop("kind"), given.pop("command")
-    if unknown:
+    for word in unknown:
         flags = [as_flag(f.name) for f in fields(kind)]
-        close = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.75)
+        close = difflib.get_close_matches(word, flags, cutoff=0.75)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{unknown[0]}: {name} has no such flag{hint} (see rsd.py {name} --help)")
+        raise UserError(f"{word}: {name} has no such flag{hint} (see rsd.py {name} --help)")
     return settle(kind, **given)
-
-
-LESS_MEMORY = (
-    "lower --token-budget, --batch-size, --max-new-tokens or --engine-memory, or take "
-    "--gradient-checkpointing or --lora-rank 64."
-)
 
 
 def main(argv=None):
@@ -2767,12 +2741,17 @@ def main(argv=None):
         start_processes()
         COMMANDS[type(args)](args)
     except torch.OutOfMemoryError as error:
-        print(f"rsd.py: out of memory ({error!s:.100}); {LESS_MEMORY}", file=sys.stderr)
+        advice = "lower --batch-size, --token-budget, --max-new-tokens or --engine-memory, or take "
+        advice += "--gradient-checkpointing or --lora-rank 64."
+        print(f"rsd.py: out of memory ({error!s:.100}); {advice}", file=sys.stderr)
         return 2
-    except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        print("rsd.py: interrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError, ImportError) as error:
         hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
-        print(f"rsd.py: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
+        print(f"rsd.py: {error}{hint}", file=sys.stderr)
+        return 2
     return 0
 
 
