@@ -2040,7 +2040,7 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
 }
 
 COUNTS = ("k", "steps", "batch", "save_every", "rollouts", "max_new_tokens", "batch_size")
-SHARES = ("top_p", "engine_memory", "ema_decay")
+SHARES = ("top_p", "engine_memory")
 RANGES = dict.fromkeys(COUNTS, (1, 10**9)) | dict.fromkeys(SHARES, (0, 1))  # others: from 0
 
 # -- the settings of each command: a field is a flag; where a class changes the default alone, the
@@ -2156,8 +2156,7 @@ class Train(Teaching, ManyRows):
     tail: bool = method_flag(False, "With --support: one more bucket holds the rest of the mass.")
     clip: Literal["none", "entry", "token"] = method_flag("none", "Cap entries or the sum at .05.")
     loss_temperature: float = method_flag(1.0, "Divides both logits in the divergence.")
-    teacher: Literal["fixed", "ema", "live"] = method_flag("fixed", "The teacher's weights.")
-    ema_decay: float = method_flag(0.99, "Decay of --teacher ema, per step.")
+    teacher: Literal["fixed", "ema", "live"] = method_flag("fixed", "Its weights; ema: decay .99.")
     kl: float = method_flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
     skip_thinking: bool = method_flag(False, "No loss on the tokens up to </think>.")
     token_budget: int = memory_flag(0, "Padded tokens of a micro-batch; 0: 8,192 or 16,384.")
@@ -2222,10 +2221,9 @@ def unused_flags(args):
             (not has_divergence, named, f"divergence {shape}"),
             (has_divergence and not is_sampled, named, "kl"),
             (method.sees != "rubric", named, "teacher_context"),
-            (not method.sees and not args.kl, named, "teacher ema_decay"),
+            (not method.sees and not args.kl, named, "teacher"),
             (is_sampled, "--divergence sampled", shape),
             (args.support == 0, "--support 0", "tail"),
-            (args.teacher != "ema", f"--teacher {args.teacher}", "ema_decay"),
             (args.stage != "reason", f"--stage {args.stage}", "teacher_context"),
         ]
     unused = {}
@@ -2559,7 +2557,7 @@ def cmd_train(args):
         optimizer,
         steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
         start=start, rank=RANK,
-        ema_teacher=teacher if args.teacher == "ema" else None, ema_decay=args.ema_decay,
+        ema_teacher=teacher if args.teacher == "ema" else None,
         token_budget=args.token_budget or (16384 if has_gpu(gigabytes=75) else 8192),
         chunk=192_000_000 if has_gpu() else 24_000_000,
         split=my_micro_batches, combine=sum_over_processes,

@@ -1735,7 +1735,6 @@ def judging(tok, random_model, tmp_path, monkeypatch):
 
 def test_answers_are_judged_and_nobody_is_asked_twice(judging, capsys):
     flags, asked = judging
-    flags += ["--tries", "2", "--temperature", "0.7"]
     assert rsd.main(["judge", *flags]) == 0
     said = capsys.readouterr().out
     assert "judge: none for 2 of 4, because: {'not a verdict for each one': 2}" in said
@@ -1743,19 +1742,12 @@ def test_answers_are_judged_and_nobody_is_asked_twice(judging, capsys):
     rar = (7 / 10 + 1) / 2  # the fault is absent in both: + 2 of 10
     assert re.search(rf"rubric_score +{health:.3f} \+- .* n 2\)", said)
     assert re.search(rf"rar_score +{rar:.3f} \+- .* n 2\)", said)
-    assert asked == [4, 2]
+    assert asked == [4, 2, 2]
     verdicts = [line["judge"] for line in rsd.read_jsonl(Path("v.jsonl"))]
     assert [verdict is None for verdict in verdicts] == [False, True, True, False]
 
     assert rsd.main(["judge", *flags]) == 0
-    assert asked == [4, 2]
-
-
-def test_a_judge_at_temperature_0_is_asked_once_per_answer(judging):
-    flags, asked = judging
-    assert rsd.main(["judge", *flags]) == 0
-    assert asked == [4]
-    assert [line["tries"] for line in rsd.read_jsonl(Path("v.jsonl"))] == [1, 1, 1, 1]
+    assert asked == [4, 2, 2]
 
 
 def test_eval_without_a_judge_has_no_score_by_a_free_rubric(
@@ -1804,10 +1796,7 @@ def test_means_and_standard_errors_by_hand(capsys):
     assert summary["rubric_score_n"] == 0
     assert summary["accuracy_se"] == pytest.approx(math.sqrt(1 / 3) / 2)
     said = capsys.readouterr().out
-    low, high = wilson(0.5, 4)
-    half = f"0.500 +- 0.289 (standard error, n 4), 95 %: {low:.3f} to {high:.3f}"
-    assert half in said
-    assert re.search(r"tokens +7\.000 \+- 0\.000 \(standard error, n 4\)\n", said)  # no share
+    assert re.search(r"accuracy +0\.500 \+- 0\.289 \(standard error, n 4\)\n", said)
     assert re.search("rubric_score +n/a", said)
 
 
@@ -2523,7 +2512,7 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-HALVES = {"fixed": [], "ema": ["--teacher", "ema", "--ema-decay", "0.5"]}
+HALVES = {"fixed": [], "ema": ["--teacher", "ema"]}
 if HAS_PEFT:
     HALVES["lora"] = [*HALVES["ema"], "--lora-rank", "4", "--lr", "0.01"]
 
@@ -3424,7 +3413,7 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     source = saved(tmp_path / "m", model, tok)
     common = ["--data", "toy", "--max-new-tokens", "6", "--limit", "2"]
     rubrics = str(tmp_path / "r.jsonl")
-    words = ["generate", "--model", source, *common, "--tries", "1", "--out", rubrics]
+    words = ["generate", "--model", source, *common, "--out", rubrics]
     assert rsd.main(words) == 0
 
     run = tmp_path / "t"
@@ -3819,13 +3808,13 @@ def test_generate_writes_a_rubric_or_a_reason_and_goes_on(base, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     file = Path("r.jsonl")
     words = ["generate", "--model", str(base), "--data", "toy", "--limit", "6"]
-    words += ["--max-new-tokens", "30", "--out", "r.jsonl", "--tries", "2"]
+    words += ["--max-new-tokens", "30", "--out", "r.jsonl"]
     assert rsd.main(words) == 0
     lines = rsd.read_jsonl(file)
     assert len(lines) == 6
     for line in lines:
         assert line["rubric"] or line["reason"]
-        assert line["rubric"] or line["tries"] == 2
+        assert line["rubric"] or line["tries"] == 3
 
     whole = file.read_text().splitlines(keepends=True)
     file.write_text("".join(whole[:4]) + whole[4][:25])  # a crash in the fifth line
@@ -3967,19 +3956,13 @@ def test_feedback_names_the_criteria_that_each_completion_meets(base, tok, tmp_p
         assert tok.decode(e.prompt_ids) == chat_prompt("Why?")
 
 
-WARNINGS = {  # flags -> what is said of them
-    "--divergence reverse --support 20": "the reverse KL on a --support goes wrong without --tail",
-    "--divergence reverse --support 20 --tail": "", "--support 20": "", "--divergence reverse": "",
-    "--thinking on --max-new-tokens 512": "--max-new-tokens will cut most of the thinking off",
-    "--thinking on --max-new-tokens 4096": "", "--max-new-tokens 512": "",
-}
-
-
-@pytest.mark.parametrize("words", WARNINGS)
-def test_flags_that_go_wrong_together_are_warned_of(words, capsys):
+@pytest.mark.parametrize("words", [
+    "--divergence reverse --support 20", "--divergence reverse --support 20 --tail",
+    "--support 20", "--divergence reverse",
+])
+def test_the_reverse_kl_on_a_support_without_a_tail_is_warned_of(words, capsys):
     rsd.parse_args(["train", *words.split()])
-    said = capsys.readouterr().out
-    assert said == (f"warning: {WARNINGS[words]}\n" if WARNINGS[words] else "")
+    assert ("without --tail" in capsys.readouterr().out) == words.endswith("reverse --support 20")
 
 
 @pytest.mark.parametrize("more, trained", [([], 14), (["--skip-thinking"], 2 + 0 + 1 + 0)])
@@ -4013,20 +3996,6 @@ def test_grpo_leaves_out_and_counts_what_it_cannot_grade(base, tmp_path, capsys)
     words = with_flag(words, "--out", tmp_path / "other")
     message = error_of(with_flag(words, "--method", "grpo-rubric"), capsys)
     assert "none of the 8 rows" in message
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the real questions are not here")
-def test_every_byte_of_real_questions_and_rubrics_arrives_in_the_context(tok):
-    rows = rsd.load_rows(str(SHARED / "rar_science_100.jsonl"), "")
-    prompt = rsd.load_prompts(REPO / "prompts")["rubric"]
-    assert len(rows) == 100
-    for row in rows:
-        text = tok.decode(rsd.context_ids(tok, prompt, rsd.row_fields(row)))
-        assert row["question"] in text
-        assert row["rubric"]
-        for criterion in row["rubric"]:
-            assert criterion["weight"]
-            assert criterion["description"] in text
 
 
 class Calls:
@@ -4113,7 +4082,6 @@ REFUSED = {
     "eval --writer nope": "nope.txt",
     "eval --split nope": "--split nope",
     "eval --prompts bad --writer blind": "blind.txt: it has no {question}",
-    "eval --prompts bad --writer open": "open.txt: the brace of {rubric is not closed",
     # settings that cannot be trained
     "train --stage rubric --method sft": "--stage rubric goes with --method rsd",
     "train --method grpo": "needs --rollouts 2 or more",
@@ -4125,12 +4093,10 @@ REFUSED = {
     # flags that this run does not use; those of each method are in a test of their own
     "train --kl 5": "--kl: method rsd does not use it",
     "train --tail": "--tail: --support 0 does not use it",
-    "train --ema-decay .5": "--ema-decay: --teacher fixed does not use it",
     "train --stage rubric --teacher-context rubric": "--teacher-context: --stage rubric",
     "train --engine-memory .5": "--engine-memory: --engine transformers does not use it",
     "eval --temperature 0 --top-p .9": "--top-p: --temperature 0 does not use it",
     "eval --temperature 0 --k 4": "--k: --temperature 0 does not use it",
-    "judge --tries 2": "--tries: --temperature 0 does not use it",
     "eval --data d.jsonl --split train": "--split: a file does not use it",
     "eval --model m@http://x --thinking on": "--thinking: a server does not use it",
     "inspect --n 0 --compare m": "--compare: --n 0 does not use it",
@@ -4144,14 +4110,14 @@ REFUSED = {
     "trian": "invalid choice: 'trian'",
     "": "required: command",
     # values
-    "train --lr nan": "argument --lr: nan has to be from 0",
+    "train --lr nan": "--lr nan: it has to be from 0",
     "train --lr x": "argument --lr: invalid float value: 'x' (see rsd.py train --help)",
     "train --lr -1e-3": "argument --lr: ",
-    "train --steps 0": "argument --steps: 0 has to be from 1",
+    "train --steps 0": "--steps 0: it has to be from 1",
     "train --method nope": "argument --method: invalid choice",
-    "train --top-p 2": "argument --top-p: 2 has to be from 0 to 1",
-    "eval --top-k -1": "argument --top-k: ",
-    "eval --k 0": "argument --k: ",
+    "train --top-p 2": "--top-p 2.0: it has to be from 0 to 1.",
+    "eval --top-k -1": "--top-k -1: it has to be from 0",
+    "eval --k 0": "--k 0: it has to be from 1",
     "eval --k": "argument --k: expected one argument",
 }
 
@@ -4161,7 +4127,6 @@ def test_a_refusal_is_one_sentence(line, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad").mkdir()
     Path("bad/blind.txt").write_text("Answer it.")
-    Path("bad/open.txt").write_text("{question} and {rubric")
     assert REFUSED[line] in error_of(line.split(), capsys)
     assert not Path("runs").exists() or not any(Path("runs").rglob("*.safetensors"))
 
@@ -4200,8 +4165,8 @@ def test_a_method_takes_the_flags_that_make_a_difference_to_it(method):
     for name, (value, users) in FLAGS_OF_METHODS.items():
         assert is_refused(NEEDED[method] | {name: value}) == (method not in users), name
     if not rsd.METHODS[method].sees:  # there is a teacher if the KL to it is asked for
-        assert is_refused(NEEDED[method] | {"teacher": "ema", "ema_decay": 0.5})
-        assert not is_refused(NEEDED[method] | {"teacher": "ema", "ema_decay": 0.5, "kl": 0.1})
+        assert is_refused(NEEDED[method] | {"teacher": "ema"})
+        assert not is_refused(NEEDED[method] | {"teacher": "ema", "kl": 0.1})
         assert is_refused(NEEDED[method] | {"teacher_context": "rubric", "kl": 0.1})
 
 
@@ -4254,9 +4219,9 @@ def test_help_has_every_flag_in_its_group_with_its_default_and_an_example(
 
 
 def test_zero_is_a_value():
-    words = "train --teacher ema --ema-decay 0 --warmup 0 --temperature 0 --lora-rank 0 --limit 0"
+    words = "train --warmup 0 --temperature 0 --lora-rank 0 --limit 0"
     args = rsd.parse_args(words.split())
-    assert (args.ema_decay, args.warmup, args.temperature, args.lora_rank, args.limit) == (0,) * 5
+    assert (args.warmup, args.temperature, args.lora_rank, args.limit) == (0,) * 4
 
 
 def test_the_toys_defaults_come_with_its_data():
