@@ -2091,7 +2091,7 @@ class Eval(ManyRows):
 
     writer: str = flag("student", "Prompt file that the writing model sees.")
     out: str = flag("", "JSON Lines file; what it holds already is not asked again.")
-    k: int = flag(1, "Answers to each question, for their mean and pass@m.")
+    k: int = flag(1, "Answers to each question; their mean counts.")
 
 
 @dataclass
@@ -2345,7 +2345,9 @@ def write_lines(args, name, columns, ask, rate, k=1):
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):
         item = {column: row.get(column) for column in columns}
-        jobs += [({"sample": number} | item, (row, prompt)) for number in range(k)]
+        for number in range(k):
+            numbered = item | {"sample": item.get("sample") or number}
+            jobs.append((numbered, (row, prompt)))
     weights = Path(last_checkpoint(args.model) or args.model).glob("*.safetensors")
     origin = {
         "model": args.model,
