@@ -2704,7 +2704,9 @@ def add_flags(parser, kind):
         default = getattr(kind, name)
         if name in TOY_DEFAULTS:
             default = f"{default}; toy: {TOY_DEFAULTS[name]}"
-        text = f"{about[name]['help']} (default: {default})"
+        text = about[name]["help"]
+        if default != "":
+            text += f" (default: {default})"
         groups[about[name]["group"]].add_argument(as_flag(name), help=text, **options)
 
 
