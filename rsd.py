@@ -2296,35 +2296,27 @@ def sampling_of(args):
     return {name: getattr(args, name) for name in names}
 
 
-def has_gpu(gigabytes=0):
-    """Is there a GPU, with so much memory?"""
-    is_there = torch.cuda.is_available()
-    return is_there and torch.cuda.get_device_properties().total_memory > gigabytes * 1e9
-
-
 def is_compiled(args, completions):
-    """Does --compile say so, or do so many completions pay for a minute or two of compiling?"""
-    pays = has_gpu() and completions > 250
+    """Does --compile say so, or do so many completions on a GPU pay for two minutes of it?"""
+    pays = torch.cuda.is_available() and completions > 250
     return pays if args.compile == "auto" else args.compile == "on"
 
 
 def model_writer(args, model, tokenizer, completions=0):
-    """The writer that samples from this model, each process a share of so many completions."""
+    """The writer that samples so many completions from this model, each process a share."""
     stop, engine = stop_ids(model, tokenizer), None
     longest = getattr(model.config, "max_position_embeddings", math.inf)
-    sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
+    sampling = sampling_of(args)
+    sample = functools.partial(sample_completions, model, stop=stop, **sampling)
     if args.engine == "vllm":
         launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
-        sample = engine = VllmSampler(
-            model, stop, args.engine_memory, launcher=launcher, **sampling_of(args)
-        )
+        engine = VllmSampler(model, stop, args.engine_memory, launcher=launcher, **sampling)
         longest = engine.llm.llm_engine.model_config.max_model_len
     elif is_compiled(args, completions):
-        is_trained = isinstance(args, Train)
-        sample = engine = StaticSampler(model, stop, is_trained=is_trained, **sampling_of(args))
+        engine = StaticSampler(model, stop, is_trained=isinstance(args, Train), **sampling)
         memory = sum(p.nbytes for p in engine.copy.parameters()) / 1e9
-        say(f"the sampler is compiled once, in about 2 minutes; its weights take {memory:.1f} GB")
-    sample = functools.partial(sample_together, sample)
+        say(f"compiling the sampler, once, takes 2 minutes; its weights take {memory:.1f} GB")
+    sample = functools.partial(sample_together, engine or sample)
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine)
 
@@ -2426,11 +2418,20 @@ def training_writer(args, writer, author):
     graded and masked."""
     method = METHODS[args.method]
     tokenizer, engine = writer.tokenizer, writer.engine
-    context = "teacher_ids" if method.writer == "teacher" else "prompt_ids"
     (teacher_template,) = prompt_files(args, args.teacher_context)
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     known = end_thinking not in (None, tokenizer.unk_token_id)
     require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
+
+    def let_write(examples):
+        if method.writer == "reference":
+            return reference_writes(tokenizer, examples)
+        if engine:
+            engine.load(author)
+        if method.writer == "student":
+            return model_writes(writer.sample, examples, args.rollouts)
+        episodes = model_writes(writer.sample, examples, args.rollouts, "teacher_ids")
+        return [replace(e, writer_log_probs=()) for e in episodes]  # they are of another context
 
     def look_at(e):
         text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
@@ -2446,12 +2447,7 @@ def training_writer(args, writer, author):
             e.train_from = [*e.completion_ids[:-1], end_thinking].index(end_thinking) + 1
 
     def write(examples):
-        if method.writer == "reference":
-            episodes = reference_writes(tokenizer, examples)
-        else:
-            if engine:
-                engine.load(author)
-            episodes = model_writes(writer.sample, examples, args.rollouts, context)
+        episodes = let_write(examples)
         for e in episodes:
             look_at(e)
         if args.engine == "vllm":
@@ -2465,9 +2461,9 @@ def training_writer(args, writer, author):
     return write
 
 
-def set_up(args, out, state, compiled):
+def set_up(args, state, compiled):
     """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its
-    start or as the checkpoint in `out` has them."""
+    start or as the last checkpoint in --out has them."""
     student, tokenizer = load_from_flags(args, half=args.lora_rank > 0)
     is_whole = not hasattr(student, "peft_config")
     require(is_whole, f"--model {args.model}: merge the adapter into its base; README says how.")
@@ -2476,20 +2472,17 @@ def set_up(args, out, state, compiled):
     teacher = None
     if args.kl or METHODS[args.method].sees:
         teacher = make_teacher(student, args.teacher)
-    if state["metrics"]:
-        own, _ = load_model(str(out))
-        student.load_state_dict(own.state_dict())
-        if teacher is not None and teacher is not student:
-            teacher.load_state_dict(state["teacher"], strict=False)
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
-    if compiled:
-        for model in {student, teacher} - {None}:
-            compile_layers(model)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["metrics"]:
+        student.load_state_dict(load_model(args.out)[0].state_dict())
         optimizer.load_state_dict(state["optimizer"])
+        if state["teacher"]:
+            teacher.load_state_dict(state["teacher"], strict=False)
+    for model in [m for m in (student, teacher) if m and compiled]:
+        compile_layers(model)
     return student, tokenizer, teacher, optimizer
 
 
@@ -2507,21 +2500,18 @@ def training_loss(args, compiled=False):
     )
 
 
-def log_step(out, step, episodes, figures, sampled):
+def log_step(out, step, episodes, figures):
     """A step's line of metrics.jsonl; README says what each figure means and what is healthy."""
-    n = len(episodes)
+    names = episodes[0].scores
     tokens = sum(len(e.completion_ids) for e in episodes)
-    seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-    scores = {k: mean_se([e.scores.get(k) for e in episodes])[0] for k in episodes[0].scores}
     metrics = {
         "step": step,
         **figures,
-        **scores,
-        "length": tokens / n,
-        "truncated": sum(not e.stopped for e in episodes) / n,
-        "rollouts": n * sampled,
-        "sampled": tokens * sampled,
-        "seconds": seconds,
+        **{name: mean_se([e.scores.get(name) for e in episodes])[0] for name in names},
+        "tokens": tokens,
+        "length": tokens / len(episodes),
+        "truncated": sum(not e.stopped for e in episodes) / len(episodes),
+        "seconds": sum(x for name, x in figures.items() if name.startswith("s_")),
     }
     if RANK == 0:
         with open(out / "metrics.jsonl", "a") as file:
@@ -2531,11 +2521,9 @@ def log_step(out, step, episodes, figures, sampled):
 
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
-    graded = [metrics.get(name) for name in ("rubric_score", "recall", "accuracy")]
-    score = next((value for value in graded if value is not None), math.nan)
-    shown = metrics | {"score": score}
-    names = ("step", "loss", "divergence", "entropy", "length", "score", "seconds")
-    say(*(f"{name} {shown[name]:<6.4g}" for name in names), f"\n    {sample[:90]!r}")
+    names = "step loss entropy length rubric_score recall accuracy seconds".split()
+    known = [name for name in names if metrics.get(name) is not None]
+    say(*(f"{name} {metrics[name]:<6.4g}" for name in known), f"\n    {sample[:90]!r}")
 
 
 def cmd_train(args):
@@ -2551,7 +2539,7 @@ def cmd_train(args):
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts
     compiled = is_compiled(args, completions)
-    student, tokenizer, teacher, optimizer = set_up(args, out, state, compiled)
+    student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
     author = teacher if method.writer == "teacher" else student
     writer = model_writer(args, author, tokenizer, completions)
     needs = [method.reward] if method.reward else []
@@ -2561,25 +2549,20 @@ def cmd_train(args):
     for name in ("prompt_ids", "teacher_ids"):
         say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     is_asked = args.kl or method.signal == "divergence"
+    on_gpu = torch.cuda.is_available()
     steps = train(
-        student,
-        teacher if is_asked else None,
-        examples,
-        training_writer(args, writer, author),
-        training_loss(args, compiled),
-        optimizer,
-        steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
-        start=start, rank=RANK,
-        ema_teacher=teacher if args.teacher == "ema" else None, ema_decay=args.ema_decay,
-        token_budget=args.token_budget or (16384 if has_gpu(gigabytes=75) else 8192),
-        chunk=192_000_000 if has_gpu() else 24_000_000,
+        student, teacher if is_asked else None, examples, training_writer(args, writer, author),
+        training_loss(args, compiled), optimizer, args.steps, args.batch, args.lr, args.warmup,
+        args.seed, start, RANK, teacher if args.teacher == "ema" else None, args.ema_decay,
+        token_budget=args.token_budget or (16384 if on_gpu else 8192),
+        chunk=192_000_000 if on_gpu else 24_000_000,
         split=my_micro_batches, combine=sum_over_processes,
     )
     title = "compiling (once, about 2 minutes)" if compiled else "train"
     bar = progress(steps, title, initial=start, total=args.steps)
     for step, episodes, figures in bar:
         bar.set_description("train")
-        history.append(log_step(out, step, episodes, figures, method.writer != "reference"))
+        history.append(log_step(out, step, episodes, figures))
         is_last = step == args.steps
         if step == start + 1 or is_last or step % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
@@ -2587,8 +2570,7 @@ def cmd_train(args):
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
     say(f"saved {out}; python rsd.py eval --model {out}")
-    sums = ("rollouts", "sampled", "trained", "seconds")
-    return {name: sum(m[name] for m in history) for name in sums}
+    return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 
 # -- inspect
