@@ -239,11 +239,20 @@ def rescore(model, contexts, completions):
     return torch.cat(parts)
 
 
+def setting_of(model, *names):
+    """The first of these settings that the model's configuration for text has; else None."""
+    config = model.config.get_text_config()
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
 def logits_of(model, hidden):
-    """The model's output head on hidden states: [N, H] -> [N, V], Gemma's soft cap included."""
+    """The model's output head on hidden states: [N, H] -> [N, V], with the scale of Cohere, Granite
+    or Falcon-H1 and the soft cap of Gemma."""
     head = model.get_output_embeddings()
-    logits = head(hidden.to(head.weight.dtype))
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    scale = setting_of(model, "logit_scale", "lm_head_multiplier") or 1
+    scale = scale / (setting_of(model, "logits_scaling") or 1)
+    logits = head(scale * hidden.to(head.weight.dtype))  # these heads have no bias
+    cap = setting_of(model, "final_logit_softcapping", "logits_soft_cap")
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -2305,7 +2314,7 @@ def is_compiled(args, completions):
 def model_writer(args, model, tokenizer, completions=0):
     """The writer that samples so many completions from this model, each process a share."""
     stop, engine = stop_ids(model, tokenizer), None
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = setting_of(model, "max_position_embeddings") or math.inf
     sampling = sampling_of(args)
     sample = functools.partial(sample_completions, model, stop=stop, **sampling)
     if args.engine == "vllm":
