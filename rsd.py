@@ -829,7 +829,7 @@ NAMED_ANSWER = re.compile(
     r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
     (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>] | [–—-][ ]) | \W*\n )
     [\s:*]* (\S.*?)  # the answer, up to where the sentence goes on
-    (?= </ | \.?$ | \.[ ][A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
+    (?= </ | \.?$ | \.[ ]+[A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
 )
 
 
@@ -850,7 +850,7 @@ def extract_answer(text):
     if boxes:
         return box_content(boxes[-1])
 
-    lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w", line)]
+    lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
     answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
     return answers[-1].strip(" *_`#")
 
@@ -983,19 +983,18 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     return len(texts) == 1 if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
 
-def rubric_score(rubric, met, rar=False):
-    """Points of the criteria met over the positive points, in [0, 1] (HealthBench). rar (Rubrics as
-    Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
-    fault's by its absence. None without a rubric, or without a verdict on each criterion."""
+def rubric_score(rubric, met):
+    """Points of the criteria met over the positive points, in [0, 1] (HealthBench); of a rubric of
+    faults only, the share of them that is absent. None without a rubric, or without a verdict on
+    each criterion."""
     if not met or None in met or len(met) != len(rubric or ()):
         return None
     weights = [signed_weight(c) for c in rubric]
     earned = sum(itertools.compress(weights, met))
-    best = sum(w for w in weights if w > 0)
-    worst = sum(weights) - best
-    if rar or not best:
-        return (earned - worst) / (best - worst) if best > worst else None
-    return min(1.0, max(0.0, earned / best))
+    best, worst = sum(w for w in weights if w > 0), sum(weights)
+    if best:
+        return min(1.0, max(0.0, earned / best))
+    return 1 - earned / worst if worst else None
 
 
 def accuracy(text, row):
@@ -1031,15 +1030,13 @@ def score(text, row):
 
 
 def score_rubric(rubric, row):
-    """A generated rubric: is it valid, how many criteria; recall and precision against exact
-    ones."""
+    """A generated rubric: is it valid, how many criteria; which share of exact ones it has."""
     wanted = {c["description"] for c in row["own_rubric"] or () if "check" in c}
-    hits = len({c["description"] for c in rubric or ()} & wanted)
+    found = wanted & {c["description"] for c in rubric or ()}
     return {
         "valid": float(bool(rubric)),
         "criteria": len(rubric) if rubric else None,
-        "recall": hits / len(wanted) if wanted else None,
-        "precision": hits / len(rubric) if rubric and wanted else None,
+        "recall": len(found) / len(wanted) if wanted else None,
     }
 
 
@@ -1078,18 +1075,16 @@ def judge(write, asked, tries=3):
 
 
 def judge_scores(met, row):
-    """What verdicts are worth, as in HealthBench and as in Rubrics as Rewards."""
-    rubric = row["rubric"]
-    return {"rubric_score": rubric_score(rubric, met), "rar_score": rubric_score(rubric, met, True)}
+    """What a judge's verdicts are worth."""
+    return {"rubric_score": rubric_score(row["rubric"], met)}
 
 
 def mean_se(values):
     """Mean, standard error and number of the values that are not None."""
     known = [v for v in values if v is not None]
-    if not known:
-        return None, 0.0, 0
-    spread = statistics.stdev(known) if len(known) > 1 else 0.0
-    return statistics.fmean(known), spread / len(known) ** 0.5, len(known)
+    n = len(known)
+    mean = statistics.fmean(known) if n else None
+    return mean, statistics.stdev(known) / n**0.5 if n > 1 else 0.0, n
 
 
 def interval(mean, se, n):
@@ -1103,24 +1098,17 @@ def interval(mean, se, n):
     return max(0.0, middle - half), middle + half
 
 
-def question_figures(scores):
-    """The scores of k answers to one question -> the mean of each; with k > 1 also the unbiased
-    pass@m = 1 - C(wrong, m) / C(k, m) (arXiv 2107.03374)."""
-    k = len(scores)
-    figures = {name: mean_se([s[name] for s in scores])[0] for name in scores[0]}
-    if figures.get("accuracy") is not None:
-        wrong = k - round(k * figures["accuracy"])
-        for m in [2**i for i in range(1, k.bit_length())]:
-            figures[f"pass@{m}"] = 1 - math.comb(wrong, m) / math.comb(k, m)
-    return figures
+def mean_scores(scores):
+    """A list of scores, of the same names -> the mean of each."""
+    return {name: mean_se([s.get(name) for s in scores])[0] for name in scores[0]}
 
 
 def evaluate(samples):
-    """(question, scores), k times a question -> {question: its figures}."""
-    scores = {}
-    for question, score_of_answer in samples:
-        scores.setdefault(question, []).append(score_of_answer)
-    return {question: question_figures(group) for question, group in scores.items()}
+    """(question, scores), k times a question -> {question: its mean scores}."""
+    groups = {}
+    for question, scores in samples:
+        groups.setdefault(question, []).append(scores)
+    return {question: mean_scores(group) for question, group in groups.items()}
 
 
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
@@ -1443,7 +1431,7 @@ def lock(path):
 
     require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+b")
+    file = open(path, "a", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1540,10 +1528,11 @@ def open_run(out, settings, resume):
     return held, state
 
 
-def read_lines(path, text):
-    """The objects in the text of a JSON Lines file. UserError names a line that is none."""
+def read_jsonl(path, size=None):
+    """The objects of a JSON Lines file, or of its first `size` bytes. UserError names a line that
+    is none. OSError: no such file."""
     rows = []
-    for number, line in enumerate(text.split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes()[:size].split(b"\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -1555,30 +1544,19 @@ def read_lines(path, text):
     return rows
 
 
-def read_jsonl(path):
-    """The objects of a JSON Lines file. UserError: a line is none. OSError: no such file."""
-    return read_lines(path, path.read_bytes())
-
-
 def open_lines(path, origin):
     """A JSON Lines file of `remember`, locked, and its lines. A last line that was cut off goes.
-    UserError: it holds lines of another origin, and is left as it is."""
+    UserError: it holds something else, or lines of another origin, and is left as it is."""
     file = lock(path)
-    text = path.read_bytes()
-    begun = text.rfind(b"\n") + 1
-    try:
-        lines = read_lines(path, text)
-    except UserError:
-        if not b'{"question": '.startswith(text[begun:][:13]):  # so begins each line of ours
-            raise
-        text = text[:begun]
-        lines = read_lines(path, text)
+    size, whole = path.stat().st_size, path.read_bytes().rfind(b"\n") + 1
+    require(whole or not size, f"--out {path} has no whole line; choose another --out.")
+    lines = read_jsonl(path, whole)
     for line in lines:
         other = [name for name in origin if line.get(name) != origin[name]]
         require(not other, f"--out {path} has lines with another {other}; choose another --out.")
-    file.truncate(len(text.rstrip()))
-    if lines:
-        file.write(b"\n")
+    if whole < size:
+        say(f"--out {path}: its last line was cut off, and is asked for again")
+        file.truncate(whole)
     return file, lines
 
 
@@ -1597,19 +1575,17 @@ def remember(path, jobs, work, size, description, origin):
         return json.dumps([line.get(name) for name in names])
 
     done = {key(line): line for line in all_gather(old)[0]}
-    wanted = {key(job[0]): job for job in jobs}  # equal ones are asked once
-    todo = [job for k, job in wanted.items() if k not in done]
+    wanted = {key(item): (item, asked) for item, asked in jobs}  # equal ones are asked once
+    todo = [wanted[k] for k in wanted if k not in done]
     say(len(todo), "of", len(jobs), "are still to do (others repeat, or are done)")
     torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
     for start in progress(range(0, len(todo), size), description):
-        batch = todo[start : start + size]
-        for (item, _), answer in zip(batch, work([asked for _, asked in batch])):
+        items, asked = zip(*todo[start : start + size])
+        for item, answer in zip(items, work(asked)):
             line = item | answer | origin
             done[key(item)] = line
             if file:
-                text = json.dumps(line, ensure_ascii=False) + "\n"
-                file.write(valid_unicode(text).encode())
-                file.flush()
+                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
     return [done[k] for k in wanted]
 
 
@@ -1632,19 +1608,19 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
     def log_probs(model, context):
         return logits_of(model, rescore(model, [context], [completion])).float().log_softmax(-1)
 
-    own, seen = log_probs(student, prompt), log_probs(teacher, context)  # [T, V]
-    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
-    said, apart = [log_prob(seen, ids)], [divergence(own, seen)]
-    for view in without:  # one at a time
+    own = log_probs(student, prompt)  # [T, V]
+    likely, kl = [], []
+    for view in [*without, context]:  # one at a time; the whole context is the last
         seen = log_probs(teacher, view)
-        said.append(log_prob(seen, ids))
-        apart.append(divergence(own, seen))
-    said, apart = torch.stack(said), torch.stack(apart)
+        likely.append(log_prob(seen, ids))
+        kl.append(divergence(own, seen))
+    likely, kl = torch.stack(likely), torch.stack(kl)
+    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
     return {
-        "gap": said[0] - log_prob(own, ids),
-        "divergence": apart[0],
-        "credit": said[0] - said[1:],
-        "credit_divergence": apart[0] - apart[1:],
+        "gap": likely[-1] - log_prob(own, ids),
+        "divergence": kl[-1],
+        "credit": likely[-1] - likely[:-1],
+        "credit_divergence": kl[-1] - kl[:-1],
         "student_p": student_top.values,
         "student_ids": student_top.indices,
         "teacher_p": teacher_top.values,
@@ -2101,7 +2077,7 @@ class Eval(ManyRows):
 
     writer: str = flag("student", "Prompt file that the writing model sees.")
     out: str = flag("", "JSON Lines file; what it holds already is not asked again.")
-    k: Count = flag(1, "Answers to each question, for their mean and pass@m.")
+    k: Count = flag(1, "Answers to each question, for their mean.")
 
 
 @dataclass
@@ -2522,11 +2498,10 @@ def log_step(out, step, episodes, figures, sampled):
     n = len(episodes)
     tokens = sum(len(e.completion_ids) for e in episodes)
     seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-    scores = {k: mean_se([e.scores.get(k) for e in episodes])[0] for k in episodes[0].scores}
     metrics = {
         "step": step,
         **figures,
-        **scores,
+        **mean_scores([e.scores for e in episodes]),
         "length": tokens / n,
         "truncated": sum(not e.stopped for e in episodes) / n,
         "rollouts": n * sampled,
