@@ -871,7 +871,6 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
-    r"^ ?- ": "-",
     r"\^?([μ°]) ?": r"\1",
     r"(?<=[\d.]) ?[×·*] ?10\^": "e",
     r"^ ?10\^": "1e",
@@ -972,8 +971,6 @@ def grade(answer, reference, tolerance=None, need_unit=True):
 
     texts = {re.sub(r"[ \\_]", "", text).strip("().") for text in (given, wanted)}
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
-    if wanted_number and len(texts) == 1:
-        return True
     if wanted_number and number:
         return same_number(number, wanted_number, tolerance, need_unit)
     if wanted_number:
@@ -1040,9 +1037,7 @@ def score_rubric(rubric, row):
     }
 
 
-REMARK = (  # comments, and strings but for a verdict
-    r'(?<=[\s,])(?://|#\s)[^\n]*|/\*[^*]*\*/|"\s*(true|false|yes|no)\s*"|"[^"\n]*"'
-)
+QUOTED = r'"\s*(true|false|yes|no)\s*"|"[^"\n]*"'  # a verdict, or a remark
 VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
     (?: ^[^a-z\n]* | [\[{(,.:;=|>→–—)-] ) [\s"'“”*`_]{0,20}
     (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?!\w|[ ](?!because|since|as\b)\w)"""
@@ -1060,7 +1055,7 @@ def read_verdicts(text, row):
     if text is None:
         return None, "unfinished thinking"
 
-    text = re.sub(REMARK, r"\1", text.lower())
+    text = re.sub(QUOTED, r"\1", text.lower())
     for run in (*re.split(r"[\[\]]|\n\s*\n", text)[::-1], text):
         verdicts = [TRUTH.get(word) for word in re.findall(VERDICT, run)]
         if len(verdicts) == len(row["rubric"]) and None not in verdicts:
@@ -1316,8 +1311,8 @@ class ServerWriter:
             temperature=self.sampling["temperature"],
             top_p=self.sampling["top_p"],
         )
-        choice = {} if reply.get("error") else reply.choices[0]
-        error = reply.get("error") or choice.get("error")
+        error = reply.get("error") or reply.choices[0].get("error")
+        choice = None if error else reply.choices[0]
         if error or choice.finish_reason == "error":
             raise RuntimeError(f"the server says: {error}")
         usage = reply.get("usage")
@@ -1333,13 +1328,15 @@ class ServerWriter:
                 return self.ask(prompt)
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
-                said = " ".join(str(error).split())
+                said = " ".join(str(error).split())[:200]
             if status in (400, 413, 422):
-                return Written("", None, False, f"the server refuses it ({said:.200})")
+                return Written("", None, False, f"the server refuses it ({said})")
             may_pass = status >= 500 or status in (408, 429)
-            again = may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said
-            failed = f"try {attempt} of {self.tries} failed ({said:.200})"
-            require(again, f"--model {self.server}: {failed} for the prompt {prompt[:80]!r}")
+            require(
+                may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said,
+                f"--model {self.server}: try {attempt} of {self.tries} failed ({said}) "
+                f"for the prompt {prompt[:80]!r}",
+            )
             time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
 
 
