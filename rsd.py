@@ -827,7 +827,7 @@ def generate_rubrics(write, asked, parse, tries=3):
 BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
 NAMED_ANSWER = re.compile(
     r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
-    (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>] | [–—-][ ]) | \W*\n )
+    (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>]) | \W*\n )
     [\s:*]* (\S.*?)  # the answer, up to where the sentence goes on
     (?= </ | \.?$ | \.[ ]+[A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
 )
@@ -867,7 +867,6 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
-    r"\\[cdt]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?": r" \1/\2",
     r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
@@ -885,7 +884,7 @@ NUMBER = re.compile(rf"""(?x)
     (?:[^\W\d][\w'^().\\ ]*[=:][ ]?)* (?:[^,;:=≈]*≈[ ]? | about[ ])?  # x = 2√3 ≈
     (?P<size>[-+]?(?=\.?\d)\d{{0,4000}}(?:\.\d{{1,4000}} | /[1-9]\d{{0,99}})?(?!\d))
     (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
-    (?:\^?[ ]?(?:st|nd|rd|th)\b)? [ ]?
+    [ ]?
     (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*""")
 COUNTED = re.compile(r"[°%]|(?!m?mol|rad|min|bar|atm|torr|k?cal)[a-z]{3,}")
 FORMULA = re.compile(r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]")
@@ -937,17 +936,14 @@ def same_number(given, wanted, tolerance, need_unit):
     return abs(x - y) <= Fraction(tolerance) * abs(y)
 
 
-def has_math_verify():
-    """Can formulas be graded here? pip install math-verify"""
-    return importlib.util.find_spec("math_verify") is not None
-
-
 def same_formula(given, wanted):
-    """Are they equal, or rounded alike, for math_verify? None: it cannot read `wanted`."""
-    if not has_math_verify():
+    """Are they equal, or rounded alike, for math_verify? None: it cannot read `wanted`, or is not
+    installed (pip install math-verify)."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
         return None
-    from math_verify import parse, verify
-    texts = (ascii_signs(text).replace("$", "") for text in (given[:300], wanted))
+    texts = [ascii_signs(text).replace("$", "") for text in (given[:300], wanted)]
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text
         return None
@@ -998,8 +994,6 @@ def accuracy(text, row):
     """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
     math_verify, which is settled by the reference alone."""
     reference = row["reference_answer"] or ""
-    if BOX.search(reference):
-        reference = extract_answer(reference)
     right = grade(extract_answer(text), reference, **row.get("grading", {}))
     return None if right is None else float(right)
 
@@ -1099,11 +1093,11 @@ def mean_scores(scores):
 
 
 def evaluate(samples):
-    """(question, scores), k times a question -> {question: its mean scores}."""
+    """(question, scores), k times a question -> the mean scores of each question."""
     groups = {}
     for question, scores in samples:
         groups.setdefault(question, []).append(scores)
-    return {question: mean_scores(group) for question, group in groups.items()}
+    return [mean_scores(group) for group in groups.values()]
 
 
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
@@ -1501,13 +1495,14 @@ def open_run(out, settings, resume):
     for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
     UserError: `out` holds something else, or a run with other settings or without `resume`.
     """
-    is_empty = not any(out.glob("[!.]*"))  # first: another process may be making the lock
-    is_free = is_empty or (out / LOCK).exists()
+    is_free = not any(out.glob("[!.]*"))  # first: another process may be making the lock
+    is_free = is_free or (out / LOCK).exists()
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
     last = last_checkpoint(out)
     held = lock(out / LOCK) if RANK == 0 else None
-    kept = settings.keys() - MAY_CHANGE
-    now = {name: Path(str(settings[name])).name for name in sorted(kept)}  # what may move, by name
+    now = {}
+    for name in sorted(settings.keys() - MAY_CHANGE):
+        now[name] = Path(str(settings[name])).name  # a file may move
     state = {"settings": now, "metrics": [], "saved": []}
     if last:
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
@@ -2361,7 +2356,7 @@ def report(lines, name, row_of, rate):
             scores = rate(line[name], row_of[line["question"]] | line)
             scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
             samples.append(((line["question"], line.get("reference_answer")), scores))
-    figures = evaluate(samples).values()
+    figures = evaluate(samples)
     summary = {"n": len(figures)}
     for figure in dict.fromkeys(itertools.chain(*figures)):
         mean, se, n = mean_se([f.get(figure) for f in figures])
