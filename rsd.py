@@ -1306,10 +1306,9 @@ class ServerWriter:
             top_p=self.sampling["top_p"],
         )
         error = reply.get("error") or reply.choices[0].get("error")
-        choice = None if error else reply.choices[0]
-        if error or choice.finish_reason == "error":
+        if error or reply.choices[0].finish_reason == "error":
             raise RuntimeError(f"the server says: {error}")
-        usage = reply.get("usage")
+        choice, usage = reply.choices[0], reply.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         tokens = tokens if isinstance(tokens, int) else None
         return Written(as_text(choice.message.content), tokens, choice.finish_reason != "length")
@@ -1540,13 +1539,14 @@ def open_lines(path, origin):
     """A JSON Lines file of `remember`, locked, and its lines. A last line that was cut off goes.
     UserError: it holds something else, or lines of another origin, and is left as it is."""
     file = lock(path)
-    size, whole = path.stat().st_size, path.read_bytes().rfind(b"\n") + 1
-    require(whole or not size, f"--out {path} has no whole line; choose another --out.")
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    require(whole or not text, f"--out {path} has no whole line; choose another --out.")
     lines = read_jsonl(path, whole)
     for line in lines:
         other = [name for name in origin if line.get(name) != origin[name]]
         require(not other, f"--out {path} has lines with another {other}; choose another --out.")
-    if whole < size:
+    if whole < len(text):
         say(f"--out {path}: its last line was cut off, and is asked for again")
         file.truncate(whole)
     return file, lines

@@ -1602,15 +1602,6 @@ def says(tok, texts):
     return [(tok.encode(text), True) for text in texts]
 
 
-def answers(tok, texts):
-    """A sampler that answers its prompts with these texts, one after the other."""
-
-    def sample(model, prompts, stop, **sampling):
-        return says(tok, texts[: len(prompts)])
-
-    return sample
-
-
 def usual_flags(model):
     """This model, and the prompts that are not the toy's."""
     return ["--model", str(model), "--prompts", str(REPO / "prompts")]
@@ -1619,15 +1610,6 @@ def usual_flags(model):
 def figure(name, mean, se, n):
     """A pattern of one line of a report."""
     return rf"{re.escape(name)} +{mean:.3f} \+- {se:.3f} \(standard error, n {n}\)"
-
-
-def test_one_grader_for_rewards_and_results():
-    row = toy_rows("test", 1)[0]
-    assert rsd.score(row["solution"], row) == {"accuracy": 1.0, "rubric_score": 1.0}
-    assert rsd.score("no idea", row) == {"accuracy": 0.0, "rubric_score": 0.0}
-    reference = "A long explanation in words, of many sentences."
-    free = {"question": "q", "reference_answer": reference, "rubric": [GOOD]}
-    assert rsd.score("x", free) == {"accuracy": None, "rubric_score": None}
 
 
 @pytest.mark.parametrize("answer, number, unit, right", [
@@ -1668,17 +1650,6 @@ def test_a_check_that_never_ends_is_one_sentence():
     assert rsd.check_criterion(criterion, "short 7") is False
     assert rsd.check_criterion(criterion, "short7") is True
     assert rsd.check_criterion(GOOD, "without a check") is None
-
-
-def test_checks_mean_the_same_as_in_pythons_re():
-    rows = toy_rows("test", 60)
-    texts = [row["solution"] for row in rows]
-    criteria = json.loads((REPO / "prompts/brief/rubric.json").read_text())
-    criteria += [c for row in rows for c in row["rubric"]]
-    checks = {c["check"] for c in criteria if "check" in c}
-    assert len(checks) > 9
-    for check, text in itertools.product(checks, texts):
-        assert rsd.check_criterion({"check": check}, text) is bool(re.search(check, text))
 
 
 def test_a_judge_sees_statements_without_weights_and_a_fenced_response(tok):
@@ -1752,39 +1723,6 @@ def test_a_judge_at_temperature_0_is_asked_once_per_answer(judging):
     assert [line["tries"] for line in rsd.read_jsonl(Path("v.jsonl"))] == [1, 1, 1, 1]
 
 
-def test_eval_without_a_judge_has_no_score_by_a_free_rubric(
-    tok, random_model, tmp_path, monkeypatch, capsys
-):
-    data = write_lines(tmp_path / "d.jsonl", free_rows(4, WEIGHED))
-    monkeypatch.setattr(rsd, "sample_completions", answers(tok, "ABCD"))
-    assert rsd.main(["eval", *usual_flags(random_model), "--data", data]) == 0
-    assert re.search("rubric_score +n/a", capsys.readouterr().out)
-
-
-def test_an_answer_of_white_space_is_judged_as_none(
-    tok, random_model, tmp_path, monkeypatch, capsys
-):
-    """Left out, it would raise the mean from 1/4 to 1/2."""
-    texts = ["right", "WRONG", " \n", ""]
-    rows = free_rows(4, [GOOD])
-    lines = [row | {"text": text, "sample": 0} for row, text in zip(rows, texts)]
-    data = write_lines(tmp_path / "e.jsonl", lines)
-
-    def verdict(prompt):
-        shown = tok.decode(prompt)
-        return "[false]" if "\nWRONG\n" in shown or "\n(no answer)\n" in shown else "[true]"
-
-    def sample(model, prompts, stop, **sampling):
-        return says(tok, map(verdict, prompts))
-
-    monkeypatch.setattr(rsd, "sample_completions", sample)
-    out = ["--out", str(tmp_path / "v.jsonl")]
-    assert rsd.main(["judge", *usual_flags(random_model), "--data", data, *out]) == 0
-    report = capsys.readouterr().out
-    assert "left out" not in report
-    assert re.search(r"rubric_score +0\.250 .* n 4\)", report)
-
-
 def test_means_and_standard_errors_by_hand(capsys):
     rows = {f"q{k}": {"question": f"q{k}"} for k in range(4)}
     lines = [row | {"text": "t", "tokens": 7, "truncated": 0.0} for row in rows.values()]
@@ -1825,8 +1763,6 @@ def test_the_interval_of_other_means_follows_their_standard_error():
     mean, se, n = rsd.mean_se(values)
     wide = (mean - 1.96 * se, mean + 1.96 * se)  # the two agree where n is large
     assert rsd.interval(mean, se, n) == pytest.approx(wide, abs=1e-4)
-    few = rsd.interval(*rsd.mean_se([0.97, 0.98, 1.0]))
-    assert 0 <= few[0] < few[1] <= 1
 
 
 def test_k_answers_a_question(tok, random_model, tmp_path, monkeypatch, capsys):
@@ -1876,7 +1812,7 @@ def test_equal_answers_count_as_often_as_they_were_given(
     rows.append(rows[0] | {"reference_answer": "else"})  # the same question, another reference
     write_lines(tmp_path / "d.jsonl", rows + rows[:1])
     monkeypatch.chdir(tmp_path)
-    said = ["A", "A", "B", "A", "", "", "", "so", "else", "else", "else", "else"]
+    said = ["A", "A", "B", "A", "", " \n", "", "so", "else", "else", "else", "else"]
 
     def verdict(prompt):
         shown = tok.decode(prompt)
@@ -1918,58 +1854,6 @@ def test_an_engine_with_other_weights_than_the_models_is_stopped(tok):
     assert engine.gap(model) < 1e-5
     with pytest.raises(rsd.UserError, match="--engine vllm: it is .* nats a token off"):
         engine.gap(tiny(tok, 1))
-
-
-def test_models_are_read_from_safetensors_alone(base, monkeypatch):
-    seen = []
-    real = AutoModelForCausalLM.from_pretrained
-
-    def load(*words, **options):
-        seen.append((options["dtype"], options["use_safetensors"]))
-        return real(*words, **options)
-
-    monkeypatch.setattr(rsd.AutoModelForCausalLM, "from_pretrained", load)
-    words = ["eval", "--model", str(base), "--data", "toy", "--limit", "1", "--max-new-tokens", "2"]
-    assert rsd.main(words) == 0
-    assert seen == [(torch.bfloat16 if torch.cuda.is_available() else torch.float32, True)]
-
-
-def test_eval_keeps_every_sample_and_goes_on(base, tmp_path, monkeypatch, capsys):
-    out, asked = tmp_path / "new" / "e.jsonl", []
-    words = ["eval", "--model", str(base), "--data", "toy", "--max-new-tokens", "12"]
-    words += ["--out", str(out)]
-    assert rsd.main([*words, "--limit", "2"]) == 0
-    first, real = rsd.read_jsonl(out), rsd.sample_completions
-
-    def sample(model, prompts, *more, **sampling):
-        asked.extend(prompts)
-        return real(model, prompts, *more, **sampling)
-
-    monkeypatch.setattr(rsd, "sample_completions", sample)
-    capsys.readouterr()
-    assert rsd.main([*words, "--limit", "5"]) == 0
-    assert len(asked) == 3
-    lines, rows = rsd.read_jsonl(out), toy_rows("test", 5)
-    assert lines[:2] == first
-    assert len(lines) == 5
-    assert [line["question"] for line in lines] == [row["question"] for row in rows]
-    right = [rsd.score(line["text"], row)["accuracy"] for line, row in zip(lines, rows)]
-    assert f"{sum(right) / 5:.3f} +- " in capsys.readouterr().out.split("accuracy")[1]
-
-    for other in (["--writer", "rubric"], ["--temperature", ".1"]):
-        assert rsd.main([*words, *other]) == 2
-        assert rsd.read_jsonl(out) == lines
-
-
-def test_answers_of_a_model_that_was_saved_anew_are_another_models(base, tmp_path):
-    model = tmp_path / "base"
-    shutil.copytree(base, model)
-    words = ["eval", "--model", str(model), "--data", "toy", "--max-new-tokens", "4"]
-    words += ["--limit", "1", "--out", str(tmp_path / "e.jsonl")]
-    assert rsd.main(words) == 0
-    assert rsd.main(words) == 0
-    os.utime(model / "model.safetensors", (1, 1))
-    assert rsd.main(words) == 2
 
 
 # ---- 7. who writes: servers ----------------------------------------------------------------------
@@ -2292,27 +2176,6 @@ def test_micro_batches_give_every_row_to_one_rank_and_every_rank_a_row(tok, monk
     assert sorted(map(id, rows)) == sorted(map(id, episodes))
 
 
-def test_a_rank_samples_its_share_and_gets_all_in_order(monkeypatch):
-    prompts = [[k] * length for k, length in enumerate((3, 1, 4, 1, 5))]
-    want = [(prompt + [9], True) for prompt in prompts]
-    shares, sent = [], []
-
-    def sample(prompts):
-        shares.append(prompts)
-        return [(prompt + [9], True) for prompt in prompts]
-
-    assert rsd.sample_together(sample, prompts) == want
-    monkeypatch.setattr(rsd, "WORLD_SIZE", 2)
-    for rank in range(2):
-        monkeypatch.setattr(rsd, "RANK", rank)
-        monkeypatch.setattr(rsd, "all_gather", lambda x: sent.append(x) or [x])
-        with pytest.raises(KeyError):  # the other's share is not there
-            rsd.sample_together(sample, prompts)
-    assert [len(share) for share in shares] == [5, 3, 2]
-    monkeypatch.setattr(rsd, "all_gather", lambda x: sent)
-    assert rsd.sample_together(sample, prompts) == want
-
-
 def test_a_batch_gives_every_rank_a_prompt(monkeypatch):
     monkeypatch.setattr(rsd, "WORLD_SIZE", 3)
     assert rsd.parse_args(["train", "--batch", "3"]).batch == 3
@@ -2457,29 +2320,6 @@ def test_a_run_that_nodes_do_not_share_is_one_sentence(base, tmp_path):
     said = in_two_processes(with_flag(words, "--out", "node{rank}"), cwd=tmp_path, code=1)
     assert "all nodes have to see it" in said
     assert 'rsd.py", line' not in said
-
-
-@pytest.mark.slow
-def test_a_dead_rank_ends_the_run_and_resume_goes_on(base, tmp_path):
-    out = tmp_path / "run"
-    words = with_flag(train_args(base, out, "--resume"), "--save-every", 1)
-    run = start_two(with_flag(words, "--steps", 10000), cwd=tmp_path)
-    while run.poll() is None and not rsd.last_checkpoint(out):
-        time.sleep(0.2)
-    tasks = Path(f"/proc/{run.pid}/task").iterdir()
-    ranks = [pid for task in tasks for pid in (task / "children").read_text().split()]
-    assert len(ranks) == 2
-    os.kill(int(ranks[1]), 9)
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == 1
-    assert "Signal 9" in said
-    for pid in ranks:
-        assert not Path(f"/proc/{pid}").exists()
-
-    done = len(metrics_of(out))
-    assert len(state_of(out)["metrics"]) >= 1
-    assert rsd.main(with_flag(words, "--steps", done + 2)) == 0
-    assert [m["step"] for m in metrics_of(out)] == [*range(1, done + 3)]
 
 
 # ---- 9. files: checkpoints, lines that go on -----------------------------------------------------
@@ -2987,42 +2827,13 @@ def test_small_updates_are_not_lost(tok, tmp_path):
             assert kept_in_half.float().mean() < 0.1
 
 
-def test_gradient_checkpointing_gives_the_same_gradient(tok):
-    model, teacher, episodes = tiny(tok), tiny(tok, 1), random_episodes(tok)
-    _, want = gradient_of(model, teacher, episodes)
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    seen, layer = [], model.model.layers[0]
-    layer.mlp.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    _, got = gradient_of(model, teacher, episodes)
-    torch.testing.assert_close(got, want)
-    assert seen.count(True) == 2  # once forward, once again in the backward
-
-    prompts = [episodes[0].prompt_ids]
-    caching = rsd.sample_completions(model, prompts, {2}, 8, temperature=0)
-    assert not layer.training
-    assert caching == rsd.sample_completions(tiny(tok), prompts, {2}, 8, temperature=0)
-
-
-@pytest.mark.parametrize("tie", [True, False])
-def test_sparse_rows_of_the_embedding_give_the_same_gradient(tie, tok):
-    found = []
-    for sparse in (False, True):
-        model = tiny(tok, tie_word_embeddings=tie)
-        model.get_input_embeddings().sparse = sparse
-        found.append(gradient_of(model, tiny(tok, 1), random_episodes(tok), budget=60)[1])
-    torch.testing.assert_close(*found)
-
-
 def test_adapters_stand_on_all_linear_layers_in_float32(tok):
     pytest.importorskip("peft")
     model = tiny(tok).to(torch.bfloat16)
     rsd.add_lora(model, 4)
     assert model.peft_config["default"].lora_alpha == 8
-    layers = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj".split()
-    layers += "mlp.gate_proj mlp.up_proj mlp.down_proj".split()
-    parts = itertools.product(range(2), layers, "AB")
-    want = {f"model.layers.{k}.{layer}.lora_{part}.default.weight" for k, layer, part in parts}
-    assert {*trained_names(model)} == want
+    layers = range(2 * 7)  # of two blocks: q, k, v, o, gate, up, down
+    assert len({name.split(".lora_")[0] for name in trained_names(model)}) == len(layers)
     for p in model.parameters():  # an update at lr 5e-6 is lost in bfloat16
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
 
@@ -3088,12 +2899,6 @@ def test_a_lora_checkpoint_holds_adapters_alone_and_loads_in_peft(base, runs, tm
     for rank in ([], ["--lora-rank", "4"]):  # an adapter is no base to train on
         message = error_of(train_args(runs / "lora", tmp_path / "again", *rank), capsys)
         assert "merge the adapter into its base" in message
-    damaged = shutil.copytree(folder, tmp_path / "damaged")
-    tensors = weights_of(folder)
-    tensors.pop(next(name for name in tensors if "lora_B" in name))
-    safetensors.torch.save_file(tensors, damaged / "adapter_model.safetensors", {"format": "pt"})
-    message = error_of(["eval", "--model", damaged, "--data", "toy", "--limit", 1], capsys)
-    assert "lack 1 weights" in message
 
 
 TOY_BASE = TOY / "base-0"  # a model that was trained, not that of the fixture `base`
