@@ -794,9 +794,9 @@ def generate_rubrics(write, asked, parse, tries=3):
 BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
 NAMED_ANSWER = re.compile(
     r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
-    (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>] | [–—-][ ]) | \W*\n )
+    (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>]) | \W*\n )
     [\s:*]* (\S.*?)  # the answer, up to where the sentence goes on
-    (?= </ | \.?$ | \.[ ][A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
+    (?= </ | \.?$ | \.[ ]+[A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
 )
 
 
@@ -817,7 +817,7 @@ def extract_answer(text):
     if boxes:
         return box_content(boxes[-1])
 
-    lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w", line)]
+    lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
     answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
     return answers[-1].strip(" *_`#")
 
@@ -834,11 +834,9 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
-    r"\\[cdt]?frac ?\{?(\d+)\}? ?\{?(\d+)\}?": r" \1/\2",
     r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
-    r"^ ?- ": "-",
     r"\^?([μ°]) ?": r"\1",
     r"(?<=[\d.]) ?[×·*] ?10\^": "e",
     r"^ ?10\^": "1e",
@@ -853,7 +851,7 @@ NUMBER = re.compile(rf"""(?x)
     (?:[^\W\d][\w'^().\\ ]*[=:][ ]?)* (?:[^,;:=≈]*≈[ ]? | about[ ])?  # x = 2√3 ≈
     (?P<size>[-+]?(?=\.?\d)\d{{0,4000}}(?:\.\d{{1,4000}} | /[1-9]\d{{0,99}})?(?!\d))
     (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
-    (?:\^?[ ]?(?:st|nd|rd|th)\b)? [ ]?
+    [ ]?
     (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*""")
 COUNTED = re.compile(r"[°%]|(?!m?mol|rad|min|bar|atm|torr|k?cal)[a-z]{3,}")
 FORMULA = re.compile(r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]")
@@ -905,17 +903,14 @@ def same_number(given, wanted, tolerance, need_unit):
     return abs(x - y) <= Fraction(tolerance) * abs(y)
 
 
-def has_math_verify():
-    """Can formulas be graded here? pip install math-verify"""
-    return importlib.util.find_spec("math_verify") is not None
-
-
 def same_formula(given, wanted):
-    """Are they equal, or rounded alike, for math_verify? None: it cannot read `wanted`."""
-    if not has_math_verify():
+    """Are they equal, or rounded alike, for math_verify? None: it cannot read `wanted`, or is not
+    installed (pip install math-verify)."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
         return None
-    from math_verify import parse, verify
-    texts = (ascii_signs(text).replace("$", "") for text in (given[:300], wanted))
+    texts = [ascii_signs(text).replace("$", "") for text in (given[:300], wanted)]
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text
         return None
@@ -939,8 +934,6 @@ def grade(answer, reference, tolerance=None, need_unit=True):
 
     texts = {re.sub(r"[ \\_]", "", text).strip("().") for text in (given, wanted)}
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
-    if wanted_number and len(texts) == 1:
-        return True
     if wanted_number and number:
         return same_number(number, wanted_number, tolerance, need_unit)
     if wanted_number:
@@ -950,27 +943,24 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     return len(texts) == 1 if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
 
-def rubric_score(rubric, met, rar=False):
-    """Points of the criteria met over the positive points, in [0, 1] (HealthBench). rar (Rubrics as
-    Rewards, explicit), or a rubric of faults only: the share of the weights that is earned, a
-    fault's by its absence. None without a rubric, or without a verdict on each criterion."""
+def rubric_score(rubric, met):
+    """Points of the criteria met over the positive points, in [0, 1] (HealthBench); of a rubric of
+    faults only, the share of them that is absent. None without a rubric, or without a verdict on
+    each criterion."""
     if not met or None in met or len(met) != len(rubric or ()):
         return None
     weights = [signed_weight(c) for c in rubric]
     earned = sum(itertools.compress(weights, met))
-    best = sum(w for w in weights if w > 0)
-    worst = sum(weights) - best
-    if rar or not best:
-        return (earned - worst) / (best - worst) if best > worst else None
-    return min(1.0, max(0.0, earned / best))
+    best, worst = sum(w for w in weights if w > 0), sum(weights)
+    if best:
+        return min(1.0, max(0.0, earned / best))
+    return 1 - earned / worst if worst else None
 
 
 def accuracy(text, row):
     """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
     math_verify, which is settled by the reference alone."""
     reference = row["reference_answer"] or ""
-    if BOX.search(reference):
-        reference = extract_answer(reference)
     right = grade(extract_answer(text), reference, **row.get("grading", {}))
     return None if right is None else float(right)
 
@@ -998,21 +988,17 @@ def score(text, row):
 
 
 def score_rubric(rubric, row):
-    """A generated rubric: is it valid, how many criteria; recall and precision against exact
-    ones."""
+    """A generated rubric: is it valid, how many criteria; which share of exact ones it has."""
     wanted = {c["description"] for c in row["own_rubric"] or () if "check" in c}
-    hits = len({c["description"] for c in rubric or ()} & wanted)
+    found = wanted & {c["description"] for c in rubric or ()}
     return {
         "valid": float(bool(rubric)),
         "criteria": len(rubric) if rubric else None,
-        "recall": hits / len(wanted) if wanted else None,
-        "precision": hits / len(rubric) if rubric and wanted else None,
+        "recall": len(found) / len(wanted) if wanted else None,
     }
 
 
-REMARK = (  # comments, and strings but for a verdict
-    r'(?<=[\s,])(?://|#\s)[^\n]*|/\*[^*]*\*/|"\s*(true|false|yes|no)\s*"|"[^"\n]*"'
-)
+QUOTED = r'"\s*(true|false|yes|no)\s*"|"[^"\n]*"'  # a verdict, or a remark
 VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
     (?: ^[^a-z\n]* | [\[{(,.:;=|>→–—)-] ) [\s"'“”*`_]{0,20}
     (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?!\w|[ ](?!because|since|as\b)\w)"""
@@ -1030,7 +1016,7 @@ def read_verdicts(text, row):
     if text is None:
         return None, "unfinished thinking"
 
-    text = re.sub(REMARK, r"\1", text.lower())
+    text = re.sub(QUOTED, r"\1", text.lower())
     for run in (*re.split(r"[\[\]]|\n\s*\n", text)[::-1], text):
         verdicts = [TRUTH.get(word) for word in re.findall(VERDICT, run)]
         if len(verdicts) == len(row["rubric"]) and None not in verdicts:
@@ -1045,18 +1031,16 @@ def judge(write, asked, tries=3):
 
 
 def judge_scores(met, row):
-    """What verdicts are worth, as in HealthBench and as in Rubrics as Rewards."""
-    rubric = row["rubric"]
-    return {"rubric_score": rubric_score(rubric, met), "rar_score": rubric_score(rubric, met, True)}
+    """What a judge's verdicts are worth."""
+    return {"rubric_score": rubric_score(row["rubric"], met)}
 
 
 def mean_se(values):
     """Mean, standard error and number of the values that are not None."""
     known = [v for v in values if v is not None]
-    if not known:
-        return None, 0.0, 0
-    spread = statistics.stdev(known) if len(known) > 1 else 0.0
-    return statistics.fmean(known), spread / len(known) ** 0.5, len(known)
+    n = len(known)
+    mean = statistics.fmean(known) if n else None
+    return mean, statistics.stdev(known) / n**0.5 if n > 1 else 0.0, n
 
 
 def interval(mean, se, n):
@@ -1070,24 +1054,17 @@ def interval(mean, se, n):
     return max(0.0, middle - half), middle + half
 
 
-def question_figures(scores):
-    """The scores of k answers to one question -> the mean of each; with k > 1 also the unbiased
-    pass@m = 1 - C(wrong, m) / C(k, m) (arXiv 2107.03374)."""
-    k = len(scores)
-    figures = {name: mean_se([s[name] for s in scores])[0] for name in scores[0]}
-    if figures.get("accuracy") is not None:
-        wrong = k - round(k * figures["accuracy"])
-        for m in [2**i for i in range(1, k.bit_length())]:
-            figures[f"pass@{m}"] = 1 - math.comb(wrong, m) / math.comb(k, m)
-    return figures
+def mean_scores(scores):
+    """A list of scores, of the same names -> the mean of each."""
+    return {name: mean_se([s.get(name) for s in scores])[0] for name in scores[0]}
 
 
 def evaluate(samples):
-    """(question, scores), k times a question -> {question: its figures}."""
-    scores = {}
-    for question, score_of_answer in samples:
-        scores.setdefault(question, []).append(score_of_answer)
-    return {question: question_figures(group) for question, group in scores.items()}
+    """(question, scores), k times a question -> the mean scores of each question."""
+    groups = {}
+    for question, scores in samples:
+        groups.setdefault(question, []).append(scores)
+    return [mean_scores(group) for group in groups.values()]
 
 
 def group_advantages(rewards, group, eps=1e-4):
@@ -1327,11 +1304,10 @@ class ServerWriter:
             temperature=self.sampling["temperature"],
             top_p=self.sampling["top_p"],
         )
-        choice = {} if reply.get("error") else reply.choices[0]
-        error = reply.get("error") or choice.get("error")
-        if error or choice.finish_reason == "error":
+        error = reply.get("error") or reply.choices[0].get("error")
+        if error or reply.choices[0].finish_reason == "error":
             raise RuntimeError(f"the server says: {error}")
-        usage = reply.get("usage")
+        choice, usage = reply.choices[0], reply.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         tokens = tokens if isinstance(tokens, int) else None
         return Written(as_text(choice.message.content), tokens, choice.finish_reason != "length")
@@ -1344,13 +1320,15 @@ class ServerWriter:
                 return self.ask(prompt)
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
-                said = " ".join(str(error).split())
+                said = " ".join(str(error).split())[:200]
             if status in (400, 413, 422):
-                return Written("", None, False, f"the server refuses it ({said:.200})")
+                return Written("", None, False, f"the server refuses it ({said})")
             may_pass = status >= 500 or status in (408, 429)
-            again = may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said
-            failed = f"try {attempt} of {self.tries} failed ({said:.200})"
-            require(again, f"--model {self.server}: {failed} for the prompt {prompt[:80]!r}")
+            require(
+                may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said,
+                f"--model {self.server}: try {attempt} of {self.tries} failed ({said}) "
+                f"for the prompt {prompt[:80]!r}",
+            )
             time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
 
 
@@ -1442,7 +1420,7 @@ def lock(path):
 
     require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+b")
+    file = open(path, "a", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1515,13 +1493,14 @@ def open_run(out, settings, resume):
     for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
     UserError: `out` holds something else, or a run with other settings or without `resume`.
     """
-    is_empty = not any(out.glob("[!.]*"))  # first: another process may be making the lock
-    is_free = is_empty or (out / LOCK).exists()
+    is_free = not any(out.glob("[!.]*"))  # first: another process may be making the lock
+    is_free = is_free or (out / LOCK).exists()
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
     last = last_checkpoint(out)
     held = lock(out / LOCK) if RANK == 0 else None
-    kept = settings.keys() - MAY_CHANGE
-    now = {name: Path(str(settings[name])).name for name in sorted(kept)}  # what may move, by name
+    now = {}
+    for name in sorted(settings.keys() - MAY_CHANGE):
+        now[name] = Path(str(settings[name])).name  # a file may move
     state = {"settings": now, "metrics": [], "saved": []}
     if last:
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
@@ -1539,10 +1518,11 @@ def open_run(out, settings, resume):
     return held, state
 
 
-def read_lines(path, text):
-    """The objects in the text of a JSON Lines file. UserError names a line that is none."""
+def read_jsonl(path, size=None):
+    """The objects of a JSON Lines file, or of its first `size` bytes. UserError names a line that
+    is none. OSError: no such file."""
     rows = []
-    for number, line in enumerate(text.split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes()[:size].split(b"\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -1554,30 +1534,20 @@ def read_lines(path, text):
     return rows
 
 
-def read_jsonl(path):
-    """The objects of a JSON Lines file. UserError: a line is none. OSError: no such file."""
-    return read_lines(path, path.read_bytes())
-
-
 def open_lines(path, origin):
     """A JSON Lines file of `remember`, locked, and its lines. A last line that was cut off goes.
-    UserError: it holds lines of another origin, and is left as it is."""
+    UserError: it holds something else, or lines of another origin, and is left as it is."""
     file = lock(path)
     text = path.read_bytes()
-    begun = text.rfind(b"\n") + 1
-    try:
-        lines = read_lines(path, text)
-    except UserError:
-        if not b'{"question": '.startswith(text[begun:][:13]):  # so begins each line of ours
-            raise
-        text = text[:begun]
-        lines = read_lines(path, text)
+    whole = text.rfind(b"\n") + 1
+    require(whole or not text, f"--out {path} has no whole line; choose another --out.")
+    lines = read_jsonl(path, whole)
     for line in lines:
         other = [name for name in origin if line.get(name) != origin[name]]
         require(not other, f"--out {path} has lines with another {other}; choose another --out.")
-    file.truncate(len(text.rstrip()))
-    if lines:
-        file.write(b"\n")
+    if whole < len(text):
+        say(f"--out {path}: its last line was cut off, and is asked for again")
+        file.truncate(whole)
     return file, lines
 
 
@@ -1596,19 +1566,17 @@ def remember(path, jobs, work, size, description, origin):
         return json.dumps([line.get(name) for name in names])
 
     done = {key(line): line for line in all_gather(old)[0]}
-    wanted = {key(job[0]): job for job in jobs}  # equal ones are asked once
-    todo = [job for k, job in wanted.items() if k not in done]
+    wanted = {key(item): (item, asked) for item, asked in jobs}  # equal ones are asked once
+    todo = [wanted[k] for k in wanted if k not in done]
     say(len(todo), "of", len(jobs), "are still to do (others repeat, or are done)")
     torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
     for start in progress(range(0, len(todo), size), description):
-        batch = todo[start : start + size]
-        for (item, _), answer in zip(batch, work([asked for _, asked in batch])):
+        items, asked = zip(*todo[start : start + size])
+        for item, answer in zip(items, work(asked)):
             line = item | answer | origin
             done[key(item)] = line
             if file:
-                text = json.dumps(line, ensure_ascii=False) + "\n"
-                file.write(valid_unicode(text).encode())
-                file.flush()
+                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
     return [done[k] for k in wanted]
 
 
@@ -1631,19 +1599,19 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
     def log_probs(model, context):
         return logits_of(model, rescore(model, [context], [completion])).float().log_softmax(-1)
 
-    own, seen = log_probs(student, prompt), log_probs(teacher, context)  # [T, V]
-    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
-    said, apart = [log_prob(seen, ids)], [divergence(own, seen)]
-    for view in without:  # one at a time
+    own = log_probs(student, prompt)  # [T, V]
+    likely, kl = [], []
+    for view in [*without, context]:  # one at a time; the whole context is the last
         seen = log_probs(teacher, view)
-        said.append(log_prob(seen, ids))
-        apart.append(divergence(own, seen))
-    said, apart = torch.stack(said), torch.stack(apart)
+        likely.append(log_prob(seen, ids))
+        kl.append(divergence(own, seen))
+    likely, kl = torch.stack(likely), torch.stack(kl)
+    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
     return {
-        "gap": said[0] - log_prob(own, ids),
-        "divergence": apart[0],
-        "credit": said[0] - said[1:],
-        "credit_divergence": apart[0] - apart[1:],
+        "gap": likely[-1] - log_prob(own, ids),
+        "divergence": kl[-1],
+        "credit": likely[-1] - likely[:-1],
+        "credit_divergence": kl[-1] - kl[:-1],
         "student_p": student_top.values,
         "student_ids": student_top.indices,
         "teacher_p": teacher_top.values,
@@ -2367,8 +2335,7 @@ def report(lines, name, row_of, rate):
             scores = rate(line[name], row_of[line["question"]] | line)
             scores |= {figure: line[figure] for figure in ("tokens", "truncated")}
             samples.append(((line["question"], line.get("reference_answer")), scores))
-
-    figures = evaluate(samples).values()
+    figures = evaluate(samples)
     summary = {"n": len(figures)}
     for figure in dict.fromkeys(itertools.chain(*figures)):
         mean, se, n = mean_se([f.get(figure) for f in figures])
@@ -2490,12 +2457,11 @@ def training_loss(args, compiled=False):
 
 def log_step(out, step, episodes, figures):
     """A step's line of metrics.jsonl; README says what each figure means and what is healthy."""
-    names = episodes[0].scores
     tokens = sum(len(e.completion_ids) for e in episodes)
     metrics = {
         "step": step,
         **figures,
-        **{name: mean_se([e.scores.get(name) for e in episodes])[0] for name in names},
+        **mean_scores([e.scores for e in episodes]),
         "tokens": tokens,
         "length": tokens / len(episodes),
         "truncated": sum(not e.stopped for e in episodes) / len(episodes),

@@ -1152,7 +1152,7 @@ def test_polarity_of_a_criterion(text, worth):
 def test_recall_counts_a_repeated_criterion_once():
     row = rsd.with_rubrics(toy_rows("train", 2), "data")[0]
     figures = rsd.score_rubric([row["own_rubric"][0]] * 3, row)
-    assert figures == {"valid": 1.0, "criteria": 3, "recall": 1 / 5, "precision": 1 / 3}
+    assert figures == {"valid": 1.0, "criteria": 3, "recall": 1 / 5}
 
 
 def test_rubrics_are_drawn_again_until_read_and_lost_ones_have_a_reason():
@@ -1427,12 +1427,12 @@ FACTOR = r"6.63 $10^{-34} \mathrm{~J} \mathrm{~s}$"  # a power of ten in the uni
 RIGHT = r"""
     1,000,000 | 1000000 ; 100.0 | 100 ; 2{,}048 | 2048 ; 12.50 dollars | \$12.50 ; 2/4 | 1/2
     3.15 | 3.14 ; 9.79 m/s^2 | 9.81 m/s^2 ; 3.01e8 m/s | 3.00 \times 10^8 m/s ; 999 | 1e3
-    007 | 7 ; 1e3 | 1000 ; 10^{500} | 10^{500} ; 2 million | 2000000 ; ½ | 0.5 ; \frac34 | 0.75
+    007 | 7 ; 1e3 | 1000 ; 10^{500} | 10^{500} ; 2 million | 2000000 ; ½ | 0.5
     7\ \mathrm{kg} | 7 kg ; 7\quad\text{kg} | 7 kg ; 3.2\;\mathrm{kJ/mol} | 3.2 kJ/mol
     12\,\rm{cm} | 12 cm ; {\rm 12\ cm} | 12 cm ; \textnormal{(D)} | D ; 20\mbox{ mm}^3 | 20 mm^3
     9.8\operatorname{m}/\operatorname{s}^2 | 9.8 m/s^2 ; 4 cm³ | 4 cm^3 ; 6 s⁻¹ | 6 s^{-1}
     10 kΩ | 10\,\mathrm{k\Omega} ; 3 N⋅m | 3\,\mathrm{N \cdot m} ; 8 µF | 8\,\mu\text{F}
-    25\,^\circ\mathrm{C} | 25 °C ; __12__ | 12 ; `12` | 12 ; \(12\) | 12 ; 21^{\text{st}} | 21
+    25\,^\circ\mathrm{C} | 25 °C ; __12__ | 12 ; `12` | 12 ; \(12\) | 12
     CO₂ | CO_2 ; \mathrm{H_2O} | H2O ; \alpha | α ; a \leq b | a ≤ b ; 5~\mathrm{W} | 5 W
     9.8 m s⁻² | 9.8 m/s^2 ; 4.18 J g^{-1} K^{-1} | 4.18 J/(g·K) ; 10 newtons | 10 N
     90 | 90^\circ ; 45 | 45° ; 75 | 75\% ; 75 percent | 75% ; 12 | $12 ; 8 | 8 hours
@@ -1462,7 +1462,7 @@ FORMULAS_WRONG = r"""
     A | (a) 1 (b) 2 ; 4 | -1, 4"""
 ROUNDED = r"""
     3\sqrt{2} | 4.243 ; \frac{\pi}{2} | 1.5708 ; 100\pi | 314.159 ; \sqrt{36} | 6
-    7\frac{3}{4} | 7.75 ; a + b = 17 | 17"""
+    7\frac{3}{4} | 7.75 ; \frac34 | 0.75 ; a + b = 17 | 17"""
 NOT_ROUNDED = r"104\pi | 314.159 ; \sqrt{37} | 6 ; 9^{9^{9^9}} | 5.0 ; 3\sqrt{2} | 4.244"
 
 TEXTS_RIGHT = [  # a text, the reference
@@ -1480,7 +1480,6 @@ TEXTS_RIGHT = [  # a text, the reference
     (r"\boxed{\textbf{Answer: (B)}}", "B"), (r"\boxed{[B]}", "B"), ("boxed{70}.", "70"),
     ("\\boxed{2}\n\nCheck: \\boxed{}", "2"), (r"\boxed{a}, no: \boxed{\text{a {b}} c}", "a b c"),
     (r"<think>x</think>\boxed{9}", "9"), (r"\boxed{8}</think>\boxed{9}", "9"),
-    (r"so \boxed{2}", r"so \boxed{2} is the whole of the answer, as we saw in many words"),
 ]
 TEXTS_WRONG = [
     ("Answer: A\nNo: the answer is C.", "B"), ("no idea", "B"), ("", "B"), ("", "9 kg"),
@@ -1519,7 +1518,6 @@ def test_letters_numbers_and_texts_need_no_library(answer, reference, right, lib
 def test_formulas_are_math_verifys_and_not_available_without_it(
     answer, reference, right, library
 ):
-    assert rsd.has_math_verify() == library
     for given in (answer, reference, "no idea", ""):
         grade = rsd.grade(given, reference)
         assert (grade is not None) == library
@@ -1604,15 +1602,6 @@ def says(tok, texts):
     return [(tok.encode(text), True) for text in texts]
 
 
-def answers(tok, texts):
-    """A sampler that answers its prompts with these texts, one after the other."""
-
-    def sample(model, prompts, stop, **sampling):
-        return says(tok, texts[: len(prompts)])
-
-    return sample
-
-
 def usual_flags(model):
     """This model, and the prompts that are not the toy's."""
     return ["--model", str(model), "--prompts", str(REPO / "prompts")]
@@ -1621,15 +1610,6 @@ def usual_flags(model):
 def figure(name, mean, se, n):
     """A pattern of one line of a report."""
     return rf"{re.escape(name)} +{mean:.3f} \+- {se:.3f} \(standard error, n {n}\)"
-
-
-def test_one_grader_for_rewards_and_results():
-    row = toy_rows("test", 1)[0]
-    assert rsd.score(row["solution"], row) == {"accuracy": 1.0, "rubric_score": 1.0}
-    assert rsd.score("no idea", row) == {"accuracy": 0.0, "rubric_score": 0.0}
-    reference = "A long explanation in words, of many sentences."
-    free = {"question": "q", "reference_answer": reference, "rubric": [GOOD]}
-    assert rsd.score("x", free) == {"accuracy": None, "rubric_score": None}
 
 
 @pytest.mark.parametrize("answer, number, unit, right", [
@@ -1643,17 +1623,15 @@ def test_scibench_takes_five_per_cent_no_unit_and_its_power_of_ten(answer, numbe
     assert rsd.score(f"So \\boxed{{{answer}}}.", row)["accuracy"] == right
 
 
-@pytest.mark.parametrize("weights, met, health, rar", [
-    ((5, 3, -2), (1, 1, 0), 1, 1), ((5, 3, -2), (1, 0, 0), 5 / 8, 7 / 10),
-    ((5, 3, -2), (1, 0, 1), 3 / 8, 5 / 10), ((5, 3, -2), (0, 0, 1), 0, 0),
-    ((5, 3, -2), (0, 0, 0), 0, 2 / 10), ((-2, -2), (0, 0), 1, 1), ((-2, -2), (1, 0), 0.5, 0.5),
-    ((-2, -2), (1, 1), 0, 0), ((0,), (1,), None, None), ((5, 3), (1, None), None, None),
-    ((5, 3), (1,), None, None), ((5, 3), (), None, None), ((5, 3), None, None, None),
-    ((), (), None, None)])
-def test_rubric_score_by_hand(weights, met, health, rar):
+@pytest.mark.parametrize("weights, met, want", [
+    ((5, 3, -2), (1, 1, 0), 1), ((5, 3, -2), (1, 0, 0), 5 / 8), ((5, 3, -2), (1, 0, 1), 3 / 8),
+    ((5, 3, -2), (0, 0, 1), 0), ((5, 3, -2), (0, 0, 0), 0), ((-2, -2), (0, 0), 1),
+    ((-2, -2), (1, 0), 0.5), ((-2, -2), (1, 1), 0), ((0,), (1,), None),
+    ((5, 3), (1, None), None), ((5, 3), (1,), None), ((5, 3), (), None), ((5, 3), None, None),
+    ((), (), None)])
+def test_rubric_score_by_hand(weights, met, want):
     rubric = [checked(weight) for weight in weights]
-    assert rsd.rubric_score(rubric or None, met) == health
-    assert rsd.rubric_score(rubric or None, met, rar=True) == rar
+    assert rsd.rubric_score(rubric or None, met) == want
 
 
 def test_checks_of_criteria_score_a_text():
@@ -1672,17 +1650,6 @@ def test_a_check_that_never_ends_is_one_sentence():
     assert rsd.check_criterion(criterion, "short 7") is False
     assert rsd.check_criterion(criterion, "short7") is True
     assert rsd.check_criterion(GOOD, "without a check") is None
-
-
-def test_checks_mean_the_same_as_in_pythons_re():
-    rows = toy_rows("test", 60)
-    texts = [row["solution"] for row in rows]
-    criteria = json.loads((REPO / "prompts/brief/rubric.json").read_text())
-    criteria += [c for row in rows for c in row["rubric"]]
-    checks = {c["check"] for c in criteria if "check" in c}
-    assert len(checks) > 9
-    for check, text in itertools.product(checks, texts):
-        assert rsd.check_criterion({"check": check}, text) is bool(re.search(check, text))
 
 
 def test_a_judge_sees_statements_without_weights_and_a_fenced_response(tok):
@@ -1739,48 +1706,13 @@ def test_answers_are_judged_and_nobody_is_asked_twice(judging, capsys):
     said = capsys.readouterr().out
     assert "judge: none for 2 of 4, because: {'not a verdict for each one': 2}" in said
     health = (5 / 8 + 1) / 2  # (5 + 3) / 8 = 1
-    rar = (7 / 10 + 1) / 2  # the fault is absent in both: + 2 of 10
     assert re.search(rf"rubric_score +{health:.3f} \+- .* n 2\)", said)
-    assert re.search(rf"rar_score +{rar:.3f} \+- .* n 2\)", said)
     assert asked == [4, 2, 2]
     verdicts = [line["judge"] for line in rsd.read_jsonl(Path("v.jsonl"))]
     assert [verdict is None for verdict in verdicts] == [False, True, True, False]
 
     assert rsd.main(["judge", *flags]) == 0
     assert asked == [4, 2, 2]
-
-
-def test_eval_without_a_judge_has_no_score_by_a_free_rubric(
-    tok, random_model, tmp_path, monkeypatch, capsys
-):
-    data = write_lines(tmp_path / "d.jsonl", free_rows(4, WEIGHED))
-    monkeypatch.setattr(rsd, "sample_completions", answers(tok, "ABCD"))
-    assert rsd.main(["eval", *usual_flags(random_model), "--data", data]) == 0
-    assert re.search("rubric_score +n/a", capsys.readouterr().out)
-
-
-def test_an_answer_of_white_space_is_judged_as_none(
-    tok, random_model, tmp_path, monkeypatch, capsys
-):
-    """Left out, it would raise the mean from 1/4 to 1/2."""
-    texts = ["right", "WRONG", " \n", ""]
-    rows = free_rows(4, [GOOD])
-    lines = [row | {"text": text, "sample": 0} for row, text in zip(rows, texts)]
-    data = write_lines(tmp_path / "e.jsonl", lines)
-
-    def verdict(prompt):
-        shown = tok.decode(prompt)
-        return "[false]" if "\nWRONG\n" in shown or "\n(no answer)\n" in shown else "[true]"
-
-    def sample(model, prompts, stop, **sampling):
-        return says(tok, map(verdict, prompts))
-
-    monkeypatch.setattr(rsd, "sample_completions", sample)
-    out = ["--out", str(tmp_path / "v.jsonl")]
-    assert rsd.main(["judge", *usual_flags(random_model), "--data", data, *out]) == 0
-    report = capsys.readouterr().out
-    assert "left out" not in report
-    assert re.search(r"rubric_score +0\.250 .* n 4\)", report)
 
 
 def test_means_and_standard_errors_by_hand(capsys):
@@ -1820,12 +1752,10 @@ def test_the_interval_of_other_means_follows_their_standard_error():
     mean, se, n = rsd.mean_se(values)
     wide = (mean - 1.96 * se, mean + 1.96 * se)  # the two agree where n is large
     assert rsd.interval(mean, se, n) == pytest.approx(wide, abs=1e-4)
-    few = rsd.interval(*rsd.mean_se([0.97, 0.98, 1.0]))
-    assert 0 <= few[0] < few[1] <= 1
 
 
 def test_k_answers_a_question(tok, random_model, tmp_path, monkeypatch, capsys):
-    """avg@k, pass@m and the clustered error against a count of all subsets."""
+    """Their mean, and the error clustered by question."""
     row = {"reference_answer": "B", "sample": 7}  # a column of that name
     data = write_lines(tmp_path / "d.jsonl", [row | {"question": f"q{k}"} for k in range(3)])
     said = ["ABBA", "BBBB", "ACAC"]  # answers to q0, q1, q2
@@ -1840,14 +1770,8 @@ def test_k_answers_a_question(tok, random_model, tmp_path, monkeypatch, capsys):
     words = ["eval", *usual_flags(random_model), "--data", data, "--k", "4", "--out", str(out)]
     assert rsd.main(words) == 0
     report = capsys.readouterr().out
-    right = [[a == "B" for a in answers] for answers in said]
-    figures = {"accuracy": [sum(r) / 4 for r in right]}
-    for m in (2, 4):
-        passed = [sum(map(any, itertools.combinations(r, m))) for r in right]
-        figures[f"pass@{m}"] = [n / math.comb(4, m) for n in passed]
-    for name, values in figures.items():
-        x = torch.tensor(values, dtype=torch.float64)
-        assert re.search(figure(name, x.mean(), x.std() / 3**0.5, 3), report), name
+    means = torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64)
+    assert re.search(figure("accuracy", means.mean(), means.std() / 3**0.5, 3), report)
 
     lines = rsd.read_jsonl(out)
     assert [line["sample"] for line in lines] == [0, 1, 2, 3] * 3
@@ -1877,7 +1801,7 @@ def test_equal_answers_count_as_often_as_they_were_given(
     rows.append(rows[0] | {"reference_answer": "else"})  # the same question, another reference
     write_lines(tmp_path / "d.jsonl", rows + rows[:1])
     monkeypatch.chdir(tmp_path)
-    said = ["A", "A", "B", "A", "", "", "", "so", "else", "else", "else", "else"]
+    said = ["A", "A", "B", "A", "", " \n", "", "so", "else", "else", "else", "else"]
 
     def verdict(prompt):
         shown = tok.decode(prompt)
@@ -1919,58 +1843,6 @@ def test_an_engine_with_other_weights_than_the_models_is_stopped(tok):
     assert engine.gap(model) < 1e-5
     with pytest.raises(rsd.UserError, match="--engine vllm: it is .* nats a token off"):
         engine.gap(tiny(tok, 1))
-
-
-def test_models_are_read_from_safetensors_alone(base, monkeypatch):
-    seen = []
-    real = AutoModelForCausalLM.from_pretrained
-
-    def load(*words, **options):
-        seen.append((options["dtype"], options["use_safetensors"]))
-        return real(*words, **options)
-
-    monkeypatch.setattr(rsd.AutoModelForCausalLM, "from_pretrained", load)
-    words = ["eval", "--model", str(base), "--data", "toy", "--limit", "1", "--max-new-tokens", "2"]
-    assert rsd.main(words) == 0
-    assert seen == [(torch.bfloat16 if torch.cuda.is_available() else torch.float32, True)]
-
-
-def test_eval_keeps_every_sample_and_goes_on(base, tmp_path, monkeypatch, capsys):
-    out, asked = tmp_path / "new" / "e.jsonl", []
-    words = ["eval", "--model", str(base), "--data", "toy", "--max-new-tokens", "12"]
-    words += ["--out", str(out)]
-    assert rsd.main([*words, "--limit", "2"]) == 0
-    first, real = rsd.read_jsonl(out), rsd.sample_completions
-
-    def sample(model, prompts, *more, **sampling):
-        asked.extend(prompts)
-        return real(model, prompts, *more, **sampling)
-
-    monkeypatch.setattr(rsd, "sample_completions", sample)
-    capsys.readouterr()
-    assert rsd.main([*words, "--limit", "5"]) == 0
-    assert len(asked) == 3
-    lines, rows = rsd.read_jsonl(out), toy_rows("test", 5)
-    assert lines[:2] == first
-    assert len(lines) == 5
-    assert [line["question"] for line in lines] == [row["question"] for row in rows]
-    right = [rsd.score(line["text"], row)["accuracy"] for line, row in zip(lines, rows)]
-    assert f"{sum(right) / 5:.3f} +- " in capsys.readouterr().out.split("accuracy")[1]
-
-    for other in (["--writer", "rubric"], ["--temperature", ".1"]):
-        assert rsd.main([*words, *other]) == 2
-        assert rsd.read_jsonl(out) == lines
-
-
-def test_answers_of_a_model_that_was_saved_anew_are_another_models(base, tmp_path):
-    model = tmp_path / "base"
-    shutil.copytree(base, model)
-    words = ["eval", "--model", str(model), "--data", "toy", "--max-new-tokens", "4"]
-    words += ["--limit", "1", "--out", str(tmp_path / "e.jsonl")]
-    assert rsd.main(words) == 0
-    assert rsd.main(words) == 0
-    os.utime(model / "model.safetensors", (1, 1))
-    assert rsd.main(words) == 2
 
 
 # ---- 7. who writes: servers ----------------------------------------------------------------------
@@ -2293,27 +2165,6 @@ def test_micro_batches_give_every_row_to_one_rank_and_every_rank_a_row(tok, monk
     assert sorted(map(id, rows)) == sorted(map(id, episodes))
 
 
-def test_a_rank_samples_its_share_and_gets_all_in_order(monkeypatch):
-    prompts = [[k] * length for k, length in enumerate((3, 1, 4, 1, 5))]
-    want = [(prompt + [9], True) for prompt in prompts]
-    shares, sent = [], []
-
-    def sample(prompts):
-        shares.append(prompts)
-        return [(prompt + [9], True) for prompt in prompts]
-
-    assert rsd.sample_together(sample, prompts) == want
-    monkeypatch.setattr(rsd, "WORLD_SIZE", 2)
-    for rank in range(2):
-        monkeypatch.setattr(rsd, "RANK", rank)
-        monkeypatch.setattr(rsd, "all_gather", lambda x: sent.append(x) or [x])
-        with pytest.raises(KeyError):  # the other's share is not there
-            rsd.sample_together(sample, prompts)
-    assert [len(share) for share in shares] == [5, 3, 2]
-    monkeypatch.setattr(rsd, "all_gather", lambda x: sent)
-    assert rsd.sample_together(sample, prompts) == want
-
-
 def test_a_batch_gives_every_rank_a_prompt(monkeypatch):
     monkeypatch.setattr(rsd, "WORLD_SIZE", 3)
     assert rsd.parse_args(["train", "--batch", "3"]).batch == 3
@@ -2336,7 +2187,7 @@ def step(student, teacher, **options):
     optimizer = test_rsd.KeepsGradients(student)
     _, figures = rsd.train_step(
         student, rsd.make_teacher(teacher, "fixed"), episodes, test_rsd.as_given,
-        test_rsd.loss_of(), [optimizer], 0.0, 60, max_grad_norm=math.inf, **options,
+        test_rsd.loss_of(), optimizer, 0.0, 60, max_grad_norm=math.inf, **options,
     )
     return figures["loss"], optimizer.gradient.double().cpu()
 
@@ -2458,29 +2309,6 @@ def test_a_run_that_nodes_do_not_share_is_one_sentence(base, tmp_path):
     said = in_two_processes(with_flag(words, "--out", "node{rank}"), cwd=tmp_path, code=1)
     assert "all nodes have to see it" in said
     assert 'rsd.py", line' not in said
-
-
-@pytest.mark.slow
-def test_a_dead_rank_ends_the_run_and_resume_goes_on(base, tmp_path):
-    out = tmp_path / "run"
-    words = with_flag(train_args(base, out, "--resume"), "--save-every", 1)
-    run = start_two(with_flag(words, "--steps", 10000), cwd=tmp_path)
-    while run.poll() is None and not rsd.last_checkpoint(out):
-        time.sleep(0.2)
-    tasks = Path(f"/proc/{run.pid}/task").iterdir()
-    ranks = [pid for task in tasks for pid in (task / "children").read_text().split()]
-    assert len(ranks) == 2
-    os.kill(int(ranks[1]), 9)
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == 1
-    assert "Signal 9" in said
-    for pid in ranks:
-        assert not Path(f"/proc/{pid}").exists()
-
-    done = len(metrics_of(out))
-    assert len(state_of(out)["metrics"]) >= 1
-    assert rsd.main(with_flag(words, "--steps", done + 2)) == 0
-    assert [m["step"] for m in metrics_of(out)] == [*range(1, done + 3)]
 
 
 # ---- 9. files: checkpoints, lines that go on -----------------------------------------------------
@@ -2777,8 +2605,7 @@ def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, m
     monkeypatch.setattr(rsd, "token_loss", broken)
     out = tmp_path / "run"
     message = error_of(train_args(base, out, "--token-budget", 10**6), capsys)
-    assert "step 4" in message
-    assert str(out) in message
+    assert "norm is nan; stopped before the weights moved" in message
     assert all(x.isfinite().all() for x in weights_of(out).values())  # the last good checkpoint
     assert len(state_of(out)["metrics"]) == 2
 
@@ -2864,18 +2691,14 @@ def test_known_jobs_and_repeats_are_not_asked_again_also_behind_a_link(tmp_path)
     assert real.read_text() == line_of("a") + line_of("b")
 
 
-@pytest.mark.parametrize("whole", [[], ["a"], ["a", "b"]], ids=len)
-def test_a_line_of_ours_may_be_cut_off_anywhere(whole, tmp_path):
+def test_the_last_line_may_be_cut_off_anywhere(tmp_path, capsys):
     out = tmp_path / "ours.jsonl"
-    content = "".join(map(line_of, whole))
-    line = line_of("{c}")
-    for length in range(len(line) - 1):
+    content, line = line_of("a"), line_of("{c}")
+    for length in range(len(line)):
         out.write_text(content + line[:length])
-        assert remembered(out, *whole, "{c}") == ["{c}"]
+        assert remembered(out, "a", "{c}") == ["{c}"]
+        assert ("last line was cut off" in capsys.readouterr().out) == (length > 0)
         assert out.read_text() == content + line
-    out.write_text(content + line[:-1])  # whole but for its line break: it is kept
-    assert remembered(out, *whole, "{c}", "d") == ["d"]
-    assert out.read_text() == content + line + line_of("d")
 
 
 @pytest.mark.parametrize(
@@ -2884,7 +2707,8 @@ def test_a_line_of_ours_may_be_cut_off_anywhere(whole, tmp_path):
         '{"a": 1}\n{"b": 2}', "remember the milk", '{"question": "mine", "answer": 7}',
         '{"question": "mine", "answer": 7}\n', '{"question": "a"}\n{"question": "b',
         '{\n "question": "a"\n}\n', '[{"question": "mine"}]', '{"question": "mine"}\n\n\nnotes',
-        line_of("a") + line_of("b", top_p=[0.5]) + '{"question": "c',
+        line_of("a") + line_of("b", top_p=[0.5]) + '{"question": "c', line_of("a")[:-1],
+        line_of("a") + "notes\n" + line_of("b"),
     ],
 )
 def test_a_file_of_another_origin_is_never_cut(content, tmp_path):
@@ -2951,7 +2775,7 @@ def test_fixed_teacher_never_moves_and_ema_follows_its_closed_form(tok):
     optimizer, history = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for k in range(3):
         episodes = random_episodes(tok, seed=k)
-        rsd.train_step(model, fixed, episodes, as_given, rsd.token_loss, [optimizer], 1e-2)
+        rsd.train_step(model, fixed, episodes, as_given, rsd.token_loss, optimizer, 1e-2)
         rsd.ema_update(ema, model, 0.9)
         history.append(weights_in(model))
 
@@ -2983,7 +2807,7 @@ def test_small_updates_are_not_lost(tok, tmp_path):
     before = weights_in(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0)
     teacher, episodes = tiny(tok, 1), random_episodes(tok)
-    rsd.train_step(model, teacher, episodes, as_given, rsd.token_loss, [optimizer], 5e-6)
+    rsd.train_step(model, teacher, episodes, as_given, rsd.token_loss, optimizer, 5e-6)
     for name, x in model.state_dict().items():
         assert x.dtype == torch.float32
         if x.ndim == 2:
@@ -2992,42 +2816,13 @@ def test_small_updates_are_not_lost(tok, tmp_path):
             assert kept_in_half.float().mean() < 0.1
 
 
-def test_gradient_checkpointing_gives_the_same_gradient(tok):
-    model, teacher, episodes = tiny(tok), tiny(tok, 1), random_episodes(tok)
-    _, want = gradient_of(model, teacher, episodes)
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    seen, layer = [], model.model.layers[0]
-    layer.mlp.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    _, got = gradient_of(model, teacher, episodes)
-    torch.testing.assert_close(got, want)
-    assert seen.count(True) == 2  # once forward, once again in the backward
-
-    prompts = [episodes[0].prompt_ids]
-    caching = rsd.sample_completions(model, prompts, {2}, 8, temperature=0)
-    assert not layer.training
-    assert caching == rsd.sample_completions(tiny(tok), prompts, {2}, 8, temperature=0)
-
-
-@pytest.mark.parametrize("tie", [True, False])
-def test_sparse_rows_of_the_embedding_give_the_same_gradient(tie, tok):
-    found = []
-    for sparse in (False, True):
-        model = tiny(tok, tie_word_embeddings=tie)
-        model.get_input_embeddings().sparse = sparse
-        found.append(gradient_of(model, tiny(tok, 1), random_episodes(tok), budget=60)[1])
-    torch.testing.assert_close(*found)
-
-
 def test_adapters_stand_on_all_linear_layers_in_float32(tok):
     pytest.importorskip("peft")
     model = tiny(tok).to(torch.bfloat16)
     rsd.add_lora(model, 4)
     assert model.peft_config["default"].lora_alpha == 8
-    layers = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj".split()
-    layers += "mlp.gate_proj mlp.up_proj mlp.down_proj".split()
-    parts = itertools.product(range(2), layers, "AB")
-    want = {f"model.layers.{k}.{layer}.lora_{part}.default.weight" for k, layer, part in parts}
-    assert {*trained_names(model)} == want
+    layers = {name.split(".lora_")[0] for name in trained_names(model)}
+    assert len(layers) == 2 * 7  # of two blocks: q, k, v, o, gate, up, down
     for p in model.parameters():  # an update at lr 5e-6 is lost in bfloat16
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
 
@@ -3052,7 +2847,7 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
     before = {name: p.clone() for name, p in model.named_parameters()}
     for _ in range(2):
         rsd.train_step(
-            model, fixed, episodes, as_given, loss_of(), [optimizer], 0.05, token_budget=60
+            model, fixed, episodes, as_given, loss_of(), optimizer, 0.05, token_budget=60
         )
     rsd.ema_update(ema, model, 0.9)
 
@@ -3092,13 +2887,7 @@ def test_a_lora_checkpoint_holds_adapters_alone_and_loads_in_peft(base, runs, tm
 
     for rank in ([], ["--lora-rank", "4"]):  # an adapter is no base to train on
         message = error_of(train_args(runs / "lora", tmp_path / "again", *rank), capsys)
-        assert "merge it into its base" in message
-    damaged = shutil.copytree(folder, tmp_path / "damaged")
-    tensors = weights_of(folder)
-    tensors.pop(next(name for name in tensors if "lora_B" in name))
-    safetensors.torch.save_file(tensors, damaged / "adapter_model.safetensors", {"format": "pt"})
-    message = error_of(["eval", "--model", damaged, "--data", "toy", "--limit", 1], capsys)
-    assert "lack 1 weights" in message
+        assert "merge the adapter into its base" in message
 
 
 TOY_BASE = TOY / "base-0"  # a model that was trained, not that of the fixture `base`
@@ -3858,7 +3647,7 @@ def test_every_method_and_stage_trains(base, tmp_path, more):
     assert all(map(math.isfinite, losses))
     if more == "--method sft":
         assert losses[3] < losses[0]
-    assert ({"valid", "recall", "precision"} <= steps[0].keys()) == ("--stage" in more)
+    assert ({"valid", "recall"} <= steps[0].keys()) == ("--stage" in more)
 
 
 def test_the_teacher_that_writes_and_scores_is_the_frozen_one_with_the_rubric(
