@@ -665,13 +665,14 @@ def test_clipping_the_entries_can_turn_the_divergence_negative():
     assert rsd.divergence(s, t).item() == pytest.approx(whole)
 
     ids, advantage = torch.tensor([0]), torch.ones(1)
-    for clip, changed in (("none", 0), ("token", 1), ("entry", 1)):
+    for clip in ("none", "token", "entry"):
         figures = rsd.token_loss(s, t, ids, advantage, clip=clip)
         assert figures["loss"].item() == rsd.divergence(s, t, clip=clip).item()
-        assert figures.get("clipped", torch.zeros(1)).item() == changed
-        if clip != "none":
-            assert rsd.token_loss(s, s, ids, advantage, clip=clip)["clipped"].item() == 0
         assert figures["divergence"].item() == pytest.approx(whole)  # before it is clipped
+        assert ("clipped" in figures) == (clip != "none")
+        if clip != "none":
+            assert figures["clipped"].item() == 1
+            assert rsd.token_loss(s, s, ids, advantage, clip=clip)["clipped"].item() == 0
 
 
 def test_sampled_token_signal_is_unbiased_for_the_reverse_kl():
@@ -698,6 +699,26 @@ def test_advantage_signal_is_cross_entropy_and_policy_gradient():
     torch.testing.assert_close(loss(None, advantage), advantage * one)
     want = advantage * one + 0.3 * rsd.divergence(s, t, beta=1)
     torch.testing.assert_close(loss(t, advantage, kl=0.3), want)
+
+
+def test_the_writers_log_probs_weigh_the_policy_gradient():
+    """Probabilities .2, .3, .5 against the writer's: ratios of 1/2, of 3 that is cut at 2, and of
+    an unknown one, which counts as 1."""
+    s = torch.tensor([[0.2, 0.3, 0.5]] * 3).log().requires_grad_()
+    t = torch.tensor([[0.4, 0.1, 0.5]] * 3).log()
+    ids, writer = torch.tensor([0, 1, 2]), torch.tensor([math.log(0.4), math.log(0.1), math.nan])
+    ratio, logp = [0.5, 2.0, 1.0], [math.log(p) for p in (0.2, 0.3, 0.5)]
+    for signal, advantage in (("advantage", [3, -1, 2]), ("sampled", [math.log(2), -math.log(3), 0])):
+        figures = rsd.token_loss(s, t, ids, torch.tensor([3.0, -1, 2]), writer, signal)
+        assert figures.keys() == {"loss", "entropy", "ratio"}
+        assert figures["ratio"].tolist() == pytest.approx(ratio)
+        by_hand = [-r * a * x for r, a, x in zip(ratio, advantage, logp)]
+        assert figures["loss"].tolist() == pytest.approx(by_hand, abs=1e-6)
+        (slope,) = torch.autograd.grad(figures["loss"].sum(), s)  # the ratio has no gradient
+        pushed = [-r * a * (1 - math.exp(x)) for r, a, x in zip(ratio, advantage, logp)]
+        assert slope[range(3), ids].tolist() == pytest.approx(pushed, abs=1e-6)
+    assert "ratio" not in rsd.token_loss(s, t, ids, torch.ones(3), None, "advantage")
+    assert "ratio" not in rsd.token_loss(s, t, ids, torch.ones(3), writer, "forward")
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -4366,8 +4387,11 @@ def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_gi
     for k in (0, 1, 0):
         model = models[k][0]
         sampler.load(model)
-        written.append(sampler(prompts))
+        outputs = sampler(prompts)
+        written.append([(ids, stopped) for ids, stopped, _ in outputs])
         assert written[-1] == rsd.sample_completions(model, prompts, stop, **GREEDY)
+        assert sampler.last == list(zip(prompts, outputs))
+        assert all(len(ids) == len(log_probs) for ids, _, log_probs in outputs)
         assert sampler.gap(model, n=24) < 1e-5
     assert written[0] == written[2] != written[1]
     assert {stopped for _, stopped in written[0]} == {True, False}
@@ -4389,24 +4413,31 @@ def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_gi
         sampler.sampling["top_k"] = top_k
         drawn.append(sampler(prompts[:1] * 64))
     assert drawn[0] == drawn[2] != drawn[1]
-    different = [len({tuple(ids) for ids, _ in outputs}) for outputs in drawn]
+    different = [len({tuple(ids) for ids, *_ in outputs}) for outputs in drawn]
     assert different[0] > different[3] == 1  # equal prompts, different samples
 
 
 @pytest.mark.slow
-def test_training_with_the_engine_gives_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_with_the_engine_gives_the_same_weights(tmp_path, processes):
+    """Each process has an engine of its own, and writes its share."""
     needs_vllm_on_the_cpu()
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     words = ["train", "--data", "toy", "--limit", "32", "--steps", "3", "--batch", "8"]
     words += ["--temperature", "0", "--max-new-tokens", "60"]
-    for name in ("transformers", "vllm"):
-        assert rsd.main([*words, "--engine", name, "--out", str(tmp_path / name)]) == 0
-    ours = safetensors.torch.load_file(tmp_path / "transformers" / "model.safetensors")
-    theirs = safetensors.torch.load_file(tmp_path / "vllm" / "model.safetensors")
+    assert rsd.main([*words, "--out", str(tmp_path / "transformers")]) == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    run = subprocess.run(
+        [sys.executable, *torchrun, REPO / "rsd.py", *words, "--engine", "vllm", "--out", "vllm"],
+        cwd=tmp_path, text=True, capture_output=True,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    ours, theirs = weights_of(tmp_path / "transformers"), weights_of(tmp_path / "vllm")
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
-    gaps = [m["engine_gap"] for m in rsd.read_jsonl(tmp_path / "vllm" / "metrics.jsonl")]
-    assert max(gaps) < 1e-5
+    steps = metrics_of(tmp_path / "vllm")
+    assert len(steps) == 3
+    assert max(m["engine_gap"] for m in steps) < 1e-5
 
 
 @pytest.fixture
@@ -4451,37 +4482,44 @@ def test_vllms_server_answers_as_the_model_does_here(vllm_server, tmp_path):
     assert len(rsd.read_jsonl(tmp_path / "j.jsonl")) == 6
 
 
-def test_an_engine_that_cannot_start_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    words = ["eval", "--engine", "vllm", "--limit", "2"]
-    assert "pip install vllm" in error_of(words, capsys)
-    monkeypatch.setattr(rsd, "WORLD_SIZE", 2)
-    with pytest.raises(rsd.UserError, match="one process"):
-        rsd.model_writer(rsd.parse_args(words), *rsd.load_model(f"{TOY}/base-0"))
-
-
-def test_the_engine_gets_a_loras_weights_merged_and_the_head_apart(tok, tmp_path):
-    peft = pytest.importorskip("peft", reason="needs: pip install peft")
-    model = adapted(tok)
+def with_adapters(model):
+    """The model with adapters of rank 4 that do something: as they begin, they are 0."""
+    torch.manual_seed(7)
+    rsd.add_lora(model, 4)
     for name, p in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(p)  # they begin at 0
-    engine = SimpleNamespace(dtype=torch.float32, folder=SimpleNamespace(name=str(tmp_path)))
-    rsd.VllmSampler.save(engine, model)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not plain.config.tie_word_embeddings
-    assert "lm_head.weight" in weights_of(tmp_path)
+            torch.nn.init.normal_(p)
+    return model
+
+
+def test_merged_weights_are_those_of_peft(tok):
+    peft = pytest.importorskip("peft", reason="needs: pip install peft")
+    model, plain = with_adapters(tiny(tok)), tiny(tok)
+    before = weights_in(model)
+    wrapped = peft.get_peft_model(tiny(tok), model.peft_config["default"])
+    adapters = peft.get_peft_model_state_dict(model, adapter_name="default")
+    named = {f"base_model.model.{name}": x for name, x in adapters.items()}
+    peft.set_peft_model_state_dict(wrapped, named)
+    want = wrapped.merge_and_unload().state_dict()
+
+    got = rsd.merged_weights(model)
+    assert got.keys() == want.keys() == plain.state_dict().keys()
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=1e-5, atol=1e-5)
+    plain.load_state_dict(got)
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
     assert (tiny(tok)(ids).logits - plain(ids).logits).abs().max() > 1e-3
+    for name, x in model.state_dict().items():  # and the model is as it was
+        assert torch.equal(x, before[name])
 
-    adapters = peft.get_peft_model_state_dict(model, adapter_name="default")
-    wrapped = peft.get_peft_model(tiny(tok), model.peft_config["default"])
-    named = {f"base_model.model.{name}": x for name, x in adapters.items()}
-    peft.set_peft_model_state_dict(wrapped, named)
-    theirs = wrapped.merge_and_unload().state_dict()
-    for name, x in weights_of(tmp_path).items():
-        torch.testing.assert_close(x, theirs[name], rtol=1e-5, atol=1e-5)
+
+def test_adapters_on_a_mixtures_experts_are_not_merged_in_silence(tok):
+    pytest.importorskip("peft", reason="needs: pip install peft")
+    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16)
+    model = with_adapters(tiny(tok, cls=transformers.Qwen3MoeConfig, **sizes))
+    with pytest.raises(rsd.UserError, match="the adapters of .*experts.* cannot be merged"):
+        rsd.merged_weights(model)
 
 
 def test_a_check_does_not_search_the_thinking():
