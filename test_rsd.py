@@ -195,11 +195,13 @@ def metrics_of(run):
     return rsd.read_jsonl(Path(run) / "metrics.jsonl")
 
 
-def adapted(tok, seed=0):
-    """A tiny model with adapters of rank 4."""
-    model = tiny(tok, seed)
+def with_adapters(model, std=1.0):
+    """The model with adapters of rank 4; std 0: as they begin, when they change nothing."""
     torch.manual_seed(7)
     rsd.add_lora(model, 4)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=std)
     return model
 
 
@@ -2282,6 +2284,59 @@ def test_a_real_server_answers_as_the_model_does_here(
             assert here["truncated"] == there["truncated"] == (here["tokens"] == 12)
 
 
+# -- compiled: another sampler, other layers
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_compiled_sampler_writes_what_sample_completions_writes(tok, lora):
+    if lora:
+        pytest.importorskip("peft", reason="needs: pip install peft")
+    prompts = [e.prompt_ids for e in random_episodes(tok)]
+    models = [with_adapters(tiny(tok, seed)) if lora else tiny(tok, seed) for seed in (0, 1)]
+    free = [greedy(model, prompts, {len(tok) + 9}, 12) for model in models]
+    stop = {ids[k] for outputs in free for k, (ids, _) in zip((2, 7), outputs)}
+    wanted = [greedy(model, prompts, stop, 12) for model in models]
+    for want in wanted:
+        assert {stopped for _, stopped in want} == {True, False}
+        assert len({len(ids) for ids, _ in want}) > 2  # some end in each of the stages
+
+    student = models[0]
+    sampler = rsd.StaticSampler(student, stop, 12, stage=5, temperature=0, batch_size=4)
+    assert sampler(prompts) == wanted[0]
+    student.load_state_dict(models[1].state_dict())
+    assert sampler(prompts) == wanted[0] != wanted[1]  # it has weights of its own
+    sampler.load(student)
+    assert sampler(prompts) == wanted[1]
+    for name, x in rsd.merged_weights(models[1]).items():
+        assert torch.equal(sampler.copy.state_dict()[name], x)
+    frozen = rsd.StaticSampler(student, stop, 12, is_trained=False, temperature=0)
+    assert frozen.copy is student
+    assert lora or frozen(prompts) == wanted[1]
+
+
+def test_a_compiled_run_is_the_plain_run(base, tmp_path, capsys):
+    for flag in ("off", "on"):
+        assert rsd.main(train_args(base, tmp_path / flag, "--compile", flag)) == 0
+        assert ("compiled once" in capsys.readouterr().out) == (flag == "on")
+    assert_same_weights(tmp_path / "on", tmp_path / "off")
+    on, off = ([without_timing(m) for m in metrics_of(tmp_path / flag)] for flag in ("on", "off"))
+    assert on == off
+
+
+def test_a_model_that_does_not_compile_goes_on(tok, capsys):
+    model, plain, e = tiny(tok), tiny(tok), random_episodes(tok, 1)[0]
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    rsd.compile_layers(model, backend)
+    said = capsys.readouterr().out
+    assert re.fullmatch("note: qwen2 is not compiled (.*no compiler.*)\n", said)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    inputs = [e.prompt_ids], [e.completion_ids]
+    assert torch.equal(rsd.rescore(model, *inputs), rsd.rescore(plain, *inputs))
+
+
 # ---- 8. many processes ---------------------------------------------------------------------------
 
 MANY_CALLS = """
@@ -3090,7 +3145,7 @@ def test_a_model_that_takes_no_adapters_is_one_sentence():
 
 def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
     pytest.importorskip("peft")
-    plain, model, episodes = tiny(tok), adapted(tok), random_episodes(tok)
+    plain, model, episodes = tiny(tok), with_adapters(tiny(tok), std=0), random_episodes(tok)
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
     for own, taught in zip(model.parameters(), fixed.parameters(), strict=True):
         assert (own.data_ptr() == taught.data_ptr()) == (not own.requires_grad)
@@ -4480,16 +4535,6 @@ def test_vllms_server_answers_as_the_model_does_here(vllm_server, tmp_path):
     words += ["--prompts", REPO / "prompts", "--max-new-tokens", 20, "--out", tmp_path / "j.jsonl"]
     assert rsd.main([*map(str, words)]) == 0
     assert len(rsd.read_jsonl(tmp_path / "j.jsonl")) == 6
-
-
-def with_adapters(model):
-    """The model with adapters of rank 4 that do something: as they begin, they are 0."""
-    torch.manual_seed(7)
-    rsd.add_lora(model, 4)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p)
-    return model
 
 
 def test_merged_weights_are_those_of_peft(tok):
