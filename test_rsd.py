@@ -2315,8 +2315,9 @@ def test_the_compiled_sampler_writes_what_sample_completions_writes(tok, lora):
 
 
 def test_a_compiled_run_is_the_plain_run(base, tmp_path, capsys):
-    for flag in ("off", "on"):
-        assert rsd.main(train_args(base, tmp_path / flag, "--compile", flag)) == 0
+    for flag in ("off", "on"):  # greedy, since the compiled sampler draws for rows of padding, too
+        words = train_args(base, tmp_path / flag, "--temperature", 0, "--compile", flag)
+        assert rsd.main(words) == 0
         assert ("compiled once" in capsys.readouterr().out) == (flag == "on")
     assert_same_weights(tmp_path / "on", tmp_path / "off")
     on, off = ([without_timing(m) for m in metrics_of(tmp_path / flag)] for flag in ("on", "off"))
