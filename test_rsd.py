@@ -6,7 +6,6 @@ import ast
 import contextlib
 import copy
 import dataclasses
-import datetime
 import doctest
 import functools
 import html
@@ -31,7 +30,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two would wait for each other on a busy machine
@@ -295,10 +293,10 @@ def test_control_tokens_in_data_stay_text(tok):
     assert tok.decode(solution.completion_ids) == data + "<|im_end|>"
 
 
-def tokenizer_of(names, vocabulary=(), normalizer=None, special=True):
+def tokenizer_of(names, normalizer=None, special=True):
     """A tokenizer of single characters with these added tokens."""
     characters = [chr(i) for i in range(32, 127)] + ["▁", "＜", "＞"]
-    words = {c: i for i, c in enumerate(["<unk>", *vocabulary, *characters])}
+    words = {c: i for i, c in enumerate(["<unk>", *characters])}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[], unk_token="<unk>"))
     if normalizer:
         inner.normalizer = normalizer
@@ -310,13 +308,13 @@ def tokenizer_of(names, vocabulary=(), normalizer=None, special=True):
     return made
 
 
-@pytest.mark.parametrize("names, attack, normalizer", [
-    (["<|a|>", "|a|>"], "x<|a|>y", None), (["§"], "a§b", None), ([" <x> "], "a <x> <x> b", None),
-    (["<a>", "a>b"], "<a>b", None), (["<|", "|>"], "<|a|>", None), (["[INST]"], "[INST]", None),
-    (["<｜User｜>"], "<｜User｜>", None),
+@pytest.mark.parametrize("names, attack", [
+    (["<|a|>", "|a|>"], "x<|a|>y"), (["§"], "a§b"), ([" <x> "], "a <x> <x> b"),
+    (["<a>", "a>b"], "<a>b"), (["<|", "|>"], "<|a|>"), (["[INST]"], "[INST]"),
+    (["<｜User｜>"], "<｜User｜>"),
 ])
-def test_no_control_token_passes(names, attack, normalizer):
-    tok = tokenizer_of(names, normalizer=normalizer)
+def test_no_control_token_passes(names, attack):
+    tok = tokenizer_of(names)
     ids = rsd.context_ids(tok, "Q {question} E", {"question": attack})
     assert set(ids).isdisjoint(tok.get_added_vocab().values())
     assert len(ids) > len("Q  E")  # and it is not dropped
@@ -500,27 +498,19 @@ def test_completion_ends_at_its_first_stop_and_pad_may_be_a_stop(tok):
 
 
 def test_samples_are_of_the_model_alone(tok):
-    model = tiny(tok)
+    """Honest samples, with the model's own defaults set aside."""
+    model, n = tiny(tok), 3000
+    prompt = random_episodes(tok)[2].prompt_ids
+    p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.top_k = 1
-    prompt = random_episodes(tok)[2].prompt_ids
-    n = 3000
+    model.generation_config.suppress_tokens = [p.argmax().item()]
     torch.manual_seed(0)
     samples = rsd.sample_completions(model, [prompt] * n, {2}, 1, batch_size=n)
     first = Counter(ids[0] for ids, _ in samples)
-    p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     seen = torch.tensor([first[i] / n for i in range(len(tok))])
-    assert (seen - p).abs().sum() < 2 * math.sqrt(len(tok) / n)  # total variation, honest samples
+    assert (seen - p).abs().sum() < 2 * math.sqrt(len(tok) / n)  # total variation
     assert len(first) > 20
-
-
-def test_the_models_own_sampling_defaults_are_set_aside(tok):
-    model, prompts = tiny(tok), [e.prompt_ids for e in random_episodes(tok)]
-    want = greedy(model, prompts, {2}, 12)
-    model.generation_config.repetition_penalty = 5.0
-    model.generation_config.min_new_tokens = 9
-    model.generation_config.suppress_tokens = want[0][0][:1]
-    assert greedy(model, prompts, {2}, 12) == want
 
 
 def test_top_k_and_top_p_cut_what_is_sampled(tok):
@@ -596,7 +586,9 @@ def test_divergence_against_torch(temperature):
     lt = (t / temperature).log_softmax(-1)
 
     def ours(beta):
-        return rsd.divergence(s, t, beta=beta, temperature=temperature)
+        d = rsd.divergence(s, t, beta=beta, temperature=temperature)
+        torch.testing.assert_close(rsd.divergence(ls, lt, beta=beta), d)  # log-probs are as good
+        return d
 
     torch.testing.assert_close(ours(0), torch_kl(lt, ls))
     torch.testing.assert_close(ours(1), torch_kl(ls, lt))
@@ -604,17 +596,6 @@ def test_divergence_against_torch(temperature):
         m = (beta * lt.exp() + (1 - beta) * ls.exp()).log()
         want = beta * torch_kl(lt, m) + (1 - beta) * torch_kl(ls, m)
         torch.testing.assert_close(ours(beta), want)
-
-
-def test_log_probs_are_as_good_as_logits():
-    s, t = random_logits()
-    from_log_probs = rsd.divergence(s.log_softmax(-1), t.log_softmax(-1), beta=0.5)
-    torch.testing.assert_close(rsd.divergence(s, t, beta=0.5), from_log_probs)
-
-
-def test_sampling_and_loss_temperature_are_two_settings():
-    args = rsd.parse_args(["train", "--temperature", "1.7"])
-    assert (args.temperature, args.loss_temperature) == (1.7, 1.0)
 
 
 @pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
@@ -930,35 +911,17 @@ def test_grpo_gradient_against_a_hand_computed_case(tok):
     assert (got == 0).all()
 
 
-def teacher_context(*words):
-    return rsd.parse_args(["train", *words]).teacher_context
-
-
-@pytest.mark.parametrize("method, context", [
-    ("rsd", "rubric+answer"), ("opsd", "solution"), ("grpo", "student"),
-    ("grpo-rubric", "student"), ("sft", "student"), ("sft-teacher", "rubric+answer"),
-    ("rsd-teacher", "rubric+answer"), ("rsd-reference", "rubric+answer"),
-    ("rsd-grpo", "rubric+answer"),
+@pytest.mark.parametrize("words, context", [
+    ("--method rsd", "rubric+answer"), ("--method opsd", "solution"), ("--method sft", "student"),
+    ("--method grpo --rollouts 2 --kl 1", "student"),
+    ("--method grpo-rubric --rollouts 2 --kl 1", "student"),
+    ("--method rsd-grpo --rollouts 2 --kl 1", "rubric+answer"),
+    ("--method sft-teacher", "rubric+answer"), ("--method rsd-teacher", "rubric+answer"),
+    ("--method rsd-reference", "rubric+answer"), ("--model nowhere", "rubric"),
+    ("--teacher-context rubric", "rubric"), ("--rubrics none --method opsd", "solution"),
 ])
-def test_a_method_settles_what_its_teacher_sees(method, context):
-    more = ["--rollouts", "2", "--kl", "1"] if "grpo" in method else []
-    assert teacher_context("--method", method, *more) == context
-    assert len(rsd.METHODS) == 9  # all of them stand above
-
-
-def test_flags_settle_what_the_teacher_sees():
-    assert teacher_context("--model", "nowhere") == "rubric"
-    assert teacher_context("--teacher-context", "rubric") == "rubric"
-    assert teacher_context("--rubrics", "none", "--method", "opsd") == "solution"
-
-
-def test_opsd_and_rsd_differ_in_the_teachers_context_alone(tok, prompts):
-    rows = toy_rows("train", 3)
-    by_rubric = episodes_of(tok, rows, prompts["student"], prompts["rubric"])
-    by_solution = episodes_of(tok, rows, prompts["student"], prompts["solution"])
-    for x, y in zip(by_rubric, by_solution):
-        assert x.teacher_ids != y.teacher_ids
-        assert replace(x, teacher_ids=y.teacher_ids) == y
+def test_the_flags_settle_what_the_teacher_sees(words, context):
+    assert rsd.parse_args(["train", *words.split()]).teacher_context == context
 
 
 def test_sft_on_the_teachers_completions_is_their_cross_entropy(tok, prompts):
@@ -1387,7 +1350,8 @@ def test_a_function_can_be_copied_out(run, most_lines, tok, tmp_path, monkeypatc
     assert run(alone, tok) == run(rsd, tok)
 
 
-# -- verdicts
+# ---- 6. grading -----------------------------------------------------------------------------------
+
 
 YES_NO = [True, False]
 VERDICTS = [  # text, what it says
@@ -1439,9 +1403,6 @@ def test_verdicts(text, met):
                                        False), ("[true, false]", None)])
 def test_one_verdict(text, met):
     assert rsd.read_verdicts(text, {"rubric": [LAW]})[0] == (None if met is None else [met])
-
-
-# ---- 6. grading -----------------------------------------------------------------------------------
 
 
 LOOSE = {"tolerance": 0.05, "need_unit": False}  # SciBench's own setting
@@ -4478,16 +4439,15 @@ def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_gi
 def test_training_with_the_engine_gives_the_same_weights(tmp_path, processes):
     """Each process has an engine of its own, and writes its share."""
     needs_vllm_on_the_cpu()
-    words = ["train", "--data", "toy", "--limit", "32", "--steps", "3", "--batch", "8"]
-    words += ["--temperature", "0", "--max-new-tokens", "60"]
-    assert rsd.main([*words, "--out", str(tmp_path / "transformers")]) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run = subprocess.run(
-        [sys.executable, *torchrun, REPO / "rsd.py", *words, "--engine", "vllm", "--out", "vllm"],
-        cwd=tmp_path, text=True, capture_output=True,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
-    assert run.returncode == 0, run.stderr
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words += [REPO / "rsd.py", "train", "--data", "toy", "--limit", "32", "--steps", "3"]
+    words += ["--batch", "8", "--temperature", "0", "--max-new-tokens", "60"]
+    for engine in ("transformers", "vllm"):
+        run = subprocess.run(
+            [sys.executable, *words, "--engine", engine, "--out", engine], cwd=tmp_path,
+            text=True, capture_output=True, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )
+        assert run.returncode == 0, run.stderr
     ours, theirs = weights_of(tmp_path / "transformers"), weights_of(tmp_path / "vllm")
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
