@@ -141,15 +141,6 @@ def gradient_of(model, teacher, episodes, signal="forward", budget=8192, **optio
     return figures, optimizer.gradient
 
 
-def model_writer(model, tok, room=math.inf, thinking=False, **sampling):
-    """The writer of rsd's commands, for a model of the tests."""
-
-    def sample(prompts):
-        return rsd.sample_completions(model, prompts, rsd.stop_ids(model, tok), **sampling)
-
-    return rsd.ModelWriter(sample, tok, room, thinking)
-
-
 def program(name):
     """A program of .ci as a module."""
     spec = importlib.util.spec_from_file_location(name, REPO / ".ci" / f"{name}.py")
@@ -255,9 +246,9 @@ def chat_prompt(text):
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def prompt_writer(tok, room=math.inf, thinking=False):
+def prompt_writer(tok, room=math.inf):
     """A writer that builds prompts and samples nothing."""
-    return rsd.ModelWriter(None, tok, room, thinking)
+    return rsd.ModelWriter(None, tok, room)
 
 
 def episodes_of(tok, rows, *templates):
@@ -353,13 +344,6 @@ def test_runs_of_blanks_that_are_tokens_stay_whole():
     assert rsd.context_ids(tok, "{question}", {"question": "a  b"}).count(blanks) == 1
 
 
-def test_context_without_control_tokens_equals_the_librarys_own_encoding(tok):
-    text = "A force of 3 N, 5 km: how much work?"
-    chat = [{"role": "user", "content": text}]
-    own = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert rsd.context_ids(tok, "{question}", {"question": text}) == list(own)
-
-
 def test_training_and_evaluation_sample_the_same_prompts(tok, base, tmp_path, monkeypatch):
     seen = []
 
@@ -380,19 +364,11 @@ def test_training_and_evaluation_sample_the_same_prompts(tok, base, tmp_path, mo
     assert sorted(map(tok.decode, evaluated)) == sorted(map(chat_prompt, questions))
 
 
-def thinking_tokenizer(tok):
-    """The toy's tokenizer with a chat template that ends with what it is told about thinking."""
-    other = copy.deepcopy(tok)
-    other.chat_template = tok.chat_template.replace(
-        "assistant\n{% endif %}",
-        "assistant\n{{ '<T>' if enable_thinking else '<N>' }}{% endif %}",
-    )
-    return other
-
-
 @pytest.mark.parametrize("words, tail", [([], "<N>"), (["--thinking", "on"], "<T>")])
 def test_the_thinking_flag_reaches_student_and_teacher(tok, words, tail):
-    other = thinking_tokenizer(tok)
+    other, ending = copy.deepcopy(tok), "assistant\n{% endif %}"
+    says = "assistant\n{{ '<T>' if enable_thinking else '<N>' }}{% endif %}"
+    other.chat_template = tok.chat_template.replace(ending, says)
     args = rsd.parse_args(["train", *words])
     readers = [rsd.model_writer(args, tiny(tok), other)] * 2
     templates = ["{question}", "{question} {rubric}"]
@@ -741,20 +717,13 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
 
 
 def test_a_head_alone_can_train(tok):
-    model, (e,) = tiny(tok, tie_word_embeddings=False), random_episodes(tok, 1)
+    model, (*_, e) = tiny(tok, tie_word_embeddings=False), random_episodes(tok, 3)
     model.requires_grad_(False)
-    head = model.get_output_embeddings().weight.requires_grad_()
-    ids = torch.tensor(e.completion_ids)
+    model.get_output_embeddings().weight.requires_grad_()
+    _, got = gradient_of(model, None, [e], "advantage")
     logits = model(torch.tensor([e.prompt_ids + e.completion_ids])).logits[0]
-    F.cross_entropy(logits[len(e.prompt_ids) - 1 : -1], ids, reduction="sum").backward()
-    want = head.grad.clone()
-
-    head.grad = None
-    hidden = rsd.rescore(model, [e.prompt_ids], [e.completion_ids])
-    per_token = (ids, torch.ones(len(ids)))
-    loss = loss_of("advantage")
-    rsd.backward_in_chunks(loss, model, hidden, None, None, per_token, 1, chunk=3 * len(tok))
-    torch.testing.assert_close(head.grad, want, atol=1e-5, rtol=1e-4)
+    F.cross_entropy(logits[len(e.prompt_ids) - 1 : -1], torch.tensor(e.completion_ids)).backward()
+    torch.testing.assert_close(got, grads(model), atol=1e-6, rtol=1e-4)
 
 
 def test_masked_entries_and_ties_are_exact():
@@ -904,12 +873,6 @@ def test_grpo_gradient_against_a_hand_computed_case(tok):
     (-gain / 5).backward()
     torch.testing.assert_close(got, grads(model), atol=1e-6, rtol=1e-4)
 
-    model.zero_grad()
-    for episode in group:
-        episode.advantage = 0.0  # a group of equal rewards
-    _, got = gradient_of(model, None, group, "advantage")
-    assert (got == 0).all()
-
 
 @pytest.mark.parametrize("words, context", [
     ("--method rsd", "rubric+answer"), ("--method opsd", "solution"), ("--method sft", "student"),
@@ -926,15 +889,14 @@ def test_the_flags_settle_what_the_teacher_sees(words, context):
 
 def test_sft_on_the_teachers_completions_is_their_cross_entropy(tok, prompts):
     model, teacher, asked = tiny(tok), tiny(tok, 1), []
-    writer = model_writer(teacher, tok, max_new_tokens=8)
 
     def sample(prompts):
         asked.extend(prompts)
-        return writer.sample(prompts)
+        return rsd.sample_completions(teacher, prompts, {2}, max_new_tokens=8)
 
     args = rsd.parse_args(["train", "--method", "sft-teacher", "--rollouts", "2"])
     examples = episodes_of(tok, toy_rows("train", 3), prompts["student"], prompts["rubric"])
-    write = rsd.training_writer(args, replace(writer, sample=sample), teacher)
+    write = rsd.training_writer(args, rsd.ModelWriter(sample, tok, math.inf), teacher)
     optimizer = KeepsGradients(model)
     episodes, figures = rsd.train_step(
         model, None, examples, write, rsd.training_loss(args), optimizer, 0.0,
@@ -1270,10 +1232,8 @@ def run_parse_rubric(module, tok):
 
 
 def run_generate_rubrics(module, tok):
-    def parse(text, row):
-        return [row["weight"], text], ""
-
-    return list(module.generate_rubrics(writes("said"), [({"weight": 2}, "ask")], parse))
+    asked = [({}, "ask")]
+    return module.generate_rubrics(writes(json.dumps([GOOD])), asked, rsd.parse_rubric)
 
 
 def run_sample_completions(module, tok):
