@@ -465,6 +465,9 @@ def test_completion_ends_at_its_first_stop_and_pad_may_be_a_stop(tok):
     free = [ids for ids, _ in greedy(model, prompts, {len(tok) + 9}, 12)]
     assert all(len(ids) == 12 for ids in free)
 
+    model.generation_config.repetition_penalty = 5.0  # its own defaults are set aside
+    model.generation_config.min_new_tokens = 9
+    model.generation_config.suppress_tokens = free[0][:1]
     stop = {free[0][4], free[1][2]}  # two stop tokens; the smaller one is also used as padding
     for ids, (got, stopped) in zip(free, greedy(model, prompts, stop, 12)):
         ends = [k + 1 for k, token in enumerate(ids) if token in stop]
@@ -480,7 +483,6 @@ def test_samples_are_of_the_model_alone(tok):
     p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.top_k = 1
-    model.generation_config.suppress_tokens = [p.argmax().item()]
     torch.manual_seed(0)
     samples = rsd.sample_completions(model, [prompt] * n, {2}, 1, batch_size=n)
     first = Counter(ids[0] for ids, _ in samples)
@@ -667,7 +669,8 @@ def test_the_writers_log_probs_weigh_the_policy_gradient():
     t = torch.tensor([[0.4, 0.1, 0.5]] * 3).log()
     ids, writer = torch.tensor([0, 1, 2]), torch.tensor([math.log(0.4), math.log(0.1), math.nan])
     ratio, logp = [0.5, 2.0, 1.0], [math.log(p) for p in (0.2, 0.3, 0.5)]
-    for signal, advantage in (("advantage", [3, -1, 2]), ("sampled", [math.log(2), -math.log(3), 0])):
+    towards_teacher = [math.log(2), -math.log(3), 0]
+    for signal, advantage in (("advantage", [3, -1, 2]), ("sampled", towards_teacher)):
         figures = rsd.token_loss(s, t, ids, torch.tensor([3.0, -1, 2]), writer, signal)
         assert figures.keys() == {"loss", "entropy", "ratio"}
         assert figures["ratio"].tolist() == pytest.approx(ratio)
@@ -3004,6 +3007,7 @@ def test_a_step_depends_on_the_seed_and_its_number_alone(tok):
         return [(step, figures["lr"], *drawn) for (step, _, figures), drawn in zip(steps, seen)]
 
     whole = run(steps=4, warmup=2)
+    assert len({line[-1] for line in whole}) == 4
     assert [line[:2] for line in whole] == [(1, 1.5), (2, 3), (3, 3), (4, 3)]
     assert run(steps=4, warmup=2, start=2) == whole[2:]
     for other in ({"seed": 1}, {"rank": 1}):
