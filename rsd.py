@@ -10,7 +10,7 @@ plays two parts, and one step of training is this:
   3. The student re-scores y as well, from the question alone.
   4. At every position t of y the two next-token distributions are compared:
          loss = 1/N * sum over t of D( p_T(. | x, r, y_<t) || p_S(. | x, y_<t) )
-     The gradient flows through the student only; N counts the trained tokens of the whole step.
+     The gradient flows through the student only; this N counts the tokens of the whole step.
   5. The optimizer takes one step. After training the student needs no rubric.
 
 `train_step`, at the end of section 4, is these five steps as code. Stop there and you know the
@@ -134,7 +134,6 @@ FIXED_DAY = (  # in front of every chat template, so that prompts do not change 
     "{%- macro strftime_now(format) -%}"
     "{{ '01 Jan 2026' if '%b' in format else '2026-01-01' }}{%- endmacro -%}"
 )
-JUST_TEXT = "{{ messages[0]['content'] }}"  # a template for a text that is no chat
 
 
 def control_tokens(tokenizer):
@@ -152,25 +151,19 @@ def chat_ids(tokenizer, chat, template=None, **options):
     """
     control = control_tokens(tokenizer)
     tokenizer.chat_control_tokens = list(control)
-    template = FIXED_DAY + (template or tokenizer.get_chat_template())
-
-    def encode(messages):
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, sanitize_control_tokens=True, return_dict=False,
-            **options,
-        )
-
-    def written(ids):
-        return [i for i in ids if i in control.values()]
-
+    harmless = [message | {"content": "x"} for message in chat]
     try:
-        ids = encode(chat)
-        harmless = encode([message | {"content": "x"} for message in chat])
+        both = tokenizer.apply_chat_template(
+            [chat, harmless], chat_template=FIXED_DAY + (template or tokenizer.get_chat_template()),
+            sanitize_control_tokens=True, return_dict=False, **options,
+        )
     except Exception as error:  # jinja's, the template's own, the tokenizer's
         raise UserError(f"the chat template fails ({error!r:.200}) on {chat!r:.200}.") from error
-    safe = written(ids) == written(harmless)
-    require(safe, f"this tokenizer makes a control token of plain text: {chat!r:.200}.")
-    return ids
+    known = set(control.values())
+    written, expected = ([i for i in ids if i in known] for ids in both)
+    same = written == expected
+    require(same, f"this tokenizer makes a control token of plain text: {chat!r:.200}.")
+    return both[0]
 
 
 def context_ids(tokenizer, template, fields, thinking=False):
@@ -182,33 +175,23 @@ def context_ids(tokenizer, template, fields, thinking=False):
     return chat_ids(tokenizer, chat, add_generation_prompt=True, enable_thinking=thinking)
 
 
-def turn_end(tokenizer):
-    """The control token with which the chat template ends an assistant's text, else the eos."""
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@"}]
-    behind = tokenizer.decode(chat_ids(tokenizer, chat)).rpartition("@")[2]
-    first = tokenizer.encode(behind.strip(), add_special_tokens=False)[:1]
-    is_control = set(first) & set(control_tokens(tokenizer).values())
-    return first[0] if is_control else tokenizer.eos_token_id
-
-
 # ---- 2. Sampling: prompt ids in, completion ids out ---------------------------------------------
 
 
 @torch.no_grad()
 def sample_completions(
     model, prompts, stop, max_new_tokens=512, batch_size=64,
-    temperature=1.0, top_p=1.0, top_k=0, static=False,
+    temperature=1.0, top_p=1.0, top_k=0, multiple=1, **options,
 ):
     """B prompts of ids -> B pairs (completion ids [T_b], stopped), in the order of the prompts.
 
     A completion ends with its first stop token, which is part of it; without one it has
     max_new_tokens ids and stopped is False. temperature 0 is greedy, top_p 1 and top_k 0 are all
-    tokens. The model's own defaults, such as a repetition penalty, are set aside. static: the cache
-    has a fixed size, which transformers decodes by CUDA graphs on a GPU; the batch is padded to few
-    sizes, since each is compiled.
+    tokens. The model's own defaults, such as a repetition penalty, are set aside; options are those
+    of transformers' GenerationConfig. Prompts are padded to a multiple of so many tokens.
     """
     config = GenerationConfig(
-        eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens
+        eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens, **options
     )
     if temperature > 0:
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -219,10 +202,7 @@ def sample_completions(
     for start in range(0, len(prompts), batch_size):
         rows = longest_first[start : start + batch_size]
         width = len(prompts[rows[0]])
-        if static:
-            config.cache_implementation = "static"
-            rows = rows + rows[:1] * (-len(rows) % 8)  # the last of equal ones counts
-            width += -width % 128
+        width += -width % multiple
         padding = [width - len(prompts[i]) for i in rows]  # on the left
         ids = [[0] * n + prompts[i] for n, i in zip(padding, rows)]
         mask = [[0] * n + [1] * (width - n) for n in padding]
@@ -244,7 +224,8 @@ def sample_completions(
 
 def rescore(model, contexts, completions):
     """The hidden states [N, H] that predict each completion token, one sequence after the other.
-    `logits_of` turns them into logits. Padding is on the right, where a causal model never looks.
+    `logits_of` turns them into logits. Padding is on the right, where a causal model never looks,
+    so that no mask is needed. Here and below N counts the tokens of one micro-batch.
     """
     sequences = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token predicts none
     ids = [torch.tensor(s, device=model.device) for s in sequences]
@@ -258,11 +239,20 @@ def rescore(model, contexts, completions):
     return torch.cat(parts)
 
 
+def setting_of(model, *names):
+    """The first of these settings that the model's configuration for text has; else None."""
+    config = model.config.get_text_config()
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
 def logits_of(model, hidden):
-    """The model's output head on hidden states: [N, H] -> [N, V], Gemma's soft cap included."""
+    """The model's output head on hidden states: [N, H] -> [N, V], with the scale of Cohere, Granite
+    or Falcon-H1 and the soft cap of Gemma."""
     head = model.get_output_embeddings()
-    logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    scale = setting_of(model, "logit_scale", "lm_head_multiplier") or 1
+    scale = scale / (setting_of(model, "logits_scaling") or 1)
+    logits = head(scale * hidden.to(head.weight.dtype))  # these heads have no bias
+    cap = setting_of(model, "final_logit_softcapping", "logits_soft_cap")
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -277,19 +267,14 @@ def entropy(logits):
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
-def on_top_k(s, t, k, tail):
-    """Both log-probs [N, V] on the teacher's k likeliest tokens: renormalised [N, k], or with one
-    bucket more for the rest of the mass [N, k + 1]."""
-    index = t.topk(k, dim=-1).indices
-
-    def restrict(x):
-        kept = x.gather(-1, index)
-        if not tail:
-            return kept.log_softmax(-1)
-        rest = x.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([kept, rest], dim=-1)
-
-    return restrict(s), restrict(t)
+def on_tokens(logp, index, tail):
+    """Log-probs [N, V] on the tokens index [N, k] alone: renormalised [N, k], or with one bucket
+    more for the rest of the mass [N, k + 1]."""
+    kept = logp.gather(-1, index)
+    if not tail:
+        return kept.log_softmax(-1)
+    rest = logp.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, rest], dim=-1)
 
 
 def divergence(
@@ -310,7 +295,8 @@ def divergence(
     """
     s, t = ((x.float() / temperature).log_softmax(-1).clamp(min=-1e30) for x in (student, teacher))
     if 0 < top_k < s.shape[-1]:
-        s, t = on_top_k(s, t, top_k, tail)
+        index = t.topk(top_k, dim=-1).indices
+        s, t = on_tokens(s, index, tail), on_tokens(t, index, tail)
 
     def kl(p, q):  # the V entries of KL(p || q), from log-probs
         terms = F.kl_div(q, p, log_target=True, reduction="none")  # p log(p / q)
@@ -324,7 +310,7 @@ def divergence(
         terms = kl(s, t)
     else:
         m = torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
-        m = torch.where(s == t, t.lerp(s, 1 - beta), m)  # without rounding
+        m = torch.where(s == t, t.lerp(s, 1 - beta), m)  # equal ones without rounding
         terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
 
     if clip == "entry":
@@ -337,28 +323,29 @@ BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
 
 
 def token_loss(
-    student, teacher, ids, advantage, writer=None, signal="forward", kl=0.0, clip="none", **options
+    student, teacher, ids, advantage, writer_log_probs=None, signal="forward", kl=0.0, clip="none",
+    **options,
 ):
     """Choice 3, the per-token signal, and what is logged of it.
 
-    Logits [N, V] of student and teacher; ids, advantage and the writer's log-probs [N] -> loss,
-    entropy and other figures, each [N]. forward, reverse and jsd are `divergence` with these
-    options; divergence is its value before it is clipped, clipped 1 where the clip changed it.
-    sampled: policy gradient with the advantage log p_T - log p_S. advantage: policy gradient with
-    the given one (1 makes it SFT's cross-entropy), plus kl times the reverse KL to the teacher.
-    Where the writer's log-probs are known, the policy gradient is weighted by the student's
-    probability over the writer's, cut at 2 (truncated importance sampling). KeyError: an unknown
-    signal.
+    Logits [N, V] of student and teacher; ids, advantage and the log-probs that the engine gave the
+    ids, all [N] -> loss, entropy and other figures, each [N]. forward, reverse and jsd are
+    `divergence` with these options; "divergence" is its value before it is clipped, "clipped" 1
+    where the clip changed it. The other two are policy gradients and take no option but kl, the
+    weight of the reverse KL to the teacher. sampled: with the advantage log p_T - log p_S.
+    advantage: with the given one; 1 makes it SFT's cross-entropy. Where the engine's log-probs are
+    known, they are weighted by the student's probability over the engine's, cut at 2 (truncated
+    importance sampling). KeyError: an unknown signal.
     """
     figures = {"entropy": entropy(student)}
     if signal in ("advantage", "sampled"):
         logp = log_prob(student, ids)
         if signal == "sampled":
             advantage = (log_prob(teacher, ids) - logp).detach()
-        if writer is not None:
-            ratio = (logp.detach() - writer).exp().clamp(max=2).nan_to_num(1.0)
-            figures["ratio"] = ratio
-            advantage = ratio * advantage
+        if writer_log_probs is not None:
+            ratio = (logp.detach() - writer_log_probs).exp()
+            figures["ratio"] = ratio.clamp(max=2).nan_to_num(1.0)
+            advantage = figures["ratio"] * advantage
         loss = -advantage * logp
         if kl:
             loss = loss + kl * divergence(student, teacher, beta=1.0)
@@ -412,8 +399,8 @@ class Method(NamedTuple):
     """Three choices, and the reward of those that take one."""
 
     writer: str  # 1. who writes the completion: student, teacher or reference
-    sees: str | None  # 2. what the teacher has in view; None: the student's prompt, as with --kl
-    signal: str  # 3. the per-token signal; "divergence" is the one that --divergence names
+    sees: str | None  # 2. what the teacher has in view; None: no more than the student
+    signal: str  # 3. the per-token signal; "divergence": forward, reverse, jsd or sampled
     reward: str | None = None  # which score becomes the advantage
 
 
@@ -426,40 +413,20 @@ METHODS = {
     "sft-teacher": Method("teacher", "rubric", "advantage"),  # of the teacher's own completions
     "rsd-teacher": Method("teacher", "rubric", "divergence"),
     "rsd-reference": Method("reference", "rubric", "divergence"),
-    "rsd-grpo": Method("student", "rubric", "advantage", "rubric_score"),  # with --kl to it
+    "rsd-grpo": Method("student", "rubric", "advantage", "rubric_score"),  # the teacher by --kl
 }
 
 
 def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
     """Choice 1, who writes: the student, or the teacher from its own context "teacher_ids".
-    `sample` (prompts of ids -> pairs of ids and stopped) writes so many times per example."""
+    `sample` (prompts of ids -> ids, stopped and, from some engines, the ids' log-probs) writes so
+    many times per example."""
     examples = [e for e in examples for _ in range(rollouts)]
     outputs = sample([getattr(e, context) for e in examples])
-    episodes = []
-    for e, (ids, stopped, *log_probs) in zip(examples, outputs):
-        e = replace(e, completion_ids=ids, stopped=stopped)
-        if log_probs and context == "prompt_ids":
-            e.writer_log_probs = log_probs[0]
-        episodes.append(e)
-    return episodes
-
-
-def reference_writes(tokenizer, examples):
-    """Choice 1, who writes: the row's reference solution stands in the completion's place."""
-    episodes = []
-    for e in examples:
-        solution = [{"role": "assistant", "content": e.row["solution"]}]
-        ids = chat_ids(tokenizer, solution, JUST_TEXT) + [turn_end(tokenizer)]
-        episodes.append(replace(e, completion_ids=ids, stopped=True))
-    return episodes
-
-
-def group_advantages(rewards, group, eps=1e-4):
-    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
-    r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
-    r = r - r[:, :1]  # or the mean of equal ones could differ from them in the last digit
-    std = r.std(1, correction=0, keepdim=True)
-    return ((r - r.mean(1, keepdim=True)) / (std + eps)).flatten().tolist()
+    return [
+        replace(e, completion_ids=ids, stopped=stopped, writer_log_probs=sum(log_probs, []))
+        for e, (ids, stopped, *log_probs) in zip(examples, outputs)
+    ]
 
 
 def micro_batches(episodes, token_budget, devices=1):
@@ -470,12 +437,10 @@ def micro_batches(episodes, token_budget, devices=1):
         return max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
 
     remaining = sorted(episodes, key=width, reverse=True)
-    batches = []
     while remaining:
         rows = max(1, token_budget // width(remaining[0])) * devices
-        batches.append(remaining[:rows])
+        yield remaining[:rows]
         remaining = remaining[rows:]
-    return batches
 
 
 def trained_part(e):
@@ -488,14 +453,13 @@ def trained_part(e):
 def flatten(episodes, device):
     """The N trained tokens, one completion after the other -> ids [N], advantage [N] and the
     writer's log-probs [N], NaN where they are unknown."""
-    ids, advantage, log_probs = [], [], []
+    tokens = []
     for e in episodes:
-        unknown = [math.nan] * len(e.completion_ids)
-        ids += e.completion_ids[e.train_from :]
-        log_probs += (e.writer_log_probs or unknown)[e.train_from :]
-        advantage += [e.advantage] * (len(ids) - len(advantage))
-    ids = torch.tensor(ids, dtype=torch.long, device=device)
-    return ids, *(torch.tensor(x, device=device) for x in (advantage, log_probs))
+        advantages = itertools.repeat(e.advantage)
+        log_probs = e.writer_log_probs or itertools.repeat(math.nan)
+        tokens += list(zip(e.completion_ids, advantages, log_probs))[e.train_from :]
+    ids, advantage, log_probs = torch.tensor(tokens, dtype=torch.float64, device=device).view(-1, 3).T
+    return ids.long(), advantage.float(), log_probs.float()
 
 
 def optimizer_step(model, optimizer, lr, max_grad_norm=1.0):
@@ -516,40 +480,42 @@ def train_step(
 ):
     """One step of RSD and, by other choices, of every method -> (episodes, figures).
 
-    write(examples) -> episodes with completions. loss(student logits, teacher logits, ids,
-    advantage) -> {"loss": [n], ...}, as `token_loss`. teacher None: no teacher is asked. Figures
-    are means per trained token, their number, the gradient's norm and seconds by part. One
-    denominator serves the whole step, so any split into micro-batches gives the same gradient.
-    combine(student, sums) -> sums may add gradients and figures that stand elsewhere. The seconds
-    of "s_rescoring" are the teacher's; the student's forward pass is in "s_update".
+    write(examples) -> the step's episodes with their completions. loss: `token_loss` with its
+    options set. teacher None: no teacher is asked. Figures are means per trained token, their
+    number, the gradient's norm and seconds by part. One denominator serves the whole step, so any
+    split into micro-batches gives the same gradient. Where several processes share a step, `write`
+    gives each of them all episodes, `split` its own share, and combine(student, sums) -> sums adds
+    up gradients and figures. "s_rescoring" are the teacher's seconds; the student's forward pass
+    is in "s_update".
     """
     watch = Stopwatch()
     episodes = write(examples)  # 1. y ~ p_S(. | x)
     watch.lap("s_sampling")
-    trained = sum(len(trained_part(e)[2]) for e in episodes)  # N
+    trained = sum(len(trained_part(e)[2]) for e in episodes)
+    count = max(1, trained)  # N of the whole step
     sums = Counter()
     device = student.device
     for batch in split(episodes, token_budget):
         contexts, views, completions = zip(*map(trained_part, batch))
-        per_token = flatten(batch, device)
-        # Autocast's cache of weights would outlive a micro-batch: it is off.
+        # Autocast would keep its copies of the weights to the end of the block: no cache.
         with torch.autocast("cuda", torch.bfloat16, device.type == "cuda", cache_enabled=False):
-            target = None
+            teacher_hidden = None
             if teacher is not None:
                 with torch.no_grad():
-                    target = rescore(teacher, views, completions)  # 2. rubric in view
+                    teacher_hidden = rescore(teacher, views, completions)  # 2. rubric in view
             watch.lap("s_rescoring")
             hidden = rescore(student, contexts, completions)  # 3. from the question alone
             sums.update(  # 4. the gradient of sum_t D / N
                 backward_in_chunks(
-                    loss, student, hidden, teacher, target, per_token, max(trained, 1), chunk
+                    loss, student, hidden, teacher, teacher_hidden, flatten(batch, device), count,
+                    chunk,
                 )
             )
             watch.lap("s_update")
     sums = combine(student, sums) if combine else sums
     norm = optimizer_step(student, optimizer, lr, max_grad_norm)  # 5. one step
     watch.lap("s_update")
-    figures = {name: total / max(trained, 1) for name, total in sums.items()}
+    figures = {name: total / count for name, total in sums.items()}
     figures |= {"trained": trained, "grad_norm": norm, "lr": lr, **watch.seconds}
     return episodes, figures
 
@@ -591,9 +557,10 @@ def train(
     seed=0, start=0, rank=0, ema_teacher=None, ema_decay=0.99, **options,
 ):
     """The loop: yields (step from 1, episodes, figures) after each step, for a caller that logs
-    and saves. A step depends on seed and number alone, so a run that begins again at `start` is
-    the same run. The learning rate rises over `warmup` steps and is constant then. teacher None:
-    it is not asked. ema_teacher: the one that follows the student. options: `train_step`'s.
+    and saves. The batch and the draws of a step depend on seed and number alone: with weights,
+    optimizer and teacher restored, a run that begins again at `start` is the same run. The learning
+    rate rises over `warmup` steps and is constant then. teacher None: it is not asked. ema_teacher:
+    the one that follows the student. options: `train_step`'s.
     """
     of_steps = itertools.islice(batches(examples, batch, seed), start, steps)
     for step, some in enumerate(of_steps, start + 1):
@@ -1123,6 +1090,14 @@ def evaluate(samples):
     return {question: question_figures(group) for question, group in scores.items()}
 
 
+def group_advantages(rewards, group, eps=1e-4):
+    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
+    r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
+    r = r - r[:, :1]  # or the mean of equal ones could differ from them in the last digit
+    std = r.std(1, correction=0, keepdim=True)
+    return ((r - r.mean(1, keepdim=True)) / (std + eps)).flatten().tolist()
+
+
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
 
 
@@ -1133,6 +1108,28 @@ def stop_ids(model, tokenizer):
     stop = {*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
     require(stop, "the model has no token that ends a turn: its tokenizer needs an eos_token.")
     return stop
+
+
+def turn_end(tokenizer):
+    """The control token with which the chat template ends an assistant's text, else the eos."""
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@"}]
+    behind = tokenizer.decode(chat_ids(tokenizer, chat)).rpartition("@")[2]
+    first = tokenizer.encode(behind.strip(), add_special_tokens=False)[:1]
+    is_control = set(first) & set(control_tokens(tokenizer).values())
+    return first[0] if is_control else tokenizer.eos_token_id
+
+
+JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is no chat
+
+
+def reference_writes(tokenizer, examples):
+    """Choice 1, who writes: the row's reference solution stands in the completion's place."""
+    episodes = []
+    for e in examples:
+        solution = [{"role": "assistant", "content": e.row["solution"]}]
+        ids = chat_ids(tokenizer, solution, JUST_TEXT) + [turn_end(tokenizer)]
+        episodes.append(replace(e, completion_ids=ids, stopped=True))
+    return episodes
 
 
 @dataclass
@@ -1203,12 +1200,14 @@ class StaticSampler:
     def __call__(self, prompts):
         written = [([], False)] * len(prompts)
         for done in range(0, self.max_new_tokens, self.stage):
-            open_rows = [i for i, (_, stopped) in enumerate(written) if not stopped]
+            unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
+            begun = [prompts[i] + written[i][0] for i in unfinished]
             more = sample_completions(
-                self.copy, [prompts[i] + written[i][0] for i in open_rows], self.stop,
-                min(self.stage, self.max_new_tokens - done), static=True, **self.sampling,
+                self.copy, begun + begun[:1] * (-len(begun) % 8), self.stop,
+                min(self.stage, self.max_new_tokens - done), **self.sampling,
+                multiple=128, cache_implementation="static",  # few sizes, since each is compiled
             )
-            for i, (ids, stopped) in zip(open_rows, more):
+            for i, (ids, stopped) in zip(unfinished, more):
                 written[i] = written[i][0] + ids, stopped
         return written
 
@@ -2306,35 +2305,27 @@ def sampling_of(args):
     return {name: getattr(args, name) for name in names}
 
 
-def has_gpu(gigabytes=0):
-    """Is there a GPU, with so much memory?"""
-    is_there = torch.cuda.is_available()
-    return is_there and torch.cuda.get_device_properties().total_memory > gigabytes * 1e9
-
-
 def is_compiled(args, completions):
-    """Does --compile say so, or do so many completions pay for a minute or two of compiling?"""
-    pays = has_gpu() and completions > 250
+    """Does --compile say so, or do so many completions on a GPU pay for two minutes of it?"""
+    pays = torch.cuda.is_available() and completions > 250
     return pays if args.compile == "auto" else args.compile == "on"
 
 
 def model_writer(args, model, tokenizer, completions=0):
-    """The writer that samples from this model, each process a share of so many completions."""
+    """The writer that samples so many completions from this model, each process a share."""
     stop, engine = stop_ids(model, tokenizer), None
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
-    sample = functools.partial(sample_completions, model, stop=stop, **sampling_of(args))
+    longest = setting_of(model, "max_position_embeddings") or math.inf
+    sampling = sampling_of(args)
+    sample = functools.partial(sample_completions, model, stop=stop, **sampling)
     if args.engine == "vllm":
         launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
-        sample = engine = VllmSampler(
-            model, stop, args.engine_memory, launcher=launcher, **sampling_of(args)
-        )
+        engine = VllmSampler(model, stop, args.engine_memory, launcher=launcher, **sampling)
         longest = engine.llm.llm_engine.model_config.max_model_len
     elif is_compiled(args, completions):
-        is_trained = isinstance(args, Train)
-        sample = engine = StaticSampler(model, stop, is_trained=is_trained, **sampling_of(args))
+        engine = StaticSampler(model, stop, is_trained=isinstance(args, Train), **sampling)
         memory = sum(p.nbytes for p in engine.copy.parameters()) / 1e9
-        say(f"the sampler is compiled once, in about 2 minutes; its weights take {memory:.1f} GB")
-    sample = functools.partial(sample_together, sample)
+        say(f"compiling the sampler, once, takes 2 minutes; its weights take {memory:.1f} GB")
+    sample = functools.partial(sample_together, engine or sample)
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine)
 
@@ -2436,11 +2427,20 @@ def training_writer(args, writer, author):
     graded and masked."""
     method = METHODS[args.method]
     tokenizer, engine = writer.tokenizer, writer.engine
-    context = "teacher_ids" if method.writer == "teacher" else "prompt_ids"
     (teacher_template,) = prompt_files(args, args.teacher_context)
     end_thinking = tokenizer.convert_tokens_to_ids("</think>")
     known = end_thinking not in (None, tokenizer.unk_token_id)
     require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
+
+    def let_write(examples):
+        if method.writer == "reference":
+            return reference_writes(tokenizer, examples)
+        if engine:
+            engine.load(author)
+        if method.writer == "student":
+            return model_writes(writer.sample, examples, args.rollouts)
+        episodes = model_writes(writer.sample, examples, args.rollouts, "teacher_ids")
+        return [replace(e, writer_log_probs=()) for e in episodes]  # they are of another context
 
     def look_at(e):
         text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
@@ -2456,12 +2456,7 @@ def training_writer(args, writer, author):
             e.train_from = [*e.completion_ids[:-1], end_thinking].index(end_thinking) + 1
 
     def write(examples):
-        if method.writer == "reference":
-            episodes = reference_writes(tokenizer, examples)
-        else:
-            if engine:
-                engine.load(author)
-            episodes = model_writes(writer.sample, examples, args.rollouts, context)
+        episodes = let_write(examples)
         for e in episodes:
             look_at(e)
         if args.engine == "vllm":
@@ -2475,9 +2470,9 @@ def training_writer(args, writer, author):
     return write
 
 
-def set_up(args, out, state, compiled):
+def set_up(args, state, compiled):
     """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its
-    start or as the checkpoint in `out` has them."""
+    start or as the last checkpoint in --out has them."""
     student, tokenizer = load_from_flags(args, half=args.lora_rank > 0)
     is_whole = not hasattr(student, "peft_config")
     require(is_whole, f"--model {args.model}: merge the adapter into its base; README says how.")
@@ -2486,20 +2481,17 @@ def set_up(args, out, state, compiled):
     teacher = None
     if args.kl or METHODS[args.method].sees:
         teacher = make_teacher(student, args.teacher)
-    if state["metrics"]:
-        own, _ = load_model(str(out))
-        student.load_state_dict(own.state_dict())
-        if teacher is not None and teacher is not student:
-            teacher.load_state_dict(state["teacher"], strict=False)
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
-    if compiled:
-        for model in {student, teacher} - {None}:
-            compile_layers(model)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["metrics"]:
+        student.load_state_dict(load_model(args.out)[0].state_dict())
         optimizer.load_state_dict(state["optimizer"])
+        if state["teacher"]:
+            teacher.load_state_dict(state["teacher"], strict=False)
+    for model in [m for m in (student, teacher) if m and compiled]:
+        compile_layers(model)
     return student, tokenizer, teacher, optimizer
 
 
@@ -2517,21 +2509,18 @@ def training_loss(args, compiled=False):
     )
 
 
-def log_step(out, step, episodes, figures, sampled):
+def log_step(out, step, episodes, figures):
     """A step's line of metrics.jsonl; README says what each figure means and what is healthy."""
-    n = len(episodes)
+    names = episodes[0].scores
     tokens = sum(len(e.completion_ids) for e in episodes)
-    seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-    scores = {k: mean_se([e.scores.get(k) for e in episodes])[0] for k in episodes[0].scores}
     metrics = {
         "step": step,
         **figures,
-        **scores,
-        "length": tokens / n,
-        "truncated": sum(not e.stopped for e in episodes) / n,
-        "rollouts": n * sampled,
-        "sampled": tokens * sampled,
-        "seconds": seconds,
+        **{name: mean_se([e.scores.get(name) for e in episodes])[0] for name in names},
+        "tokens": tokens,
+        "length": tokens / len(episodes),
+        "truncated": sum(not e.stopped for e in episodes) / len(episodes),
+        "seconds": sum(x for name, x in figures.items() if name.startswith("s_")),
     }
     if RANK == 0:
         with open(out / "metrics.jsonl", "a") as file:
@@ -2541,11 +2530,9 @@ def log_step(out, step, episodes, figures, sampled):
 
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
-    graded = [metrics.get(name) for name in ("rubric_score", "recall", "accuracy")]
-    score = next((value for value in graded if value is not None), math.nan)
-    shown = metrics | {"score": score}
-    names = ("step", "loss", "divergence", "entropy", "length", "score", "seconds")
-    say(*(f"{name} {shown[name]:<6.4g}" for name in names), f"\n    {sample[:90]!r}")
+    names = "step loss entropy length rubric_score recall accuracy seconds".split()
+    known = [name for name in names if metrics.get(name) is not None]
+    say(*(f"{name} {metrics[name]:<6.4g}" for name in known), f"\n    {sample[:90]!r}")
 
 
 def cmd_train(args):
@@ -2561,7 +2548,7 @@ def cmd_train(args):
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts
     compiled = is_compiled(args, completions)
-    student, tokenizer, teacher, optimizer = set_up(args, out, state, compiled)
+    student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
     author = teacher if method.writer == "teacher" else student
     writer = model_writer(args, author, tokenizer, completions)
     needs = [method.reward] if method.reward else []
@@ -2571,25 +2558,20 @@ def cmd_train(args):
     for name in ("prompt_ids", "teacher_ids"):
         say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
     is_asked = args.kl or method.signal == "divergence"
+    on_gpu = torch.cuda.is_available()
     steps = train(
-        student,
-        teacher if is_asked else None,
-        examples,
-        training_writer(args, writer, author),
-        training_loss(args, compiled),
-        optimizer,
-        steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
-        start=start, rank=RANK,
-        ema_teacher=teacher if args.teacher == "ema" else None, ema_decay=args.ema_decay,
-        token_budget=args.token_budget or (16384 if has_gpu(gigabytes=75) else 8192),
-        chunk=192_000_000 if has_gpu() else 24_000_000,
+        student, teacher if is_asked else None, examples, training_writer(args, writer, author),
+        training_loss(args, compiled), optimizer, args.steps, args.batch, args.lr, args.warmup,
+        args.seed, start, RANK, teacher if args.teacher == "ema" else None, args.ema_decay,
+        token_budget=args.token_budget or (16384 if on_gpu else 8192),
+        chunk=192_000_000 if on_gpu else 24_000_000,
         split=my_micro_batches, combine=sum_over_processes,
     )
     title = "compiling (once, about 2 minutes)" if compiled else "train"
     bar = progress(steps, title, initial=start, total=args.steps)
     for step, episodes, figures in bar:
         bar.set_description("train")
-        history.append(log_step(out, step, episodes, figures, method.writer != "reference"))
+        history.append(log_step(out, step, episodes, figures))
         is_last = step == args.steps
         if step == start + 1 or is_last or step % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
@@ -2597,8 +2579,7 @@ def cmd_train(args):
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
     say(f"saved {out}; python rsd.py eval --model {out}")
-    sums = ("rollouts", "sampled", "trained", "seconds")
-    return {name: sum(m[name] for m in history) for name in sums}
+    return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 
 # -- inspect

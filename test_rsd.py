@@ -759,7 +759,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tok):
     model, teacher = tiny(tok), tiny(tok, 1)
     episodes = random_episodes(tok, 8)
     episodes[3].train_from = 4
-    assert [len(rsd.micro_batches(episodes, budget)) for budget in (1, 10**6)] == [8, 1]
+    assert [len(list(rsd.micro_batches(episodes, budget))) for budget in (1, 10**6)] == [8, 1]
 
     first, gradient = gradient_of(model, teacher, episodes, budget=1)
     for budget in (60, 10**6):
@@ -783,7 +783,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tok):
 @pytest.mark.parametrize("budget", [20, 150])
 def test_micro_batches_keep_all_and_stay_in_budget(tok, devices, budget):
     episodes = random_episodes(tok, 20)
-    batches = rsd.micro_batches(episodes, budget, devices)
+    batches = list(rsd.micro_batches(episodes, budget, devices))
     assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, episodes))
 
     for batch in batches:

@@ -303,7 +303,7 @@ def learning_curve(args, name):
         runs.append(rsd.read_jsonl(file))
     points, sampled = [], 0.0
     for step in range(args.steps):
-        sampled += sum(run[step]["sampled"] for run in runs) / len(runs)
+        sampled += sum(run[step]["tokens"] for run in runs) / len(runs)
         window = [m["accuracy"] for run in runs for m in run[max(0, step - 4) : step + 1]]
         points.append((sampled, sum(window) / len(window)))
     return points
@@ -369,7 +369,7 @@ def toy(args):
     for seed in range(args.seeds):
         jobs += [(args, name, seed, CHOSEN.get(name, 1e-3), "test") for name in args.rows]
     done = run_all(args, jobs)
-    columns = ("accuracy", "rubric_score", "rollouts", "trained", "seconds")
+    columns = ("accuracy", "rubric_score", "trained", "seconds")
     text = mean_table(done, columns)
     text += f"\n\n{args.seeds} seeds, {args.steps} steps, n {args.n}, limit {args.limit}\n"
     (Path(args.out) / "table.md").write_text(text)
@@ -389,7 +389,7 @@ def model(args):
     jobs = trained_first + [job for job in jobs if job not in trained_first]
     done = run_all(args, jobs)
     columns = ["rubric_score", "tokens", "truncated", "entropy", "reference_log_prob"]
-    columns += ["rollouts", "trained", "seconds", "peak_mb"]
+    columns += ["trained", "seconds", "peak_mb"]
     text = mean_table(done, columns)
     text += f"\n\n{args.model}, {args.seeds} seeds, {args.steps} steps of 8, lr {args.lr:g}, n {args.n}\n"
     (Path(args.out) / "table.md").write_text(text)
