@@ -6,7 +6,6 @@ import ast
 import contextlib
 import copy
 import dataclasses
-import datetime
 import doctest
 import functools
 import html
@@ -31,7 +30,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two would wait for each other on a busy machine
@@ -143,15 +141,6 @@ def gradient_of(model, teacher, episodes, signal="forward", budget=8192, **optio
     return figures, optimizer.gradient
 
 
-def model_writer(model, tok, room=math.inf, thinking=False, **sampling):
-    """The writer of rsd's commands, for a model of the tests."""
-
-    def sample(prompts):
-        return rsd.sample_completions(model, prompts, rsd.stop_ids(model, tok), **sampling)
-
-    return rsd.ModelWriter(sample, tok, room, thinking)
-
-
 def program(name):
     """A program of .ci as a module."""
     spec = importlib.util.spec_from_file_location(name, REPO / ".ci" / f"{name}.py")
@@ -195,11 +184,13 @@ def metrics_of(run):
     return rsd.read_jsonl(Path(run) / "metrics.jsonl")
 
 
-def adapted(tok, seed=0):
-    """A tiny model with adapters of rank 4."""
-    model = tiny(tok, seed)
+def with_adapters(model, std=1.0):
+    """The model with adapters of rank 4; std 0: as they begin, when they change nothing."""
     torch.manual_seed(7)
     rsd.add_lora(model, 4)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=std)
     return model
 
 
@@ -255,9 +246,9 @@ def chat_prompt(text):
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def prompt_writer(tok, room=math.inf, thinking=False):
+def prompt_writer(tok, room=math.inf):
     """A writer that builds prompts and samples nothing."""
-    return rsd.ModelWriter(None, tok, room, thinking)
+    return rsd.ModelWriter(None, tok, room)
 
 
 def episodes_of(tok, rows, *templates):
@@ -293,10 +284,10 @@ def test_control_tokens_in_data_stay_text(tok):
     assert tok.decode(solution.completion_ids) == data + "<|im_end|>"
 
 
-def tokenizer_of(names, vocabulary=(), normalizer=None, special=True):
+def tokenizer_of(names, normalizer=None, special=True):
     """A tokenizer of single characters with these added tokens."""
     characters = [chr(i) for i in range(32, 127)] + ["▁", "＜", "＞"]
-    words = {c: i for i, c in enumerate(["<unk>", *vocabulary, *characters])}
+    words = {c: i for i, c in enumerate(["<unk>", *characters])}
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[], unk_token="<unk>"))
     if normalizer:
         inner.normalizer = normalizer
@@ -308,13 +299,13 @@ def tokenizer_of(names, vocabulary=(), normalizer=None, special=True):
     return made
 
 
-@pytest.mark.parametrize("names, attack, normalizer", [
-    (["<|a|>", "|a|>"], "x<|a|>y", None), (["§"], "a§b", None), ([" <x> "], "a <x> <x> b", None),
-    (["<a>", "a>b"], "<a>b", None), (["<|", "|>"], "<|a|>", None), (["[INST]"], "[INST]", None),
-    (["<｜User｜>"], "<｜User｜>", None),
+@pytest.mark.parametrize("names, attack", [
+    (["<|a|>", "|a|>"], "x<|a|>y"), (["§"], "a§b"), ([" <x> "], "a <x> <x> b"),
+    (["<a>", "a>b"], "<a>b"), (["<|", "|>"], "<|a|>"), (["[INST]"], "[INST]"),
+    (["<｜User｜>"], "<｜User｜>"),
 ])
-def test_no_control_token_passes(names, attack, normalizer):
-    tok = tokenizer_of(names, normalizer=normalizer)
+def test_no_control_token_passes(names, attack):
+    tok = tokenizer_of(names)
     ids = rsd.context_ids(tok, "Q {question} E", {"question": attack})
     assert set(ids).isdisjoint(tok.get_added_vocab().values())
     assert len(ids) > len("Q  E")  # and it is not dropped
@@ -353,13 +344,6 @@ def test_runs_of_blanks_that_are_tokens_stay_whole():
     assert rsd.context_ids(tok, "{question}", {"question": "a  b"}).count(blanks) == 1
 
 
-def test_context_without_control_tokens_equals_the_librarys_own_encoding(tok):
-    text = "A force of 3 N, 5 km: how much work?"
-    chat = [{"role": "user", "content": text}]
-    own = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert rsd.context_ids(tok, "{question}", {"question": text}) == list(own)
-
-
 def test_training_and_evaluation_sample_the_same_prompts(tok, base, tmp_path, monkeypatch):
     seen = []
 
@@ -380,19 +364,11 @@ def test_training_and_evaluation_sample_the_same_prompts(tok, base, tmp_path, mo
     assert sorted(map(tok.decode, evaluated)) == sorted(map(chat_prompt, questions))
 
 
-def thinking_tokenizer(tok):
-    """The toy's tokenizer with a chat template that ends with what it is told about thinking."""
-    other = copy.deepcopy(tok)
-    other.chat_template = tok.chat_template.replace(
-        "assistant\n{% endif %}",
-        "assistant\n{{ '<T>' if enable_thinking else '<N>' }}{% endif %}",
-    )
-    return other
-
-
 @pytest.mark.parametrize("words, tail", [([], "<N>"), (["--thinking", "on"], "<T>")])
 def test_the_thinking_flag_reaches_student_and_teacher(tok, words, tail):
-    other = thinking_tokenizer(tok)
+    other, ending = copy.deepcopy(tok), "assistant\n{% endif %}"
+    says = "assistant\n{{ '<T>' if enable_thinking else '<N>' }}{% endif %}"
+    other.chat_template = tok.chat_template.replace(ending, says)
     args = rsd.parse_args(["train", *words])
     readers = [rsd.model_writer(args, tiny(tok), other)] * 2
     templates = ["{question}", "{question} {rubric}"]
@@ -489,6 +465,9 @@ def test_completion_ends_at_its_first_stop_and_pad_may_be_a_stop(tok):
     free = [ids for ids, _ in greedy(model, prompts, {len(tok) + 9}, 12)]
     assert all(len(ids) == 12 for ids in free)
 
+    model.generation_config.repetition_penalty = 5.0  # its own defaults are set aside
+    model.generation_config.min_new_tokens = 9
+    model.generation_config.suppress_tokens = free[0][:1]
     stop = {free[0][4], free[1][2]}  # two stop tokens; the smaller one is also used as padding
     for ids, (got, stopped) in zip(free, greedy(model, prompts, stop, 12)):
         ends = [k + 1 for k, token in enumerate(ids) if token in stop]
@@ -498,27 +477,18 @@ def test_completion_ends_at_its_first_stop_and_pad_may_be_a_stop(tok):
 
 
 def test_samples_are_of_the_model_alone(tok):
-    model = tiny(tok)
+    """Honest samples, with the model's own defaults set aside."""
+    model, n = tiny(tok), 3000
+    prompt = random_episodes(tok)[2].prompt_ids
+    p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.top_k = 1
-    prompt = random_episodes(tok)[2].prompt_ids
-    n = 3000
     torch.manual_seed(0)
     samples = rsd.sample_completions(model, [prompt] * n, {2}, 1, batch_size=n)
     first = Counter(ids[0] for ids, _ in samples)
-    p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     seen = torch.tensor([first[i] / n for i in range(len(tok))])
-    assert (seen - p).abs().sum() < 2 * math.sqrt(len(tok) / n)  # total variation, honest samples
+    assert (seen - p).abs().sum() < 2 * math.sqrt(len(tok) / n)  # total variation
     assert len(first) > 20
-
-
-def test_the_models_own_sampling_defaults_are_set_aside(tok):
-    model, prompts = tiny(tok), [e.prompt_ids for e in random_episodes(tok)]
-    want = greedy(model, prompts, {2}, 12)
-    model.generation_config.repetition_penalty = 5.0
-    model.generation_config.min_new_tokens = 9
-    model.generation_config.suppress_tokens = want[0][0][:1]
-    assert greedy(model, prompts, {2}, 12) == want
 
 
 def test_top_k_and_top_p_cut_what_is_sampled(tok):
@@ -594,7 +564,9 @@ def test_divergence_against_torch(temperature):
     lt = (t / temperature).log_softmax(-1)
 
     def ours(beta):
-        return rsd.divergence(s, t, beta=beta, temperature=temperature)
+        d = rsd.divergence(s, t, beta=beta, temperature=temperature)
+        torch.testing.assert_close(rsd.divergence(ls, lt, beta=beta), d)  # log-probs are as good
+        return d
 
     torch.testing.assert_close(ours(0), torch_kl(lt, ls))
     torch.testing.assert_close(ours(1), torch_kl(ls, lt))
@@ -602,17 +574,6 @@ def test_divergence_against_torch(temperature):
         m = (beta * lt.exp() + (1 - beta) * ls.exp()).log()
         want = beta * torch_kl(lt, m) + (1 - beta) * torch_kl(ls, m)
         torch.testing.assert_close(ours(beta), want)
-
-
-def test_log_probs_are_as_good_as_logits():
-    s, t = random_logits()
-    from_log_probs = rsd.divergence(s.log_softmax(-1), t.log_softmax(-1), beta=0.5)
-    torch.testing.assert_close(rsd.divergence(s, t, beta=0.5), from_log_probs)
-
-
-def test_sampling_and_loss_temperature_are_two_settings():
-    args = rsd.parse_args(["train", "--temperature", "1.7"])
-    assert (args.temperature, args.loss_temperature) == (1.7, 1.0)
 
 
 @pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1])
@@ -665,13 +626,14 @@ def test_clipping_the_entries_can_turn_the_divergence_negative():
     assert rsd.divergence(s, t).item() == pytest.approx(whole)
 
     ids, advantage = torch.tensor([0]), torch.ones(1)
-    for clip, changed in (("none", 0), ("token", 1), ("entry", 1)):
+    for clip in ("none", "token", "entry"):
         figures = rsd.token_loss(s, t, ids, advantage, clip=clip)
         assert figures["loss"].item() == rsd.divergence(s, t, clip=clip).item()
-        assert figures.get("clipped", torch.zeros(1)).item() == changed
-        if clip != "none":
-            assert rsd.token_loss(s, s, ids, advantage, clip=clip)["clipped"].item() == 0
         assert figures["divergence"].item() == pytest.approx(whole)  # before it is clipped
+        assert ("clipped" in figures) == (clip != "none")
+        if clip != "none":
+            assert figures["clipped"].item() == 1
+            assert rsd.token_loss(s, s, ids, advantage, clip=clip)["clipped"].item() == 0
 
 
 def test_sampled_token_signal_is_unbiased_for_the_reverse_kl():
@@ -698,6 +660,27 @@ def test_advantage_signal_is_cross_entropy_and_policy_gradient():
     torch.testing.assert_close(loss(None, advantage), advantage * one)
     want = advantage * one + 0.3 * rsd.divergence(s, t, beta=1)
     torch.testing.assert_close(loss(t, advantage, kl=0.3), want)
+
+
+def test_the_writers_log_probs_weigh_the_policy_gradient():
+    """Probabilities .2, .3, .5 against the writer's: ratios of 1/2, of 3 that is cut at 2, and of
+    an unknown one, which counts as 1."""
+    s = torch.tensor([[0.2, 0.3, 0.5]] * 3).log().requires_grad_()
+    t = torch.tensor([[0.4, 0.1, 0.5]] * 3).log()
+    ids, writer = torch.tensor([0, 1, 2]), torch.tensor([math.log(0.4), math.log(0.1), math.nan])
+    ratio, logp = [0.5, 2.0, 1.0], [math.log(p) for p in (0.2, 0.3, 0.5)]
+    towards_teacher = [math.log(2), -math.log(3), 0]
+    for signal, advantage in (("advantage", [3, -1, 2]), ("sampled", towards_teacher)):
+        figures = rsd.token_loss(s, t, ids, torch.tensor([3.0, -1, 2]), writer, signal)
+        assert figures.keys() == {"loss", "entropy", "ratio"}
+        assert figures["ratio"].tolist() == pytest.approx(ratio)
+        by_hand = [-r * a * x for r, a, x in zip(ratio, advantage, logp)]
+        assert figures["loss"].tolist() == pytest.approx(by_hand, abs=1e-6)
+        (slope,) = torch.autograd.grad(figures["loss"].sum(), s)  # the ratio has no gradient
+        pushed = [-r * a * (1 - math.exp(x)) for r, a, x in zip(ratio, advantage, logp)]
+        assert slope[range(3), ids].tolist() == pytest.approx(pushed, abs=1e-6)
+    assert "ratio" not in rsd.token_loss(s, t, ids, torch.ones(3), None, "advantage")
+    assert "ratio" not in rsd.token_loss(s, t, ids, torch.ones(3), writer, "forward")
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -737,20 +720,13 @@ def test_chunked_backward_equals_plain(tok, signal, tie):
 
 
 def test_a_head_alone_can_train(tok):
-    model, (e,) = tiny(tok, tie_word_embeddings=False), random_episodes(tok, 1)
+    model, (*_, e) = tiny(tok, tie_word_embeddings=False), random_episodes(tok, 3)
     model.requires_grad_(False)
-    head = model.get_output_embeddings().weight.requires_grad_()
-    ids = torch.tensor(e.completion_ids)
+    model.get_output_embeddings().weight.requires_grad_()
+    _, got = gradient_of(model, None, [e], "advantage")
     logits = model(torch.tensor([e.prompt_ids + e.completion_ids])).logits[0]
-    F.cross_entropy(logits[len(e.prompt_ids) - 1 : -1], ids, reduction="sum").backward()
-    want = head.grad.clone()
-
-    head.grad = None
-    hidden = rsd.rescore(model, [e.prompt_ids], [e.completion_ids])
-    per_token = (ids, torch.ones(len(ids)))
-    loss = loss_of("advantage")
-    rsd.backward_in_chunks(loss, model, hidden, None, None, per_token, 1, chunk=3 * len(tok))
-    torch.testing.assert_close(head.grad, want, atol=1e-5, rtol=1e-4)
+    F.cross_entropy(logits[len(e.prompt_ids) - 1 : -1], torch.tensor(e.completion_ids)).backward()
+    torch.testing.assert_close(got, grads(model), atol=1e-6, rtol=1e-4)
 
 
 def test_masked_entries_and_ties_are_exact():
@@ -900,55 +876,30 @@ def test_grpo_gradient_against_a_hand_computed_case(tok):
     (-gain / 5).backward()
     torch.testing.assert_close(got, grads(model), atol=1e-6, rtol=1e-4)
 
-    model.zero_grad()
-    for episode in group:
-        episode.advantage = 0.0  # a group of equal rewards
-    _, got = gradient_of(model, None, group, "advantage")
-    assert (got == 0).all()
 
-
-def teacher_context(*words):
-    return rsd.parse_args(["train", *words]).teacher_context
-
-
-@pytest.mark.parametrize("method, context", [
-    ("rsd", "rubric+answer"), ("opsd", "solution"), ("grpo", "student"),
-    ("grpo-rubric", "student"), ("sft", "student"), ("sft-teacher", "rubric+answer"),
-    ("rsd-teacher", "rubric+answer"), ("rsd-reference", "rubric+answer"),
-    ("rsd-grpo", "rubric+answer"),
+@pytest.mark.parametrize("words, context", [
+    ("--method rsd", "rubric+answer"), ("--method opsd", "solution"), ("--method sft", "student"),
+    ("--method grpo --rollouts 2 --kl 1", "student"),
+    ("--method grpo-rubric --rollouts 2 --kl 1", "student"),
+    ("--method rsd-grpo --rollouts 2 --kl 1", "rubric+answer"),
+    ("--method sft-teacher", "rubric+answer"), ("--method rsd-teacher", "rubric+answer"),
+    ("--method rsd-reference", "rubric+answer"), ("--model nowhere", "rubric"),
+    ("--teacher-context rubric", "rubric"), ("--rubrics none --method opsd", "solution"),
 ])
-def test_a_method_settles_what_its_teacher_sees(method, context):
-    more = ["--rollouts", "2", "--kl", "1"] if "grpo" in method else []
-    assert teacher_context("--method", method, *more) == context
-    assert len(rsd.METHODS) == 9  # all of them stand above
-
-
-def test_flags_settle_what_the_teacher_sees():
-    assert teacher_context("--model", "nowhere") == "rubric"
-    assert teacher_context("--teacher-context", "rubric") == "rubric"
-    assert teacher_context("--rubrics", "none", "--method", "opsd") == "solution"
-
-
-def test_opsd_and_rsd_differ_in_the_teachers_context_alone(tok, prompts):
-    rows = toy_rows("train", 3)
-    by_rubric = episodes_of(tok, rows, prompts["student"], prompts["rubric"])
-    by_solution = episodes_of(tok, rows, prompts["student"], prompts["solution"])
-    for x, y in zip(by_rubric, by_solution):
-        assert x.teacher_ids != y.teacher_ids
-        assert replace(x, teacher_ids=y.teacher_ids) == y
+def test_the_flags_settle_what_the_teacher_sees(words, context):
+    assert rsd.parse_args(["train", *words.split()]).teacher_context == context
 
 
 def test_sft_on_the_teachers_completions_is_their_cross_entropy(tok, prompts):
     model, teacher, asked = tiny(tok), tiny(tok, 1), []
-    writer = model_writer(teacher, tok, max_new_tokens=8)
 
     def sample(prompts):
         asked.extend(prompts)
-        return writer.sample(prompts)
+        return rsd.sample_completions(teacher, prompts, {2}, max_new_tokens=8)
 
     args = rsd.parse_args(["train", "--method", "sft-teacher", "--rollouts", "2"])
     examples = episodes_of(tok, toy_rows("train", 3), prompts["student"], prompts["rubric"])
-    write = rsd.training_writer(args, replace(writer, sample=sample), teacher)
+    write = rsd.training_writer(args, rsd.ModelWriter(sample, tok, math.inf), teacher)
     optimizer = KeepsGradients(model)
     episodes, figures = rsd.train_step(
         model, None, examples, write, rsd.training_loss(args), optimizer, 0.0,
@@ -1284,10 +1235,8 @@ def run_parse_rubric(module, tok):
 
 
 def run_generate_rubrics(module, tok):
-    def parse(text, row):
-        return [row["weight"], text], ""
-
-    return list(module.generate_rubrics(writes("said"), [({"weight": 2}, "ask")], parse))
+    asked = [({}, "ask")]
+    return module.generate_rubrics(writes(json.dumps([GOOD])), asked, rsd.parse_rubric)
 
 
 def run_sample_completions(module, tok):
@@ -1364,7 +1313,8 @@ def test_a_function_can_be_copied_out(run, most_lines, tok, tmp_path, monkeypatc
     assert run(alone, tok) == run(rsd, tok)
 
 
-# -- verdicts
+# ---- 6. grading -----------------------------------------------------------------------------------
+
 
 YES_NO = [True, False]
 VERDICTS = [  # text, what it says
@@ -1416,9 +1366,6 @@ def test_verdicts(text, met):
                                        False), ("[true, false]", None)])
 def test_one_verdict(text, met):
     assert rsd.read_verdicts(text, {"rubric": [LAW]})[0] == (None if met is None else [met])
-
-
-# ---- 6. grading -----------------------------------------------------------------------------------
 
 
 LOOSE = {"tolerance": 0.05, "need_unit": False}  # SciBench's own setting
@@ -1838,11 +1785,14 @@ def test_an_engine_with_other_weights_than_the_models_is_stopped(tok):
     engine.dtype, engine.last = torch.float32, []
     for prompt, ids in (([5, 6], [8, 9, 2]), ([7], [4])):
         logp = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        told = [{i: SimpleNamespace(logprob=x[i].item())} for i, x in zip(ids, logp)]
-        engine.last.append((prompt, SimpleNamespace(token_ids=ids, logprobs=told)))
+        told = [x[i].item() for i, x in zip(ids, logp)]
+        engine.last.append((prompt, (ids, True, told)))
     assert engine.gap(model) < 1e-5
     with pytest.raises(rsd.UserError, match="--engine vllm: it is .* nats a token off"):
         engine.gap(tiny(tok, 1))
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    with pytest.raises(rsd.UserError, match="the model's log-probs are not finite"):
+        engine.gap(model)
 
 
 # ---- 7. who writes: servers ----------------------------------------------------------------------
@@ -2117,6 +2067,60 @@ def test_a_real_server_answers_as_the_model_does_here(
             assert here["text"].strip() == there["text"] != ""
             assert here["tokens"] == there["tokens"] > 4
             assert here["truncated"] == there["truncated"] == (here["tokens"] == 12)
+
+
+# -- compiled: another sampler, other layers
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_compiled_sampler_writes_what_sample_completions_writes(tok, lora):
+    if lora:
+        pytest.importorskip("peft", reason="needs: pip install peft")
+    prompts = [e.prompt_ids for e in random_episodes(tok)]
+    models = [with_adapters(tiny(tok, seed)) if lora else tiny(tok, seed) for seed in (0, 1)]
+    free = [greedy(model, prompts, {len(tok) + 9}, 12) for model in models]
+    stop = {ids[k] for outputs in free for k, (ids, _) in zip((2, 7), outputs)}
+    wanted = [greedy(model, prompts, stop, 12) for model in models]
+    for want in wanted:
+        assert {stopped for _, stopped in want} == {True, False}
+        assert len({len(ids) for ids, _ in want}) > 2  # some end in each of the stages
+
+    student = models[0]
+    sampler = rsd.StaticSampler(student, stop, 12, stage=5, temperature=0, batch_size=4)
+    assert sampler(prompts) == wanted[0]
+    student.load_state_dict(models[1].state_dict())
+    assert sampler(prompts) == wanted[0] != wanted[1]  # it has weights of its own
+    sampler.load(student)
+    assert sampler(prompts) == wanted[1]
+    for name, x in rsd.merged_weights(models[1]).items():
+        assert torch.equal(sampler.copy.state_dict()[name], x)
+    frozen = rsd.StaticSampler(student, stop, 12, is_trained=False, temperature=0)
+    assert frozen.copy is student
+    assert lora or frozen(prompts) == wanted[1]
+
+
+def test_a_compiled_run_is_the_plain_run(base, tmp_path, capsys):
+    for flag in ("off", "on"):  # greedy, since the compiled sampler draws for rows of padding, too
+        words = train_args(base, tmp_path / flag, "--temperature", 0, "--compile", flag)
+        assert rsd.main(words) == 0
+        assert ("compiled once" in capsys.readouterr().out) == (flag == "on")
+    assert_same_weights(tmp_path / "on", tmp_path / "off")
+    on, off = ([without_timing(m) for m in metrics_of(tmp_path / flag)] for flag in ("on", "off"))
+    assert on == off
+
+
+def test_a_model_that_does_not_compile_goes_on(tok, capsys):
+    model, plain, e = tiny(tok), tiny(tok), random_episodes(tok, 1)[0]
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    rsd.compile_layers(model, backend)
+    said = capsys.readouterr().out
+    assert re.fullmatch("note: qwen2 is not compiled (.*no compiler.*)\n", said)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    inputs = [e.prompt_ids], [e.completion_ids]
+    assert torch.equal(rsd.rescore(model, *inputs), rsd.rescore(plain, *inputs))
 
 
 # ---- 8. many processes ---------------------------------------------------------------------------
@@ -2551,7 +2555,7 @@ def pickled(thing):
     return file.getvalue()
 
 
-WEIGHTS, TRAINER = "checkpoint-4/model.safetensors", "checkpoint-4/trainer.pt"
+TENSORS, TRAINER = "checkpoint-4/model.safetensors", "checkpoint-4/trainer.pt"
 EMPTY = safetensors.torch.save({}, {"format": "pt"})
 REFUSED = [  # a finished run's files that change (None: is lost), flags, words of the sentence
     ({}, [], "add --resume"),
@@ -2562,8 +2566,8 @@ REFUSED = [  # a finished run's files that change (None: is lost), flags, words 
     ({TRAINER: b""}, ["--resume"], "checkpoint-4 is damaged; move"),
     ({TRAINER: b"PK\3\4[1]"}, ["--resume"], "checkpoint-4 is damaged; move"),
     ({TRAINER: pickled({"settings": Trap()})}, ["--resume"], "checkpoint-4 is damaged; move"),
-    ({WEIGHTS: EMPTY}, ["--resume"], "lack 47 weights"),
-    ({WEIGHTS: None, "checkpoint-4/pytorch_model.bin": pickled(Trap())}, ["--resume"], "--model"),
+    ({TENSORS: EMPTY}, ["--resume"], "lack 47 weights"),
+    ({TENSORS: None, "checkpoint-4/pytorch_model.bin": pickled(Trap())}, ["--resume"], "--model"),
     ({"rsd.lock": None, "thesis.tex": b"mine"}, ["--resume"], "is no run of rsd.py"),
     ({"rsd.lock": None}, [], "is no run of rsd.py"),
 ]
@@ -2595,7 +2599,7 @@ def test_an_out_of_train_may_be_a_link_but_no_file(base, half, tmp_path, capsys)
     assert len(metrics_of(half)) == 4
 
 
-def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(base, tmp_path, capsys, monkeypatch):
     real, factors = rsd.token_loss, iter([1, 1, 1, math.nan])
 
     def broken(*words, **options):
@@ -2605,7 +2609,7 @@ def test_non_finite_loss_stops_before_the_weights_move(base, tmp_path, capsys, m
     monkeypatch.setattr(rsd, "token_loss", broken)
     out = tmp_path / "run"
     message = error_of(train_args(base, out, "--token-budget", 10**6), capsys)
-    assert "norm is nan; stopped before the weights moved" in message
+    assert "the gradient's norm is nan; stopped before the weights moved" in message
     assert all(x.isfinite().all() for x in weights_of(out).values())  # the last good checkpoint
     assert len(state_of(out)["metrics"]) == 2
 
@@ -2772,12 +2776,12 @@ def test_fixed_teacher_never_moves_and_ema_follows_its_closed_form(tok):
     start = weights_in(model)
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
     assert rsd.make_teacher(model, "live") is model
-    optimizer, history = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for k in range(3):
-        episodes = random_episodes(tok, seed=k)
-        rsd.train_step(model, fixed, episodes, as_given, rsd.token_loss, optimizer, 1e-2)
-        rsd.ema_update(ema, model, 0.9)
-        history.append(weights_in(model))
+    steps = rsd.train(
+        model, fixed, random_episodes(tok), as_given, rsd.token_loss,
+        torch.optim.AdamW(model.parameters()), steps=3, batch=4, lr=1e-2,
+        ema_teacher=ema, ema_decay=0.9,
+    )
+    history = [weights_in(model) for _ in steps]
 
     assert all(torch.equal(x, start[name]) for name, x in fixed.state_dict().items())
     a, b, c = history
@@ -2787,17 +2791,42 @@ def test_fixed_teacher_never_moves_and_ema_follows_its_closed_form(tok):
         assert torch.equal(c[name], start[name]) or not torch.equal(x, start[name])
 
 
-def test_step_rows_visits_every_row_once_an_epoch():
+def test_batches_visit_every_row_once_an_epoch():
     items = list(range(10))
-    seen = [x for step in range(5) for x in rsd.step_rows(items, step, 4, 7)]
+
+    def first(n, size, seed):
+        return [x for batch in itertools.islice(rsd.batches(items, size, seed), n) for x in batch]
+
+    seen = first(5, 4, seed=7)
     assert sorted(seen[:10]) == sorted(seen[10:]) == items
     assert seen[:10] != seen[10:]
-    assert rsd.step_rows(items, 3, 4, 7) == seen[12:16] != rsd.step_rows(items, 3, 4, 8)
+    assert first(5, 4, seed=8) != seen
+    assert first(1, 20, seed=7) == seen  # more than there are rows
 
 
-def test_learning_rate():
-    assert [rsd.learning_rate(k, 1.0, 2) for k in range(4)] == [0.5, 1, 1, 1]
-    assert [rsd.learning_rate(k, 3.0, 0) for k in range(2)] == [3, 3]
+def test_a_step_depends_on_the_seed_and_its_number_alone(tok):
+    model, examples = tiny(tok), random_episodes(tok)
+
+    def run(**options):
+        seen = []
+
+        def write(examples):
+            seen.append([*examples[0].prompt_ids, *torch.rand(2).tolist()])
+            return examples
+
+        steps = rsd.train(
+            model, None, examples, write, loss_of("advantage"), KeepsGradients(model),
+            batch=1, lr=3.0, **options,
+        )
+        return [(step, figures["lr"], *drawn) for (step, _, figures), drawn in zip(steps, seen)]
+
+    whole = run(steps=4, warmup=2)
+    assert len({line[-1] for line in whole}) == 4
+    assert [line[:2] for line in whole] == [(1, 1.5), (2, 3), (3, 3), (4, 3)]
+    assert run(steps=4, warmup=2, start=2) == whole[2:]
+    for other in ({"seed": 1}, {"rank": 1}):
+        assert all(x != y for x, y in zip(run(steps=4, warmup=2, **other), whole, strict=True))
+    assert [line[1] for line in run(steps=2, warmup=0)] == [3, 3]
 
 
 def test_small_updates_are_not_lost(tok, tmp_path):
@@ -2814,6 +2843,22 @@ def test_small_updates_are_not_lost(tok, tmp_path):
             assert (x != before[name]).float().mean() > 0.5
             kept_in_half = x.bfloat16() != before[name].bfloat16()
             assert kept_in_half.float().mean() < 0.1
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(tok):
+    model, teacher, episodes = tiny(tok), tiny(tok, 1), random_episodes(tok)
+    _, want = gradient_of(model, teacher, episodes)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    seen, layer = [], model.model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    _, got = gradient_of(model, teacher, episodes)
+    torch.testing.assert_close(got, want)
+    assert seen.count(True) == 2  # once forward, once again in the backward
+
+    prompts = [episodes[0].prompt_ids]
+    caching = rsd.sample_completions(model, prompts, {2}, 8, temperature=0)
+    assert not layer.training
+    assert caching == rsd.sample_completions(tiny(tok), prompts, {2}, 8, temperature=0)
 
 
 def test_adapters_stand_on_all_linear_layers_in_float32(tok):
@@ -2837,7 +2882,7 @@ def test_a_model_that_takes_no_adapters_is_one_sentence():
 
 def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
     pytest.importorskip("peft")
-    plain, model, episodes = tiny(tok), adapted(tok), random_episodes(tok)
+    plain, model, episodes = tiny(tok), with_adapters(tiny(tok), std=0), random_episodes(tok)
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
     for own, taught in zip(model.parameters(), fixed.parameters(), strict=True):
         assert (own.data_ptr() == taught.data_ptr()) == (not own.requires_grad)
@@ -2862,7 +2907,7 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
 
 def test_precision_of_teachers(tok, monkeypatch):  # as on a GPU
     model = tiny(tok)
-    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
     fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
     assert {p.dtype for p in fixed.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in [*ema.parameters(), *model.parameters()]} == {torch.float32}
@@ -2888,6 +2933,12 @@ def test_a_lora_checkpoint_holds_adapters_alone_and_loads_in_peft(base, runs, tm
     for rank in ([], ["--lora-rank", "4"]):  # an adapter is no base to train on
         message = error_of(train_args(runs / "lora", tmp_path / "again", *rank), capsys)
         assert "merge the adapter into its base" in message
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    tensors = weights_of(folder)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    safetensors.torch.save_file(tensors, damaged / "adapter_model.safetensors", {"format": "pt"})
+    message = error_of(["eval", "--model", damaged, "--data", "toy", "--limit", 1], capsys)
+    assert "lack 1 weights" in message
 
 
 TOY_BASE = TOY / "base-0"  # a model that was trained, not that of the fixture `base`
@@ -4104,8 +4155,11 @@ def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_gi
     for k in (0, 1, 0):
         model = models[k][0]
         sampler.load(model)
-        written.append(sampler(prompts))
+        outputs = sampler(prompts)
+        written.append([(ids, stopped) for ids, stopped, _ in outputs])
         assert written[-1] == rsd.sample_completions(model, prompts, stop, **GREEDY)
+        assert sampler.last == list(zip(prompts, outputs))
+        assert all(len(ids) == len(log_probs) for ids, _, log_probs in outputs)
         assert sampler.gap(model, n=24) < 1e-5
     assert written[0] == written[2] != written[1]
     assert {stopped for _, stopped in written[0]} == {True, False}
@@ -4127,24 +4181,30 @@ def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_gi
         sampler.sampling["top_k"] = top_k
         drawn.append(sampler(prompts[:1] * 64))
     assert drawn[0] == drawn[2] != drawn[1]
-    different = [len({tuple(ids) for ids, _ in outputs}) for outputs in drawn]
+    different = [len({tuple(ids) for ids, *_ in outputs}) for outputs in drawn]
     assert different[0] > different[3] == 1  # equal prompts, different samples
 
 
 @pytest.mark.slow
-def test_training_with_the_engine_gives_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_with_the_engine_gives_the_same_weights(tmp_path, processes):
+    """Each process has an engine of its own, and writes its share."""
     needs_vllm_on_the_cpu()
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    words = ["train", "--data", "toy", "--limit", "32", "--steps", "3", "--batch", "8"]
-    words += ["--temperature", "0", "--max-new-tokens", "60"]
-    for name in ("transformers", "vllm"):
-        assert rsd.main([*words, "--engine", name, "--out", str(tmp_path / name)]) == 0
-    ours = safetensors.torch.load_file(tmp_path / "transformers" / "model.safetensors")
-    theirs = safetensors.torch.load_file(tmp_path / "vllm" / "model.safetensors")
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words += [REPO / "rsd.py", "train", "--data", "toy", "--limit", "32", "--steps", "3"]
+    words += ["--batch", "8", "--temperature", "0", "--max-new-tokens", "60"]
+    for engine in ("transformers", "vllm"):
+        run = subprocess.run(
+            [sys.executable, *words, "--engine", engine, "--out", engine], cwd=tmp_path,
+            text=True, capture_output=True, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )
+        assert run.returncode == 0, run.stderr
+    ours, theirs = weights_of(tmp_path / "transformers"), weights_of(tmp_path / "vllm")
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
-    gaps = [m["engine_gap"] for m in rsd.read_jsonl(tmp_path / "vllm" / "metrics.jsonl")]
-    assert max(gaps) < 1e-5
+    steps = metrics_of(tmp_path / "vllm")
+    assert len(steps) == 3
+    assert max(m["engine_gap"] for m in steps) < 1e-5
 
 
 @pytest.fixture
@@ -4189,37 +4249,34 @@ def test_vllms_server_answers_as_the_model_does_here(vllm_server, tmp_path):
     assert len(rsd.read_jsonl(tmp_path / "j.jsonl")) == 6
 
 
-def test_an_engine_that_cannot_start_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    words = ["eval", "--engine", "vllm", "--limit", "2"]
-    assert "pip install vllm" in error_of(words, capsys)
-    monkeypatch.setattr(rsd, "WORLD_SIZE", 2)
-    with pytest.raises(rsd.UserError, match="one process"):
-        rsd.model_writer(rsd.parse_args(words), *rsd.load_model(f"{TOY}/base-0"))
-
-
-def test_the_engine_gets_a_loras_weights_merged_and_the_head_apart(tok, tmp_path):
+def test_merged_weights_are_those_of_peft(tok):
     peft = pytest.importorskip("peft", reason="needs: pip install peft")
-    model = adapted(tok)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p)  # they begin at 0
-    engine = SimpleNamespace(dtype=torch.float32, folder=SimpleNamespace(name=str(tmp_path)))
-    rsd.VllmSampler.save(engine, model)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not plain.config.tie_word_embeddings
-    assert "lm_head.weight" in weights_of(tmp_path)
+    model, plain = with_adapters(tiny(tok)), tiny(tok)
+    before = weights_in(model)
+    wrapped = peft.get_peft_model(tiny(tok), model.peft_config["default"])
+    adapters = peft.get_peft_model_state_dict(model, adapter_name="default")
+    named = {f"base_model.model.{name}": x for name, x in adapters.items()}
+    peft.set_peft_model_state_dict(wrapped, named)
+    want = wrapped.merge_and_unload().state_dict()
+
+    got = rsd.merged_weights(model)
+    assert got.keys() == want.keys() == plain.state_dict().keys()
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=1e-5, atol=1e-5)
+    plain.load_state_dict(got)
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
     assert (tiny(tok)(ids).logits - plain(ids).logits).abs().max() > 1e-3
+    for name, x in model.state_dict().items():  # and the model is as it was
+        assert torch.equal(x, before[name])
 
-    adapters = peft.get_peft_model_state_dict(model, adapter_name="default")
-    wrapped = peft.get_peft_model(tiny(tok), model.peft_config["default"])
-    named = {f"base_model.model.{name}": x for name, x in adapters.items()}
-    peft.set_peft_model_state_dict(wrapped, named)
-    theirs = wrapped.merge_and_unload().state_dict()
-    for name, x in weights_of(tmp_path).items():
-        torch.testing.assert_close(x, theirs[name], rtol=1e-5, atol=1e-5)
+
+def test_adapters_on_a_mixtures_experts_are_not_merged_in_silence(tok):
+    pytest.importorskip("peft", reason="needs: pip install peft")
+    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16)
+    model = with_adapters(tiny(tok, cls=transformers.Qwen3MoeConfig, **sizes))
+    with pytest.raises(rsd.UserError, match="the adapters of .*experts.* cannot be merged"):
+        rsd.merged_weights(model)
 
 
 def test_a_check_does_not_search_the_thinking():
