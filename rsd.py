@@ -623,21 +623,16 @@ def valid_unicode(text):
 
 def as_text(cell):
     """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of
-    a list all parts; of an object each value by itself; nothing, and NaN, are empty."""
+    a list all parts; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
-    if isinstance(cell, dict):
-        is_part = cell.get("type") == "text"  # of a message's content
-        return as_text(cell.get("text")) if is_part else {k: as_text(x) for k, x in cell.items()}
-    if not isinstance(cell, list):
-        return valid_unicode(str(cell)).strip()
-    parts = [as_text(part) for part in cell]
-    if len(parts) == 1 and isinstance(parts[0], dict):
-        return parts[0].get("content", parts[0])
-    for i, part in enumerate(parts):
-        if isinstance(part, dict) and part.keys() >= {"role", "content"}:
-            parts[i] = f"{part['role'].capitalize()}: {part['content']}"
-    return "\n\n".join(map(str, parts))
+    if isinstance(cell, dict):  # a turn, or a part of one
+        speaker = f"{cell['role'].capitalize()}: " if "role" in cell else ""
+        return speaker + as_text(cell.get("text", cell.get("content", str(cell))))
+    if isinstance(cell, list):
+        text = "\n\n".join(map(as_text, cell))
+        return text.removeprefix("User: ") if len(cell) == 1 else text
+    return valid_unicode(str(cell)).strip()
 
 
 THOUGHT = r"(?=[\w:/]*(?:think|thought|reason|analysis|scratchpad))[\w:/]+"
@@ -672,9 +667,28 @@ def make_criterion(title="", description="", weight=None, **_):
     number = float(str(weight))
     if not re.search(r"[^\W_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
-    number = int(number) if number.is_integer() else number
-    texts = {"title": valid_unicode(title), "description": valid_unicode(description)}
-    return {name: text.strip() for name, text in texts.items()} | {"weight": number}
+    return {
+        "title": valid_unicode(title).strip(),
+        "description": valid_unicode(description).strip(),
+        "weight": int(number) if number.is_integer() else number,
+    }
+
+
+BETWEEN = re.compile(r"[\s,]*")
+
+
+def objects_from(text, at):
+    """The JSON objects from `at` to the first thing that is none, and where that stands."""
+    decode = json.JSONDecoder(strict=False).raw_decode
+    objects = []
+    while text.startswith("{", at):
+        try:
+            item, end = decode(text, at)
+        except (ValueError, RecursionError):
+            break
+        objects.append(item)
+        at = BETWEEN.match(text, end).end()
+    return objects, at
 
 
 def parse_rubric(text, row=None):
@@ -689,32 +703,23 @@ def parse_rubric(text, row=None):
     if text is None:
         return None, "unfinished thinking"
     text = LATEX_BACKSLASH.sub(r"\1\\\\", text)
-    decoder = json.JSONDecoder(strict=False)
-    arrays, start, end, reason = [], 0, 0, "no JSON array"
-    for match in re.finditer(r"\{", text):
-        if match.start() < end:  # inside the last object
+    last_close = max((m.start() for m in re.finditer(r"\}\s*\]", text)), default=0)
+    best, end, reason = [], 0, "no JSON array of criteria"
+    for match in re.finditer(r"\[\s*(?=\{)", text):
+        if match.start() < end:  # within the last array
             continue
-        try:
-            item, item_end = decoder.raw_decode(text, match.start())
-            criterion = make_criterion(**item)
-        except (ValueError, TypeError, RecursionError) as error:
-            reason = f"a criterion is broken ({str(error).split(':')[0]})"  # without its place
-            continue
-        gap = text[end : match.start()]
-        ends = "]" in gap and not re.match(r"\s*\][\s\]}]*,", gap)  # of the array before
-        if ends or not arrays:
-            arrays.append([])
-            start = match.start()
-            gap = gap.rpartition("[")[2].partition("{")[2]  # within the new array
-        if gap.strip(", \n\r\t"):  # an object that cannot be read: its array is broken
-            criterion = None
-        arrays[-1].append(criterion)
-        end = item_end
-    if start > 300 and "]" not in text[end:]:
-        arrays.pop()
-        reason = "unfinished thinking"
-    whole = [array for array in arrays if None not in array]
-    return (max(reversed(whole), key=len), "") if whole else (None, reason)
+        objects, end = objects_from(text, match.end())
+        is_open = not text.startswith("]", end)
+        if is_open and end < last_close:
+            reason = "its JSON is broken"
+        elif is_open and match.start() > 300:
+            reason = "unfinished thinking"
+        else:
+            try:
+                best = max([make_criterion(**item) for item in objects], best, key=len)
+            except (ValueError, TypeError) as error:
+                reason = f"a criterion is broken ({error})"
+    return (best, "") if best else (None, reason)
 
 
 AVOIDS = re.compile(
@@ -748,19 +753,18 @@ def row_fields(row):
     says which criteria a completion meets, for {feedback}."""
     rubric = row.get("rubric") or []
     lines, feedback, plain = [], [], []
-    for c, met in zip(rubric, row.get("met") or [None] * len(rubric)):
+    for c, met in zip(rubric, row.get("met", itertools.repeat(None))):
         title = f"{c['title']}: " if c["title"] else ""
         lines.append(f"- {title}{c['description']} ({signed_weight(c):g})")
         feedback.append(f"{lines[-1]}: {MET[met]}")
-        plain.append({name: c[name] for name in c if name != "check"})
-    response = row.get("response", "")
+        plain.append({name: c[name] for name in ("title", "description", "weight")})
     fields = row | {
         "answer": row.get("reference_answer"),
         "rubric": "\n".join(lines),
         "feedback": "\n".join(feedback),
         "rubric_json": json.dumps(plain, ensure_ascii=False) if plain else "",
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
-        "fence": hashlib.sha256(response.encode()).hexdigest()[:16],
+        "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
     }
     return {name: text for name, text in fields.items() if text and isinstance(text, str)}
 
@@ -778,13 +782,10 @@ def write_until_read(write, asked, read, name, tries=3):
     """Ask `write` (prompts -> Written) for each (row, prompt), again for those that `read` (text,
     row -> value or None, reason) cannot use, `tries` times at most. Returns the last try of each:
     {"text", "tokens", "truncated", name: the value or None, "reason", "tries"}."""
-    results = [{}] * len(asked)
-    waiting = list(range(len(asked)))
+    results = {}
+    waiting = range(len(asked))
     for attempt in range(1, tries + 1):
-        if not waiting:
-            break
-        unread = []
-        written = write([asked[i][1] for i in waiting])
+        written = write([asked[i][1] for i in waiting]) if waiting else []
         for i, (text, tokens, stopped, refused) in zip(waiting, written):
             value, reason = (None, refused) if refused else read(text, asked[i][0])
             results[i] = {
@@ -795,10 +796,8 @@ def write_until_read(write, asked, read, name, tries=3):
                 "reason": reason,
                 "tries": attempt,
             }
-            if value is None and not refused:
-                unread.append(i)
-        waiting = unread
-    return results
+        waiting = [i for i in waiting if results[i][name] is None and results[i]["text"] is not None]
+    return [results[i] for i in range(len(asked))]
 
 
 def generate_rubrics(write, asked, parse, tries=3):
