@@ -1690,25 +1690,19 @@ def check_model(model, tokenizer, name):
     with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
         own = model(input_ids=ids).logits[0]
         ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
-    require(own.isfinite().all(), f"--model {name}: its weights give NaN; it is damaged.")
-    same = (own - ours).abs().max() <= 0.02 * own.abs().max()
-    require(
-        same,
-        f"--model {name}: {model.config.model_type}'s head is more than a product and a cap: not "
-        "supported.",
-    )
+    same = (own - ours).abs().max() <= 0.02 * own.abs().max()  # false for NaN, too
+    kind = model.config.model_type
+    require(same, f"--model {name}: damaged (NaN), or {kind}'s head is more than a product and a cap.")
     shown = tokenizer.decode(chat_ids(tokenizer, [{"role": "user", "content": "@@"}]))
     require("@@" in shown, f"--model {name}: its chat template drops the text of the question.")
 
 
 def switch_off_dropout(model):
-    """For good: gradient checkpointing works in training mode only, where it would drop out."""
-    for module in model.modules():
-        for name, rate in list(vars(module).items()):
+    """For good: a layer under gradient checkpointing is in training mode, where it drops out."""
+    for layer in model.modules():
+        for name, rate in list(vars(layer).items()):
             if "drop" in name and isinstance(rate, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+                setattr(layer, name, 0.0)
 
 
 def load_model(name, dtype=torch.float32):
@@ -1729,7 +1723,7 @@ def load_model(name, dtype=torch.float32):
             f"({str(error)!r:.150}); pass --model DIR, a downloaded copy."
         ) from error
     lacking = sorted(found["missing_keys"])
-    require(not lacking, f"--model {name}: its files lack {len(lacking)} weights ({lacking[:3]}).")
+    require(not lacking, f"--model {name}: its files lack weights, {len(lacking)}: {lacking[:3]}.")
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts" / "plain_chat.jinja").read_text()
@@ -1740,18 +1734,11 @@ def load_model(name, dtype=torch.float32):
 
 
 def add_lora(model, rank):
-    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train.
-    UserError: its layers are of a kind that cannot be adapted."""
+    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train."""
     from peft import LoraConfig  # optional; main says how to get it
 
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -1845,39 +1832,37 @@ def read_rubric(value):
     return rubric or None
 
 
-# A data set is a function from the cells of a raw row, as text, to the fields of a row.
+# A data set is a function from a raw row to the cells that are the fields of a row.
 
 
-def plain_row(cells):
+def plain_row(raw):
     """A row whose columns have this file's own names."""
-    optional = {name: cells.get(name, "") for name in ("solution", "sample")}
-    return {name: cells[name] for name in ("question", "reference_answer")} | optional
+    optional = {name: raw.get(name) for name in ("solution", "sample")}
+    return {name: raw[name] for name in ("question", "reference_answer")} | optional
 
 
-def rubrichub_row(cells):
+def rubrichub_row(raw):
     """RubricHub, science: chats with the reference beside them."""
-    answer = cells["reward_model"]["ground_truth"]
-    return {"question": cells["prompt"], "reference_answer": answer}
+    return {"question": raw["prompt"], "reference_answer": raw["reward_model"]["ground_truth"]}
 
 
-def gpqa_row(cells):
+def gpqa_row(raw):
     """GPQA: four options in an order of the question's own; the answer is a letter."""
-    question, right = cells["Question"], cells["Correct Answer"]
-    options = [right, *(cells[f"Incorrect Answer {k}"] for k in (1, 2, 3))]
-    random.Random(question).shuffle(options)
-    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
+    columns = ["Correct Answer", *(f"Incorrect Answer {k}" for k in (1, 2, 3))]
+    random.Random(raw["Question"]).shuffle(columns)
+    options = [f"{letter}. {as_text(raw[name])}" for letter, name in zip("ABCD", columns)]
     return {
-        "question": "\n".join([question, "", *lines]),
-        "reference_answer": "ABCD"[options.index(right)],
-        "solution": cells["Explanation"],
+        "question": "\n".join([as_text(raw["Question"]), "", *options]),
+        "reference_answer": "ABCD"[columns.index("Correct Answer")],
+        "solution": raw["Explanation"],
     }
 
 
-def scibench_row(cells):
+def scibench_row(raw):
     """SciBench: a number and its unit, which stands in the question."""
     return {
-        "question": f"{cells['problem_text']}\n\nGive the answer in this unit: {cells['unit']}",
-        "reference_answer": f"{cells['answer_number']} {cells['unit']}",
+        "question": f"{raw['problem_text']}\n\nGive the answer in this unit: {raw['unit']}",
+        "reference_answer": f"{raw['answer_number']} {raw['unit']}",
         "grading": {"tolerance": 0.05, "need_unit": False},
     }
 
@@ -1908,91 +1893,81 @@ RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 
 
 def read_table(data, split, limit=0):
-    """The raw rows of a .jsonl, .json or .parquet file, of the toy, or of a data set of the hub. No
-    more than `limit` are fetched (0: all). UserError: it cannot be had."""
+    """The raw rows of a .jsonl, .json, .csv or .parquet file, of the toy, or of a data set of the
+    hub. No more than `limit` are fetched of the hub (0: all). UserError: it cannot be had."""
     path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
     if path.suffix == ".jsonl":
         require(path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
-        return read_jsonl(path)[: limit or None]
-    source = DATA_SETS.get(data, DataSet(data))
-    hub, _, part = source.hub.partition(":")
-    require(
-        "/" in hub or path.suffix in (".json", ".parquet"),
-        f"--data {data}: unknown; give a .jsonl, .json or .parquet file, a hub id (owner/name, "
-        f"owner/name:config) or one of {', '.join(DATA_SETS)}.",
-    )
+        return read_jsonl(path)
     import datasets  # it takes seconds
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said below
     datasets.disable_progress_bars()
+    source = DATA_SETS.get(data, DataSet(data))
+    hub, _, part = source.hub.partition(":")
+    where = {"data_files" if "." in part else "name": part or None}
+    split = source.test if split == "test" else split
+    if path.is_file():
+        hub, where, split = path.suffix[1:], {"data_files": data}, "train"
     try:
-        if path.suffix == ".json":
-            table = json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".parquet" and not part:
-            table = datasets.Dataset.from_parquet(data)
-        else:
-            where = {"data_files" if "." in part else "name": part or None}
-            split = source.test if split == "test" else split
-            table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
+        if path.suffix == ".json":  # datasets wants cells of one type
+            return json.loads(path.read_text(encoding="utf-8"))
+        table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
         return list(itertools.islice(table, limit or None))
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(
-            f"--data {data}: looked for {hub} and could not read it ({str(error)!r:.150}); a file "
-            "will do; where its page asks for consent: hf auth login."
+            f"--data {data}: looked for {hub} and could not read it ({str(error)!r:.150}); give a "
+            ".jsonl, .json, .csv or .parquet file, a hub id (owner/name, owner/name:config; where "
+            f"its page asks for consent: hf auth login) or one of {', '.join(DATA_SETS)}."
         ) from error
 
 
-def read_row(raw, source):
+def read_row(raw, to_row):
     """A raw row -> question, reference_answer, solution, response, sample, rubric, grading.
     Errors of many kinds: a column is missing, or a cell cannot be read."""
-    row = {"solution": "", "response": "", "sample": "", "grading": {}}
-    row |= source.to_row(as_text(raw))
+    cells = {"solution": "", "sample": "", "grading": {}, "response": ""} | to_row(raw)
     if raw.get("text") is not None:  # None: a server refused the question, nothing to judge
-        row["response"] = as_text(raw["text"]) or "(no answer)"
-    texts = [row[name] for name in ("question", "reference_answer", "solution", "response")]
-    if not row["question"] or not all(isinstance(text, str) for text in texts):
-        raise ValueError("the question is empty, or what has to be a text is none")
-    rubrics = [raw[name] for name in RUBRIC_COLUMNS if as_text(raw.get(name))]
-    row["rubric"] = read_rubric(rubrics[0]) if rubrics else None
-    return row
+        cells["response"] = as_text(raw["text"]) or "(no answer)"
+    grading = cells.pop("grading")
+    row = {name: as_text(cell) for name, cell in cells.items()} | {"grading": grading}
+    if not row["question"]:
+        raise ValueError("the question is empty")
+    rubrics = (read_rubric(raw.get(name)) for name in RUBRIC_COLUMNS)
+    return row | {"rubric": next(filter(None, rubrics), None)}
 
 
 def load_rows(data, split, limit=0, seed=0):
     """The rows of a data set, the toy's in an order of the seed's own. UserError names the source,
     the row (from 1) and the columns."""
     source = DATA_SETS.get(data, DataSet(data))
-    table = read_table(data, split, 0 if data == "toy" else limit)
+    table = read_table(data, split, limit)
     if data == "toy":
         random.Random(seed).shuffle(table)
     rows = []
     for number, raw in enumerate(table[: limit or None], 1):
         try:
-            rows.append(read_row(raw, source))
-        except (ValueError, re.error, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{data}, row {number}: cannot be read ({error!r:.250}): {raw!r:.150}"
-            ) from error
+            rows.append(read_row(raw, source.to_row))
+        except Exception as error:  # of many kinds: a column is missing, a rubric has no weight
+            where = f"{data}, row {number}"
+            raise UserError(f"{where}: cannot be read ({error!r:.250}): {raw!r:.150}") from error
     require(rows, f"{data} has no rows.")
     if source.overlap and split == "test":
         seen = {row["question"] for row in load_rows(data, "train")}
-        new = [row for row in rows if row["question"] not in seen]
-        say(f"{data}: left out {len(rows) - len(new)} of {len(rows)} rows that its train split has")
-        return new
+        kept = [row for row in rows if row["question"] not in seen]
+        say(f"{data}: left out {len(rows) - len(kept)} of {len(rows)} rows: its train split has them")
+        return kept
     return rows
 
 
 def with_rubrics(rows, source):
-    """Rows with the rubric from `source`: data, none (no teacher sees it), or a .jsonl file of
-    generate. The row's own, own_rubric, alone grades."""
-    rubrics = [row["rubric"] for row in rows]
+    """Rows with the rubric from `source`: data, none (no teacher sees it), or a file of generate.
+    The row's own, own_rubric, alone grades."""
+    rows = [row | {"own_rubric": row["rubric"]} for row in rows]
     if source not in ("data", "none"):
-        is_file = source.endswith(".jsonl") and Path(source).is_file()
-        require(is_file, f"--rubrics {source}: no such .jsonl file, and neither data nor none.")
+        require(Path(source).is_file(), f"--rubrics {source}: no file, and neither data nor none.")
         found = {row["question"]: row["rubric"] for row in load_rows(source, "")}
-        rubrics = [found.get(row["question"]) for row in rows]
-    return [
-        row | {"rubric": rubric, "own_rubric": row["rubric"]} for row, rubric in zip(rows, rubrics)
-    ]
+        rows = [row | {"rubric": found.get(row["question"])} for row in rows]
+    return rows
 
 
 def make_examples(rows, templates, readers, needs=()):
