@@ -1766,19 +1766,23 @@ def compile_layers(model, backend=BACKEND):
 # last word counts: "criterion_weight" (ProfBench), "critically_important_weight" (PRBench).
 FIELD_NAMES = {
     "title": "title name heading label",
-    "description": "description criterion criteria requirement requirements item text",
-    "weight": "weight points score",
+    "description": "description criterion criteria requirement requirements item text statement "
+    "content rubric question",
+    "weight": "weight points score importance percentage",
+    "polarity": "type polarity",
 }
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
 WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
 WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
 STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
     rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
-    r"(?=\[|points?:|[\d.−–-]+ ?p)"
+    r"(?=\[|points?:|[-+−–]|[\d.]+ ?p)"
     rf"\[?(?:points?: ?)?{WEIGHT} ?[]:,–-](?: ?item:)?(?P<item>.+)",
     rf"(?P<item>.+)[(\[](?=[^)]{{0,20}}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
 ]
-FORMS = '[{"description": "States the law", "weight": 5}] or ["[5] States the law"]'
+FORMS = '"States the law", "[5] States the law" or {"description": "States the law", "weight": 5}'
+LISTS = ("criteria", "rubric", "rubrics")
+say_once = functools.cache(say)
 
 
 def field_of(item, meaning):
@@ -1790,46 +1794,58 @@ def field_of(item, meaning):
 
 
 def read_criterion(item):
-    """A string that states its weight, or an object -> a criterion with title (may be ""),
-    description, weight, perhaps check. ValueError, or re.error of a check: it cannot be read."""
-    if isinstance(item, str):
-        ways = [re.fullmatch(way, item.strip(), re.IGNORECASE | re.DOTALL) for way in STATED]
-        item = next((match.groupdict() for match in ways if match), None)
-    if not isinstance(item, dict):
-        raise ValueError(f"a criterion has to be an object or to state its weight, as in {FORMS}")
-    parts = [part for value in item.values() if isinstance(value, list) for part in value]
-    if dict in map(type, parts):
-        raise ValueError("a criterion has others within")
+    """An object -> a criterion with title (may be ""), description, weight (1 if none is stated),
+    perhaps check. ValueError, or regex.error of a check: it cannot be read."""
     title, description = field_of(item, "title"), field_of(item, "description")
     stated = field_of(item, "weight").lower()
-    number = re.fullmatch(WEIGHT + r"(?: ?\(.*\))?", str(WORD_WEIGHT.get(stated, stated)))
+    if not stated:
+        say_once("note: a criterion that states no weight weighs 1")
+    number = re.fullmatch(WEIGHT + r"(?: ?\(.*\))?", str(WORD_WEIGHT.get(stated, stated or 1)))
     if not number:
         raise ValueError(f"a criterion has no clear weight ({stated!r:.20})")
     weight = re.sub("[−–]", "-", number["weight"])
+    if re.search("(?i)negative|penalty", field_of(item, "polarity")):
+        weight = -abs(float(weight))
     criterion = make_criterion("" if title == description else title, description, weight)
     if isinstance(item.get("check"), str):
-        criterion["check"] = re.compile(item["check"]).pattern
+        criterion["check"] = regex.compile(item["check"]).pattern
     return criterion
+
+
+def criteria_in(value):
+    """The criteria of a string, a list, sections or {name: criterion}, one by one, as objects.
+    ValueError: there is something else, or a criterion has others within."""
+    if isinstance(value, list):
+        return [item for part in value for item in criteria_in(part)]
+    if isinstance(value, str):
+        text = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s", "", value).strip()
+        ways = [re.fullmatch(way, text, re.IGNORECASE | re.DOTALL) for way in STATED]
+        stated = [match.groupdict() for match in ways if match]
+        return stated[:1] or [{"description": text}]
+    found, is_criterion = [], False
+    if isinstance(value, dict):
+        is_criterion = field_of(value, "description") != ""
+        for key, part in value.items():
+            is_list = isinstance(part, list) and (key in LISTS or dict in map(type, part))
+            if is_list or (isinstance(part, dict) and not is_criterion):
+                sign = {"polarity": "negative"} if "negative" in key else {}
+                found += [item | sign for item in criteria_in(part)]
+    if is_criterion == bool(found):
+        raise ValueError(f"no criterion, or one with others within; a criterion is {FORMS}")
+    return found or [value]
 
 
 def read_rubric(value):
     """Criteria in any form that files have -> a rubric; None if there are none. ValueError, or
-    re.error for a bad `check`: something cannot be read. Nothing is read in part."""
+    regex.error for a bad `check`: something cannot be read. Nothing is read in part."""
     if isinstance(value, str):
         try:
             value = json.loads(value.strip() or "[]")
-        except (ValueError, RecursionError):
-            value = re.split(r"(?i)\n(?=[ \t]*(?:\[|points:))", value)
-    if isinstance(value, dict):
-        value = value.get("rubrics") or value.get("rubric") or value
-    if not isinstance(value or [], list):
-        raise ValueError(f"a rubric has to be a list, as {FORMS}")
-    rubric = []
-    for item in value or []:
-        if isinstance(item, dict) and isinstance(item.get("annotations"), dict):  # PRBench
-            item = item | item["annotations"]
-        rubric.append(read_criterion(item))
-    return rubric or None
+        except (ValueError, RecursionError) as error:
+            if re.match(r'\s*(?:[{|]|\[\s*["\[{])', value):
+                raise ValueError(f"it is neither JSON nor lines; a criterion is {FORMS}") from error
+            value = re.split(r"(?i)\n(?=[ \t]*(?:[-*•] |\d+[.)] |\[|points:))", value)
+    return [read_criterion(item) for item in criteria_in(value or [])] or None
 
 
 # A data set is a function from a raw row to the cells that are the fields of a row.
