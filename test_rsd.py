@@ -41,6 +41,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared to the last digi
 import huggingface_hub
 import numpy
 import pytest
+import regex
 import safetensors.torch
 import tokenizers
 import torch
@@ -994,11 +995,13 @@ WRITTEN = [  # what a model writes -> the criteria, or a word of the reason
         [LAW | {"description": 'On [0, 1]: {x} and {"a": 1}, [{'}]),
     (f"In this form: {json.dumps(DOTS)}\n{ONE}", [LAW]),
     (json.dumps(DOTS), "description"),
-    (f"[{THE_LAW}, {NO_COMMA}, {THE_UNIT}]", "delimiter"),  # never in part
+    (f"[{THE_LAW}, {NO_COMMA}, {THE_UNIT}]", "JSON"),  # never in part
     (f'[{{"group": "A", "items": {ONE}}}, {{"group": "B", "items": {ONE}}}]', "float"),
-    (f"[{NO_COMMA}, {THE_UNIT}]", "delimiter"),
-    (f'{{"rubric": [{NO_COMMA}, {THE_UNIT}]}}', "delimiter"),
-    (f'a comma within", "weight": 5}}, {THE_LAW}, {THE_UNIT}]', [LAW, UNIT]),
+    (f"[{NO_COMMA}, {THE_UNIT}]", "JSON"),
+    (f"[{THE_UNIT}, {NO_COMMA}]", "JSON"),
+    (f'[{THE_UNIT}, "Law", {THE_LAW}]', "JSON"),
+    (f'{{"rubric": [{NO_COMMA}, {THE_UNIT}]}}', "JSON"),
+    (f'a comma within", "weight": 5}}, {THE_LAW}, {THE_UNIT}]', "no JSON array"),
     (f"[{THE_LAW}, {json.dumps(DOTS[0])}, {THE_UNIT}]", "description"),
     (json.dumps([{"title": "x", "weight": 1}]), "description"),
     (json.dumps([LAW | {"description": ["States it."]}]), "expected string"),
@@ -1063,7 +1066,7 @@ def test_recorded_outputs_of_an_8b_model():
     wanted = [text for text in texts if complete_criteria(text) and text[:4] != "Okay"]
     read = [text for text in texts if rsd.parse_rubric(text)[0]]
     assert len(wanted) == 182
-    assert len(read) == 181 and set(read) < set(wanted)  # one lacks a comma within
+    assert len(read) == 180 and set(read) < set(wanted)  # one lacks a comma, one its beginning
     whole = [text for text in wanted if text[0] == "[" and text[-1] == "]" and "\\" not in text]
     same = [rsd.parse_rubric(text)[0] == json.loads(text) for text in whole if text in read]
     assert len(same) > 150 and all(same)
@@ -1130,10 +1133,9 @@ FAULTS = [  # stated signs hold, whatever is to be avoided in them
 MERITS = [  # the main verb avoids the fault
     "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
     "Refrains from blame.", "Must not guess.", "The response must carefully avoid rounding.",
-    "An answer mustn't confuse them.", "Does not overlook friction.", "Do not round early.",
+    "An answer mustn't confuse them.", "Do not round early.", "Pitfall: Avoids mixing units.",
     "Warns against the wrong strand.", "Negative Criteria: The response must not omit it.",
-    "Should try to avoid repetition.", "Pitfall: Avoids mixing units.", "This cannot be missing.",
-    "Doesn’t incorrectly attribute it.",
+    "Should try to avoid repetition.", "This cannot be missing.",
 ]
 
 
@@ -1168,7 +1170,7 @@ def test_rubrics_are_drawn_again_until_read_and_lost_ones_have_a_reason():
     assert asked == [["a", "b", "c"], ["a", "c"], ["c"]]
     assert [g["rubric"] for g in got] == [[GOOD], [GOOD], None]
     assert [g["tries"] for g in got] == [2, 1, 3]
-    assert [g["reason"] for g in got] == ["", "", "no JSON array"]
+    assert [g["reason"] for g in got] == ["", "", "no JSON array of criteria"]
 
 
 def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
@@ -3465,7 +3467,7 @@ def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, cap
 def test_a_model_that_cannot_be_used_is_one_sentence(tok, tmp_path):
     broken = tiny(tok)
     broken.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(rsd.UserError, match="its weights give NaN"):
+    with pytest.raises(rsd.UserError, match="damaged .NaN."):
         rsd.load_model(saved(tmp_path / "nan", broken, tok))
 
     weights = Path(saved(tmp_path / "lacking", tiny(tok), tok)) / "model.safetensors"
@@ -3517,17 +3519,22 @@ FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, 
     ("Points: 1, Item: X\nand more\nPoints: 2, Item: X",
         [named(1)[0] | {"description": "X\nand more"}, *named(2)]),
     ([{"description": "X", "weight": "pitfall"}], named(-1)),
+    (["X"], named(1)), ("1. X\n2. [4] X", named(1, 4)), ("- X", named(1)),
+    ({"query": "q", "positive_rubrics": [{"text": "X"}], "negative_rubrics": [{"text": "X"}]},
+        named(1, -1)),
+    ({"sections": [{"name": "A", "tags": ["b"], "criteria": ["[2] X"]}]}, named(2)),
+    ({"force": {"question": "X", "importance": "major"}}, named(3)),
+    ([{"statement": "X", "points": 2, "type": "penalty"}], named(-2)),
     ([LAW | {"check": "4 m"}], [LAW | {"check": "4 m"}]),
     ([], None), (" ", None), (None, None),
 ]
 REFUSED = [
-    ["Says so."], ["1. Says so."], ["Lists 5 points"], ["Shown in [5]"], [["x", 5]], [None], [3],
-    "3", "{", {"a": 1}, "Says so.", [{"criterion": "X"}], [{"points": 3}], "[" * 5000, [LAW, "X"],
+    [["x", 5]], [None], [3], "3", "{", {"a": 1}, [{"points": 3}], "[" * 5000, '["x', "| a | 5 |",
     [{"criterion": "X", "points": True}], [{"criterion": "X", "points": "many"}],
     [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
     [{"criterion": "X", "max_score": 10, "score": 7}],  # points that an answer was given
     [LAW | {"sub_tasks": [LAW, UNIT]}],  # and no tree is read in part
-    *[f'[{{"title": "T", "description": "D", "weight": {weight}}}]' for weight in WEIGHTS],
+    *[f'[{{"title": "T", "description": "D", "weight": {w}}}]' for w in WEIGHTS if w != "null"],
 ]
 
 
@@ -3538,16 +3545,16 @@ def test_forms_of_rubric_files(value, rubric):
 
 @pytest.mark.parametrize("value", REFUSED)
 def test_a_rubric_that_cannot_be_read_is_refused(value):
-    with pytest.raises((ValueError, re.error)):
+    with pytest.raises((ValueError, regex.error)):
         rsd.read_rubric(value)
 
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
 CELLS = [
-    (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"),
+    (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"), ({"a": 1}, "{'a': 1}"),
     (TURNS[1:], "Why?"), (TURNS, "System: Be kind.\n\nUser: Why?"),
     ([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], "Why?"),
-    (["One.", "Two."], "One.\n\nTwo."), ({"a": 1, "b": ["x", None]}, {"a": "1", "b": "x\n\n"}),
+    (["One.", "Two."], "One.\n\nTwo."),
 ]
 
 
@@ -3571,10 +3578,11 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps(ROWS))
     of_strings = [ROWS[0] | {"rubric": json.dumps(ROWS[0]["rubric"])}, ROWS[1]]
     Dataset.from_list(of_strings).to_parquet(tmp_path / "d.parquet")
+    Dataset.from_list(of_strings).to_csv(tmp_path / "d.csv")
 
-    kinds = ("jsonl", "json", "parquet")
-    lines, array, table = [rsd.load_rows(str(tmp_path / f"d.{kind}"), "") for kind in kinds]
-    assert lines == array == table
+    kinds = ("jsonl", "json", "parquet", "csv")
+    lines, *others = [rsd.load_rows(str(tmp_path / f"d.{kind}"), "") for kind in kinds]
+    assert others == [lines] * 3
     assert lines[0]["rubric"][0]["weight"] == 5
     assert lines[1]["rubric"] == [GOOD]
     assert lines[1]["reference_answer"] == ""
@@ -3674,15 +3682,14 @@ def test_rows_that_the_train_split_has_too_are_left_out_of_the_test(monkeypatch,
     splits = {"train": ["a", "b"], "test": ["b", "c", "d"]}
 
     def read_table(data, split, limit):
-        rows = [{"question": q, "reference_answer": "x"} for q in splits[split]]
-        return rows[: limit or None]
+        return [{"question": q, "reference_answer": "x"} for q in splits[split]]
 
     def questions(split):
         return [row["question"] for row in rsd.load_rows("rar-science", split)]
 
     monkeypatch.setattr(rsd, "read_table", read_table)
     assert questions("test") == ["c", "d"]
-    assert "left out 1 of 3 rows that its train split has" in capsys.readouterr().out
+    assert "left out 1 of 3 rows: its train split" in capsys.readouterr().out
     assert questions("train") == ["a", "b"]
 
 
@@ -3697,7 +3704,7 @@ BAD = {  # file -> its content, and words of the one sentence
     "list.jsonl": ("[1]\n", ["list.jsonl, line 1"]),
     "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["row 1", "reference_answer", "reply"]),
     "blank.jsonl": (json_line("a", "") + json_line(" ", ""), ["row 2", "empty"]),
-    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "weight"]),
+    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "criterion"]),
     "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "[5] States the law"]),
     "x.json": ("{", ["x.json"]),
     "y.json": ('{"a": 1}', ["row 1", "'a'"]),
@@ -3705,7 +3712,7 @@ BAD = {  # file -> its content, and words of the one sentence
     "z.parquet": ("PAR", ["z.parquet"]),
     "missing.json": (None, ["missing.json"]),
     "gpqa-diamond": (None, ["looked for Idavidrein/gpqa", "hf auth login"]),
-    "unknown": (None, [".jsonl, .json or .parquet file", "owner/name", "scibench"]),
+    "unknown": (None, ["looked for unknown", ".parquet file", "owner/name", "scibench"]),
 }
 
 
