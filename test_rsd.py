@@ -1009,9 +1009,9 @@ WRITTEN = [  # what a model writes -> the criteria, or a word of the reason
     ("I cannot do that.", "no JSON array"),
     ("<think>" + ONE, "unfinished"),
 ]
-WEIGHTS = ["9" * 400, "9" * 5000, "NaN", "-Infinity", "1e400", "true", "null", "{}", '"high"',
+BAD_WEIGHTS = ["9" * 400, "9" * 5000, "NaN", "-Infinity", "1e400", "true", "null", "{}", '"high"',
     '"3-4"', "[" * 3000, '{"a": ' * 3000]
-WRITTEN += [(f'[{{"title": "T", "description": "D", "weight": {w}}}]', "") for w in WEIGHTS]
+WRITTEN += [(f'[{{"title": "T", "description": "D", "weight": {w}}}]', "") for w in BAD_WEIGHTS]
 
 
 @pytest.mark.parametrize("text, expected", WRITTEN)
@@ -1020,8 +1020,7 @@ def test_what_a_model_writes(text, expected):
     if isinstance(expected, list):
         assert (rubric, why) == (expected, "")
     else:
-        assert rubric is None
-        assert why and expected in why
+        assert rubric is None and why and expected in why
 
 
 COMMANDS = (
@@ -1158,19 +1157,18 @@ def test_recall_counts_a_repeated_criterion_once():
 
 
 def test_rubrics_are_drawn_again_until_read_and_lost_ones_have_a_reason():
-    script = [["no", ONE, "no"], [ONE, "still no"], ["never"]]
-    asked = []
+    asked, script = [], [["no", ONE, "no"], [ONE, "still no"], ["never"]]
 
     def write(prompts):
         asked.append(prompts)
         return [rsd.Written(text, 1, True) for text in script[len(asked) - 1]]
 
-    jobs = [({}, prompt) for prompt in ("a", "b", "c")]
-    got = rsd.generate_rubrics(write, jobs, rsd.parse_rubric, tries=3)
+    got = rsd.generate_rubrics(write, [({}, p) for p in "abc"], rsd.parse_rubric, tries=3)
     assert asked == [["a", "b", "c"], ["a", "c"], ["c"]]
-    assert [g["rubric"] for g in got] == [[GOOD], [GOOD], None]
-    assert [g["tries"] for g in got] == [2, 1, 3]
-    assert [g["reason"] for g in got] == ["", "", "no JSON array of criteria"]
+    outcomes = [(g["rubric"], g["tries"], g["reason"]) for g in got]
+    assert outcomes == [
+        ([GOOD], 2, ""), ([GOOD], 1, ""), (None, 3, "no JSON array of criteria")
+    ]
 
 
 def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
@@ -1189,22 +1187,19 @@ def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
 def test_every_ablation_keeps_the_schema(comparison):
     own = [row["rubric"] for row in toy_rows("train", 40)]
     general = rsd.read_rubric((TOY / "generic.json").read_text())
-    changed = {}
-    for source in comparison.ABLATIONS:
-        changed[source] = comparison.ablate(own, source, general, seed=0)
-        assert changed[source] == comparison.ablate(own, source, general, seed=0) != own
-        assert len(changed[source]) == 40
-        fields = {c.keys() >= GOOD.keys() for rubric in changed[source] for c in rubric}
-        assert fields == {True}
+    changed = {name: comparison.ablate(own, name, general, seed=0) for name in comparison.ABLATIONS}
+    for source, rubrics in changed.items():
+        assert comparison.ablate(own, source, general, seed=0) == rubrics != own
+        assert len(rubrics) == 40
+        assert all(c.keys() >= GOOD.keys() for c in itertools.chain(*rubrics))
 
     assert changed["generic"] == [general] * 40 and len(general) == 7
-    assert all(rubric in own for rubric in changed["random"])
-    assert not any(rubric is whole for rubric, whole in zip(changed["random"], own))
-    for rubric, whole in zip(changed["reduced"], own):
-        assert len(rubric) == 3
-        assert all(c in whole for c in rubric)
-    pairs = list(zip(changed["noisy"], own))
-    differs = {sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in pairs}
+    differs = set()
+    for k, whole in enumerate(own):
+        assert changed["random"][k] in own and changed["random"][k] is not whole
+        assert len(changed["reduced"][k]) == 3
+        assert all(c in whole for c in changed["reduced"][k])
+        differs.add(sum(c != d for c, d in zip(changed["noisy"][k], whole)))
     assert max(differs) == 3 and min(differs) < 3  # the other's may be one of its own
 
 
@@ -1213,16 +1208,16 @@ def test_stage_one_shows_the_right_prompts(tok, prompts, stage):
     row = toy_rows("train", 1)[0]
     question, answer = row["question"], row["reference_answer"]
     plain = [{name: c[name] for name in ("title", "description", "weight")} for c in row["rubric"]]
-    bare = f"{question}\nWrite a rubric."
-    with_answer = f"{question}\nCorrect: {answer}\nWrite a rubric."
-    with_rubric = f"{question}\nCorrect: {answer}\nRubric: {json.dumps(plain)}\nWrite a rubric."
+    bare, end = f"{question}\n", "Write a rubric."
+    with_answer = f"{bare}Correct: {answer}\n"
+    with_rubric = f"{with_answer}Rubric: {json.dumps(plain)}\n"
     golden = {"rubric": (with_answer, with_rubric), "rubric-paper": (bare, with_answer)}
 
     args = rsd.parse_args(["train", "--stage", stage])
     assert (args.student_context, args.teacher_context) == rsd.STAGES[stage]
     (e,) = episodes_of(tok, [row], prompts[args.student_context], prompts[args.teacher_context])
     for ids, text in zip((e.prompt_ids, e.teacher_ids), golden[stage]):
-        assert tok.decode(ids) == chat_prompt(text)
+        assert tok.decode(ids) == chat_prompt(text + end)
 
 
 # ---- functions that can be copied out ------------------------------------------------------------
@@ -3424,34 +3419,26 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     evaluated ones."""
     model = tiny_of_family(family, tok)
     source = saved(tmp_path / "m", model, tok)
-    common = ["--data", "toy", "--max-new-tokens", "6", "--limit", "2"]
-    rubrics = str(tmp_path / "r.jsonl")
-    words = ["generate", "--model", source, *common, "--tries", "1", "--out", rubrics]
-    assert rsd.main(words) == 0
-
-    run = tmp_path / "t"
-    words = ["train", "--model", source, *common, "--batch", "2", "--lr", "1e-2"]
-    words += ["--out", str(run)]
-    assert rsd.main([*words, "--steps", "1"]) == 0
-    assert rsd.main([*words, "--steps", "2", "--resume"]) == 0
+    common = f"--data toy --max-new-tokens 6 --limit 2 --model {source}"
+    run, rubrics, answers = tmp_path / "t", tmp_path / "r.jsonl", tmp_path / "e.jsonl"
+    train = f"train {common} --batch 2 --lr 1e-2 --out {run}"
+    lines = [f"generate {common} --tries 1 --out {rubrics}", f"{train} --steps 1"]
+    lines += [f"{train} --steps 2 --resume"]
+    lines += [f"eval {common} --model {run} --temperature 0 --out {answers}"]
+    for line in lines:
+        assert rsd.main(shlex.split(line)) == 0
     losses = [step["loss"] for step in metrics_of(run)]
-    assert len(losses) == 2
-    assert min(losses) > 0
+    assert len(losses) == 2 and min(losses) > 0
 
-    answers = tmp_path / "e.jsonl"
-    words = ["eval", "--model", str(run), *common, "--temperature", "0", "--out", str(answers)]
-    assert rsd.main(words) == 0
-    saved = rsd.last_checkpoint(run)
-    trained = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    checkpoint = rsd.last_checkpoint(run)
+    trained = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     pairs = zip(trained.parameters(), model.parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)
     line = rsd.read_jsonl(answers)[0]
-    own = AutoTokenizer.from_pretrained(saved)  # some families cut a text in a way of their own
-    ids = rsd.context_ids(own, "{question}", line)
-    out = trained.generate(
-        torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0
-    )
-    assert own.decode(out[0, len(ids) :], skip_special_tokens=True) == line["text"]
+    own = AutoTokenizer.from_pretrained(checkpoint)  # some families cut a text in their own way
+    ids = torch.tensor([rsd.context_ids(own, "{question}", line)])
+    out = trained.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
+    assert own.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == line["text"]
 
 
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
@@ -3534,7 +3521,7 @@ REFUSED = [
     [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
     [{"criterion": "X", "max_score": 10, "score": 7}],  # points that an answer was given
     [LAW | {"sub_tasks": [LAW, UNIT]}],  # and no tree is read in part
-    *[f'[{{"title": "T", "description": "D", "weight": {w}}}]' for w in WEIGHTS if w != "null"],
+    *[f'[{{"title": "T", "description": "D", "weight": {w}}}]' for w in BAD_WEIGHTS if w != "null"],
 ]
 
 
@@ -3623,10 +3610,6 @@ HUB = {  # as its page has it: (id, config or file, split of the test), a row, w
 }
 
 
-def test_every_data_set_of_the_hub_is_tested():
-    assert set(HUB) == set(rsd.DATA_SETS) - {"toy"}
-
-
 @pytest.fixture
 def hub_rows(tmp_path, monkeypatch):
     """place(name, kind) puts a file of a data set's schema in place of the hub; and the calls of
@@ -3654,6 +3637,7 @@ def hub_rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 @pytest.mark.parametrize("name", HUB)
 def test_data_sets_of_the_hub_by_their_schema(name, kind, hub_rows):
+    assert set(HUB) == set(rsd.DATA_SETS) - {"toy"}
     place, asked = hub_rows
     place(name, kind)
     where, _, want = HUB[name]
@@ -3740,15 +3724,13 @@ def test_a_row_without_a_rubric_of_its_own_is_graded_by_no_other(tmp_path):
 
 def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, capsys):
     data = tmp_path / "d.jsonl"
-    words = ["eval", "--model", str(base), "--data", str(data), "--prompts", str(TOY)]
-    words += ["--max-new-tokens", "4"]
-    data.write_text(json_line("short", "1") + json_line("long " * 3000, "1"))
-    assert rsd.main(words) == 0
-    assert "left out 1 of 2 rows: {'context too long" in capsys.readouterr().out
-
-    data.write_text(json_line("long " * 3000, "1"))
-    assert rsd.main(words) == 2
-    assert "rows can be used" in capsys.readouterr().err
+    words = shlex.split(f"eval --model {base} --data {data} --prompts {TOY} --max-new-tokens 4")
+    for lines, code in ((json_line("short", "1"), 0), ("", 2)):
+        data.write_text(lines + json_line("long " * 3000, "1"))
+        assert rsd.main(words) == code
+    said = capsys.readouterr()
+    assert "left out 1 of 2 rows: {'context too long" in said.out
+    assert "rows can be used" in said.err
 
 
 # ---- the toy -------------------------------------------------------------------------------------
@@ -3763,13 +3745,11 @@ def test_toy_splits_share_no_question():
 
 
 def test_a_seed_has_its_own_problems_of_the_toy():
-    def questions(seed):
-        rows = rsd.load_questions(rsd.settle(rsd.Eval, data="toy", limit=50, seed=seed))
-        return [row["question"] for row in rows]
-
-    assert len(questions(1)) == 50
-    assert questions(1) == questions(1)
-    assert set(questions(1)) != set(questions(2))
+    settings = [rsd.settle(rsd.Eval, data="toy", limit=50, seed=seed) for seed in (1, 1, 2)]
+    one, again, two = [[r["question"] for r in rsd.load_questions(s)] for s in settings]
+    assert len(one) == 50
+    assert one == again
+    assert set(one) != set(two)
 
 
 def every_attempt(toy_maker, parts):
