@@ -33,6 +33,7 @@ method; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import difflib
 import functools
@@ -674,20 +675,15 @@ def make_criterion(title="", description="", weight=None, **_):
     }
 
 
-BETWEEN = re.compile(r"[\s,]*")
-
-
-def objects_from(text, at):
-    """The JSON objects from `at` to the first thing that is none, and where that stands."""
-    decode = json.JSONDecoder(strict=False).raw_decode
+def read_array(text, at):
+    """The objects of the JSON array whose first one begins at `at`; where the reading stops."""
+    decoder = json.JSONDecoder(strict=False)
     objects = []
-    while text.startswith("{", at):
-        try:
-            item, end = decode(text, at)
-        except (ValueError, RecursionError):
-            break
-        objects.append(item)
-        at = BETWEEN.match(text, end).end()
+    with contextlib.suppress(ValueError, RecursionError):
+        while text.startswith("{", at):
+            item, end = decoder.raw_decode(text, at)
+            objects.append(item)
+            at = re.compile(r"[\s,]*").match(text, end).end()
     return objects, at
 
 
@@ -703,22 +699,18 @@ def parse_rubric(text, row=None):
     if text is None:
         return None, "unfinished thinking"
     text = LATEX_BACKSLASH.sub(r"\1\\\\", text)
-    last_close = max((m.start() for m in re.finditer(r"\}\s*\]", text)), default=0)
     best, end, reason = [], 0, "no JSON array of criteria"
     for match in re.finditer(r"\[\s*(?=\{)", text):
         if match.start() < end:  # within the last array
             continue
-        objects, end = objects_from(text, match.end())
-        is_open = not text.startswith("]", end)
-        if is_open and end < last_close:
-            reason = "its JSON is broken"
-        elif is_open and match.start() > 300:
-            reason = "unfinished thinking"
-        else:
-            try:
-                best = max([make_criterion(**item) for item in objects], best, key=len)
-            except (ValueError, TypeError) as error:
-                reason = f"a criterion is broken ({error})"
+        objects, end = read_array(text, match.end())
+        if not text.startswith("]", end) and (end < text.rfind("]") or match.start() > 300):
+            reason = "its JSON is broken, or unfinished thinking"
+            continue
+        try:
+            best = max([make_criterion(**item) for item in objects], best, key=len)
+        except (ValueError, TypeError) as error:
+            reason = f"a criterion is broken ({error})"
     return (best, "") if best else (None, reason)
 
 
@@ -750,16 +742,16 @@ def row_fields(row):
     """What a row can put into the placeholders of a prompt file; what it lacks is left out. "met"
     says which criteria a completion meets, for {feedback}."""
     rubric = row.get("rubric") or []
-    lines, feedback, plain = [], [], []
-    for c, met in zip(rubric, row.get("met", itertools.repeat(None))):
+    lines, plain = [], []
+    for c in rubric:
         title = f"{c['title']}: " if c["title"] else ""
         lines.append(f"- {title}{c['description']} ({signed_weight(c):g})")
-        feedback.append(f"{lines[-1]}: {MET[met]}")
         plain.append({name: c[name] for name in ("title", "description", "weight")})
+    met = row.get("met") or [None] * len(rubric)
     fields = row | {
         "answer": row.get("reference_answer"),
         "rubric": "\n".join(lines),
-        "feedback": "\n".join(feedback),
+        "feedback": "\n".join(f"{line}: {MET[m]}" for line, m in zip(lines, met)),
         "rubric_json": json.dumps(plain, ensure_ascii=False) if plain else "",
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
         "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
@@ -1673,14 +1665,14 @@ def write_page(out, page):
 
 # ---- 11. Models and data -------------------------------------------------------------------------
 
-OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
+OWNERS = {"qwen": "Qwen/", "llama": "meta-llama/", "gemma": "google/"}  # of bare hub names
 
 
 def hub_name(name):
     """Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B; a directory or a whole name as it is."""
-    owner = OWNERS.get(re.match("[a-z]*", name.lower())[0])
-    is_bare = owner and "/" not in name and not Path(name).is_dir()
-    return f"{owner}/{name}" if is_bare else name
+    if "/" in name or Path(name).is_dir():
+        return name
+    return OWNERS.get(re.match("[a-z]*", name.lower())[0], "") + name
 
 
 @torch.no_grad()
