@@ -1682,11 +1682,7 @@ def check_model(model, tokenizer, name):
     own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
     ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
     same = (own - ours).abs().max() <= 0.02 * own.abs().max()  # false for NaN, too
-    require(
-        same,
-        f"--model {name}: its weights are damaged (NaN), or its head is more than a product and a "
-        f"cap, as {model.config.model_type}'s may be.",
-    )
+    require(same, f"--model {name}: it gives NaN, or its head is more than a product and a cap.")
     shown = tokenizer.decode(chat_ids(tokenizer, [{"role": "user", "content": "@@"}]))
     require("@@" in shown, f"--model {name}: its chat template drops the text of the question.")
 
@@ -1791,7 +1787,6 @@ def field_of(item, meaning):
 def read_criterion(item):
     """An object -> a criterion with title (may be ""), description, weight (1 if none is stated),
     perhaps check. ValueError, or regex.error of a check: it cannot be read."""
-    title, description = field_of(item, "title"), field_of(item, "description")
     stated = field_of(item, "weight").lower()
     if not stated:
         say_once("note: a criterion that states no weight weighs 1")
@@ -1801,7 +1796,7 @@ def read_criterion(item):
     weight = re.sub("[−–]", "-", number["weight"])
     if re.search("(?i)negative|penalty", field_of(item, "polarity")):
         weight = -abs(float(weight))
-    criterion = make_criterion("" if title == description else title, description, weight)
+    criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
     if isinstance(item.get("check"), str):
         criterion["check"] = regex.compile(item["check"]).pattern
     return criterion
@@ -1856,7 +1851,7 @@ def rubrichub_row(raw):
 
 def gpqa_row(raw):
     """GPQA: four options in an order of the question's own; the answer is a letter."""
-    columns = ["Correct Answer", *(f"Incorrect Answer {k}" for k in (1, 2, 3))]
+    columns = ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
     random.Random(raw["Question"]).shuffle(columns)
     options = [f"{letter}. {raw[name].strip()}" for letter, name in zip("ABCD", columns)]
     return {
@@ -1907,7 +1902,6 @@ def read_table(data, split, limit=0):
     hub. No more than `limit` are fetched of the hub (0: all). UserError: it cannot be had."""
     path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
     if path.suffix == ".jsonl":
-        require(path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
         return read_jsonl(path)
     import datasets  # it takes seconds
 
@@ -1928,7 +1922,7 @@ def read_table(data, split, limit=0):
         raise UserError(
             f"--data {data}: looked for {hub} and could not read it ({str(error)!r:.150}); give a "
             ".jsonl, .json, .csv or .parquet file, a hub id (owner/name, owner/name:config; where "
-            f"its page asks for consent: hf auth login) or one of {', '.join(DATA_SETS)}."
+            f"its page asks for consent: hf auth login) or one of {list(DATA_SETS)}."
         ) from error
 
 
@@ -1956,14 +1950,14 @@ def load_rows(data, split, limit=0, seed=0):
     for number, raw in enumerate(table[: limit or None], 1):
         try:
             rows.append(read_row(raw, source))
-        except Exception as error:  # of many kinds: a column is missing, a rubric has no weight
-            where = f"{data}, row {number}"
-            raise UserError(f"{where}: cannot be read ({error!r:.250}): {raw!r:.150}") from error
+        except Exception as error:  # of many kinds: a column is missing, a weight is unclear
+            place = f"{data}, row {number}"
+            raise UserError(f"{place}: cannot be read ({error!r:.250}): {raw!r:.150}") from error
     require(rows, f"{data} has no rows.")
     if source.overlap and split == "test":
         seen = {row["question"] for row in load_rows(data, "train")}
         kept = [row for row in rows if row["question"] not in seen]
-        say(f"{data}: left out {len(rows) - len(kept)} of {len(rows)} rows: its train split has them")
+        say(f"{data}: left out {len(rows) - len(kept)} rows that the train split has, too")
         return kept
     return rows
 
@@ -1999,9 +1993,10 @@ def make_examples(rows, templates, readers, needs=()):
             examples.append((row, *prompts))
         else:
             dropped["context too long for the model"] += 1
+    left_out = f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}"
+    require(examples, left_out)
     if dropped:
-        say(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
-    require(examples, f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
+        say(left_out)
     return examples
 
 

@@ -448,7 +448,7 @@ def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts, capsys):
     assert [len(ids) for _, _, ids in examples] == full[:2] + full[3:]  # whole, never cut
 
     without = rows[0] | {"rubric": None}
-    with pytest.raises(rsd.UserError, match="none of the 1 rows.*no rubric"):
+    with pytest.raises(rsd.UserError, match="left out 1 of 1 rows.*no rubric"):
         rsd.make_examples([without], templates, writers)
 
 
@@ -1042,9 +1042,8 @@ def test_real_escapes_stay_and_half_surrogates_are_mended():
     text = json.dumps([LAW | {"description": description}])
     assert rsd.parse_rubric(text)[0] == json.loads(text)
     text = '[{"title": "\\ud83d", "description": "D \\ude00\\ud83d", "weight": 2}]'
-    assert rsd.parse_rubric(text)[0] == [
-        {"title": "\ufffd", "description": "D \ufffd\ufffd", "weight": 2}
-    ]
+    mended = {"title": "\ufffd", "description": "D \ufffd\ufffd", "weight": 2}
+    assert rsd.parse_rubric(text)[0] == [mended]
 
 
 def complete_criteria(text):
@@ -1174,14 +1173,11 @@ def test_rubrics_are_drawn_again_until_read_and_lost_ones_have_a_reason():
 def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
     rows = toy_rows("train", 4)
     own = [row["rubric"] for row in rows]
-    written = [row | {"rubric": [GOOD]} for row in rows[1:]]
-    file = write_lines(tmp_path / "r.jsonl", written)
+    file = write_lines(tmp_path / "r.jsonl", [row | {"rubric": [GOOD]} for row in rows[1:]])
     shown = {"data": own, "none": own, file: [None, [GOOD], [GOOD], [GOOD]]}
     for source, rubrics in shown.items():
-        new = rsd.with_rubrics(rows, source)
-        assert [row["question"] for row in new] == [row["question"] for row in rows]
-        assert [row["rubric"] for row in new] == rubrics
-        assert [row["own_rubric"] for row in new] == own
+        made = [row | {"rubric": r, "own_rubric": o} for row, r, o in zip(rows, rubrics, own)]
+        assert rsd.with_rubrics(rows, source) == made
 
 
 def test_every_ablation_keeps_the_schema(comparison):
@@ -3559,19 +3555,17 @@ ROWS = [
 def test_the_same_rows_from_every_kind_of_file(tmp_path):
     from datasets import Dataset
 
-    write_lines(tmp_path / "d.jsonl", ROWS)
-    with open(tmp_path / "d.jsonl", "a") as file:
-        file.write("\n")
-    (tmp_path / "d.json").write_text(json.dumps(ROWS))
     of_strings = [ROWS[0] | {"rubric": json.dumps(ROWS[0]["rubric"])}, ROWS[1]]
-    Dataset.from_list(of_strings).to_parquet(tmp_path / "d.parquet")
-    Dataset.from_list(of_strings).to_csv(tmp_path / "d.csv")
+    table = Dataset.from_list(of_strings)
+    (tmp_path / "d.jsonl").write_text("\n".join([*map(json.dumps, ROWS), "\n"]))
+    (tmp_path / "d.json").write_text(json.dumps(ROWS))
+    table.to_parquet(tmp_path / "d.parquet")
+    table.to_csv(tmp_path / "d.csv")
 
     kinds = ("jsonl", "json", "parquet", "csv")
     lines, *others = [rsd.load_rows(str(tmp_path / f"d.{kind}"), "") for kind in kinds]
     assert others == [lines] * 3
-    assert lines[0]["rubric"][0]["weight"] == 5
-    assert lines[1]["rubric"] == [GOOD]
+    assert [row["rubric"][0]["weight"] for row in lines] == [5, GOOD["weight"]]
     assert lines[1]["reference_answer"] == ""
 
 
@@ -3610,71 +3604,47 @@ HUB = {  # as its page has it: (id, config or file, split of the test), a row, w
 }
 
 
-@pytest.fixture
-def hub_rows(tmp_path, monkeypatch):
-    """place(name, kind) puts a file of a data set's schema in place of the hub; and the calls of
-    load_dataset, which is the real one: only where the file lies is another matter."""
+@pytest.mark.parametrize("name", HUB)
+def test_data_sets_of_the_hub_by_their_schema(name, monkeypatch):
+    """Each is asked for by its address; only where its rows lie is another matter."""
     import datasets
 
-    asked, real = [], datasets.load_dataset
-
-    def place(name, kind):
-        file = str(tmp_path / f"d.{kind}")
-        table = datasets.Dataset.from_list([HUB[name][1]] * 3)
-        table.to_parquet(file) if kind == "parquet" else table.to_json(file)
-
-        def load(path, name=None, data_files=None, split=None, streaming=None):
-            asked.append(((path, name or data_files, split), streaming))
-            options = {"split": "train", "streaming": streaming, "cache_dir": str(tmp_path)}
-            return real(kind, data_files=file, **options)
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        monkeypatch.setattr(rsd.DATA_SETS[name], "overlap", False)
-
-    return place, asked
-
-
-@pytest.mark.parametrize("kind", ["parquet", "json"])
-@pytest.mark.parametrize("name", HUB)
-def test_data_sets_of_the_hub_by_their_schema(name, kind, hub_rows):
+    asked, (where, raw, want) = [], HUB[name]
     assert set(HUB) == set(rsd.DATA_SETS) - {"toy"}
-    place, asked = hub_rows
-    place(name, kind)
-    where, _, want = HUB[name]
+
+    def load(path, name=None, data_files=None, split=None, streaming=None):
+        asked.append((path, name or data_files, split, streaming))
+        return datasets.Dataset.from_list([raw] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(rsd.DATA_SETS[name], "overlap", False)
     rows = rsd.load_rows(name, "test", 2)
-    assert asked == [(where, True)]
-    assert len(rows) == 2
+    assert len(rows) == 2 and len(rsd.load_rows(name, "train")) == 3
+    assert asked == [(*where, True), (*where[:2], "train", False)]
     assert {field: rows[0][field] for field in want} == want
-    assert len(rsd.load_rows(name, "train")) == 3
-    assert asked[1][1] is False
 
 
-def test_options_of_a_multiple_choice_are_shuffled_the_same_way_each_time(hub_rows):
-    place, _ = hub_rows
-    place("gpqa-diamond", "json")
-    row = rsd.load_rows("gpqa-diamond", "test", 2)[0]
+def test_options_of_a_multiple_choice_are_shuffled_the_same_way_each_time():
+    row, again = (rsd.read_row(GPQA, rsd.DATA_SETS["gpqa-diamond"]) for _ in range(2))
+    assert again == row
     options = dict(line.split(". ") for line in row["question"].splitlines()[2:])
     assert set(options.values()) == {"this", "x", "y", "z"}
     letter = row["reference_answer"]
     assert options[letter] == "this"
-    assert rsd.load_rows("gpqa-diamond", "test", 2)[0] == row
     assert rsd.score(f"\\boxed{{{letter}}}", row)["accuracy"] == 1
     assert rsd.score("\\boxed{Z}", row)["accuracy"] == 0
 
 
 def test_rows_that_the_train_split_has_too_are_left_out_of_the_test(monkeypatch, capsys):
-    splits = {"train": ["a", "b"], "test": ["b", "c", "d"]}
+    splits = {"train": "ab", "test": "bcd"}
 
     def read_table(data, split, limit):
         return [{"question": q, "reference_answer": "x"} for q in splits[split]]
 
-    def questions(split):
-        return [row["question"] for row in rsd.load_rows("rar-science", split)]
-
     monkeypatch.setattr(rsd, "read_table", read_table)
-    assert questions("test") == ["c", "d"]
-    assert "left out 1 of 3 rows: its train split" in capsys.readouterr().out
-    assert questions("train") == ["a", "b"]
+    for split, left in (("test", ["c", "d"]), ("train", ["a", "b"])):
+        assert [row["question"] for row in rsd.load_rows("rar-science", split)] == left
+    assert "left out 1 rows that the train split has" in capsys.readouterr().out
 
 
 def json_line(question, answer="b", **more):
@@ -3708,8 +3678,7 @@ def test_bad_data_is_one_sentence(name, tmp_path, capsys, monkeypatch):
         Path(name).write_text(content)
     assert rsd.main(["eval", "--model", str(tmp_path), "--data", name]) == 2
     message = capsys.readouterr().err
-    for word in words:
-        assert word in message
+    assert all(word in message for word in words), message
     assert message.count("\n") == 1
     assert "Traceback" not in message
 
@@ -3730,18 +3699,15 @@ def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, caps
         assert rsd.main(words) == code
     said = capsys.readouterr()
     assert "left out 1 of 2 rows: {'context too long" in said.out
-    assert "rows can be used" in said.err
+    assert "left out 1 of 1 rows: {'context too long" in said.err
 
 
 # ---- the toy -------------------------------------------------------------------------------------
 
 
 def test_toy_splits_share_no_question():
-    seen = Counter()
-    for split in ("train", "val", "test"):
-        seen.update({row["question"] for row in rsd.load_rows("toy", split)})
-    assert set(seen.values()) == {1}
-    assert len(seen) == 2000 + 400 + 400
+    rows = [row for split in ("train", "val", "test") for row in rsd.load_rows("toy", split)]
+    assert len({row["question"] for row in rows}) == len(rows) == 2000 + 400 + 400
 
 
 def test_a_seed_has_its_own_problems_of_the_toy():
@@ -3999,7 +3965,7 @@ def test_grpo_leaves_out_and_counts_what_it_cannot_grade(base, tmp_path, capsys)
 
     words = with_flag(words, "--out", tmp_path / "other")
     message = error_of(with_flag(words, "--method", "grpo-rubric"), capsys)
-    assert "none of the 8 rows" in message
+    assert "left out 8 of 8 rows" in message
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real questions are not here")
@@ -4091,7 +4057,7 @@ def test_every_row_of_the_comparison_trains_and_tests(comparison, tmp_path, monk
 # Every refusal: a command line -> what the one sentence says.
 REFUSED = {
     "eval --data nope": "unknown",
-    "eval --data none.jsonl": "there is no none.jsonl",
+    "eval --data none.jsonl": "No such file or directory: 'none.jsonl'",
     "train --rubrics none.jsonl": "--rubrics none.jsonl",
     "train --rubrics random": "--rubrics random",
     "eval --model ./none --data toy": "./none",
