@@ -33,6 +33,7 @@ method; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import difflib
 import functools
@@ -590,21 +591,16 @@ def valid_unicode(text):
 
 def as_text(cell):
     """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of
-    a list all parts; of an object each value by itself; nothing, and NaN, are empty."""
+    a list all parts; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
-    if isinstance(cell, dict):
-        is_part = cell.get("type") == "text"  # of a message's content
-        return as_text(cell.get("text")) if is_part else {k: as_text(x) for k, x in cell.items()}
-    if not isinstance(cell, list):
-        return valid_unicode(str(cell)).strip()
-    parts = [as_text(part) for part in cell]
-    if len(parts) == 1 and isinstance(parts[0], dict):
-        return parts[0].get("content", parts[0])
-    for i, part in enumerate(parts):
-        if isinstance(part, dict) and part.keys() >= {"role", "content"}:
-            parts[i] = f"{part['role'].capitalize()}: {part['content']}"
-    return "\n\n".join(map(str, parts))
+    if isinstance(cell, dict):  # a turn, or a part of one
+        speaker = f"{cell['role'].capitalize()}: " if "role" in cell else ""
+        return speaker + as_text(cell.get("text", cell.get("content", str(cell))))
+    if isinstance(cell, list):
+        text = "\n\n".join(map(as_text, cell))
+        return text.removeprefix("User: ") if len(cell) == 1 else text
+    return valid_unicode(str(cell)).strip()
 
 
 THOUGHT = r"(?=[\w:/]*(?:think|thought|reason|analysis|scratchpad))[\w:/]+"
@@ -639,9 +635,23 @@ def make_criterion(title="", description="", weight=None, **_):
     number = float(str(weight))
     if not re.search(r"[^\W_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
-    number = int(number) if number.is_integer() else number
-    texts = {"title": valid_unicode(title), "description": valid_unicode(description)}
-    return {name: text.strip() for name, text in texts.items()} | {"weight": number}
+    return {
+        "title": valid_unicode(title).strip(),
+        "description": valid_unicode(description).strip(),
+        "weight": int(number) if number.is_integer() else number,
+    }
+
+
+def read_array(text, at):
+    """The objects of the JSON array whose first one begins at `at`; where the reading stops."""
+    decoder = json.JSONDecoder(strict=False)
+    objects = []
+    with contextlib.suppress(ValueError, RecursionError):
+        while text.startswith("{", at):
+            item, end = decoder.raw_decode(text, at)
+            objects.append(item)
+            at = re.compile(r"[\s,]*").match(text, end).end()
+    return objects, at
 
 
 def parse_rubric(text, row=None):
@@ -656,32 +666,19 @@ def parse_rubric(text, row=None):
     if text is None:
         return None, "unfinished thinking"
     text = LATEX_BACKSLASH.sub(r"\1\\\\", text)
-    decoder = json.JSONDecoder(strict=False)
-    arrays, start, end, reason = [], 0, 0, "no JSON array"
-    for match in re.finditer(r"\{", text):
-        if match.start() < end:  # inside the last object
+    best, end, reason = [], 0, "no JSON array of criteria"
+    for match in re.finditer(r"\[\s*(?=\{)", text):
+        if match.start() < end:  # within the last array
+            continue
+        objects, end = read_array(text, match.end())
+        if not text.startswith("]", end) and (end < text.rfind("]") or match.start() > 300):
+            reason = "its JSON is broken, or unfinished thinking"
             continue
         try:
-            item, item_end = decoder.raw_decode(text, match.start())
-            criterion = make_criterion(**item)
-        except (ValueError, TypeError, RecursionError) as error:
-            reason = f"a criterion is broken ({str(error).split(':')[0]})"  # without its place
-            continue
-        gap = text[end : match.start()]
-        ends = "]" in gap and not re.match(r"\s*\][\s\]}]*,", gap)  # of the array before
-        if ends or not arrays:
-            arrays.append([])
-            start = match.start()
-            gap = gap.rpartition("[")[2].partition("{")[2]  # within the new array
-        if gap.strip(", \n\r\t"):  # an object that cannot be read: its array is broken
-            criterion = None
-        arrays[-1].append(criterion)
-        end = item_end
-    if start > 300 and "]" not in text[end:]:
-        arrays.pop()
-        reason = "unfinished thinking"
-    whole = [array for array in arrays if None not in array]
-    return (max(reversed(whole), key=len), "") if whole else (None, reason)
+            best = max([make_criterion(**item) for item in objects], best, key=len)
+        except (ValueError, TypeError) as error:
+            reason = f"a criterion is broken ({error})"
+    return (best, "") if best else (None, reason)
 
 
 AVOIDS = re.compile(
@@ -689,9 +686,7 @@ AVOIDS = re.compile(
     r"(?:(?:(?:the|an?|any)\s+\w+|this|it|response|answer)\s+)?"  # a subject
     r"(?: (?:avoid|refrain)s?\b | do(?:\ not|n['’]t) | (?:warn|caution)s?\ against"
     r"  | (?:should|must|can|may)(?:\ ?not|n['’]t)"
-    r"  | (?:should|must)\s+ (?:\w+ly\s+|try\ to\s+)? (?:avoid|refrain)\b"
-    r"  | does(?:\ not|n['’]t)\ (?:\w+ly\ )?"  # and a fault
-    r"    (?:overlook|neglect|ignor|omit|conf|exagger|impl|mis|incorrect|fail|forget) )"
+    r"  | (?:should|must)\s+ (?:\w+ly\s+|try\ to\s+)? (?:avoid|refrain)\b )"
 )
 
 
@@ -714,20 +709,19 @@ def row_fields(row):
     """What a row can put into the placeholders of a prompt file; what it lacks is left out. "met"
     says which criteria a completion meets, for {feedback}."""
     rubric = row.get("rubric") or []
-    lines, feedback, plain = [], [], []
-    for c, met in zip(rubric, row.get("met") or [None] * len(rubric)):
+    lines, plain = [], []
+    for c in rubric:
         title = f"{c['title']}: " if c["title"] else ""
         lines.append(f"- {title}{c['description']} ({signed_weight(c):g})")
-        feedback.append(f"{lines[-1]}: {MET[met]}")
-        plain.append({name: c[name] for name in c if name != "check"})
-    response = row.get("response", "")
+        plain.append({name: c[name] for name in ("title", "description", "weight")})
+    met = row.get("met") or [None] * len(rubric)
     fields = row | {
         "answer": row.get("reference_answer"),
         "rubric": "\n".join(lines),
-        "feedback": "\n".join(feedback),
+        "feedback": "\n".join(f"{line}: {MET[m]}" for line, m in zip(lines, met)),
         "rubric_json": json.dumps(plain, ensure_ascii=False) if plain else "",
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
-        "fence": hashlib.sha256(response.encode()).hexdigest()[:16],
+        "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
     }
     return {name: text for name, text in fields.items() if text and isinstance(text, str)}
 
@@ -746,12 +740,10 @@ def write_until_read(write, asked, read, name, tries=3):
     row -> value or None, reason) cannot use, `tries` times at most. Returns the last try of each:
     {"text", "tokens", "truncated", name: the value or None, "reason", "tries"}."""
     results = [{}] * len(asked)
-    waiting = list(range(len(asked)))
+    waiting = range(len(asked))
     for attempt in range(1, tries + 1):
-        if not waiting:
-            break
         unread = []
-        written = write([asked[i][1] for i in waiting])
+        written = write([asked[i][1] for i in waiting]) if waiting else []
         for i, (text, tokens, stopped, refused) in zip(waiting, written):
             value, reason = (None, refused) if refused else read(text, asked[i][0])
             results[i] = {
@@ -1640,43 +1632,34 @@ def write_page(out, page):
 
 # ---- 11. Models and data -------------------------------------------------------------------------
 
-OWNERS = {"qwen": "Qwen", "llama": "meta-llama", "gemma": "google"}  # of bare hub names
+OWNERS = {"qwen": "Qwen/", "llama": "meta-llama/", "gemma": "google/"}  # of bare hub names
 
 
 def hub_name(name):
     """Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B; a directory or a whole name as it is."""
-    owner = OWNERS.get(re.match("[a-z]*", name.lower())[0])
-    is_bare = owner and "/" not in name and not Path(name).is_dir()
-    return f"{owner}/{name}" if is_bare else name
+    if "/" in name or Path(name).is_dir():
+        return name
+    return OWNERS.get(re.match("[a-z]*", name.lower())[0], "") + name
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, name):
     """UserError: its weights are damaged, its head is not `logits_of`, or its template drops
     text."""
-    ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
-    with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-        own = model(input_ids=ids).logits[0]
-        ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
-    require(own.isfinite().all(), f"--model {name}: its weights give NaN; it is damaged.")
-    same = (own - ours).abs().max() <= 0.02 * own.abs().max()
-    require(
-        same,
-        f"--model {name}: {model.config.model_type}'s head is more than a product and a cap: not "
-        "supported.",
-    )
+    own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
+    ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
+    same = (own - ours).abs().max() <= 0.02 * own.abs().max()  # false for NaN, too
+    require(same, f"--model {name}: it gives NaN, or its head is more than a product and a cap.")
     shown = tokenizer.decode(chat_ids(tokenizer, [{"role": "user", "content": "@@"}]))
     require("@@" in shown, f"--model {name}: its chat template drops the text of the question.")
 
 
 def switch_off_dropout(model):
-    """For good: gradient checkpointing works in training mode only, where it would drop out."""
-    for module in model.modules():
-        for name, rate in list(vars(module).items()):
+    """For good: a layer under gradient checkpointing is in training mode, where it drops out."""
+    for layer in model.modules():
+        for name, rate in list(vars(layer).items()):
             if "drop" in name and isinstance(rate, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+                setattr(layer, name, 0.0)
 
 
 def load_model(name, dtype=torch.float32):
@@ -1708,18 +1691,11 @@ def load_model(name, dtype=torch.float32):
 
 
 def add_lora(model, rank):
-    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train.
-    UserError: its layers are of a kind that cannot be adapted."""
+    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train."""
     from peft import LoraConfig  # optional; main says how to get it
 
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -1747,106 +1723,116 @@ def compile_layers(model, backend=BACKEND):
 # last word counts: "criterion_weight" (ProfBench), "critically_important_weight" (PRBench).
 FIELD_NAMES = {
     "title": "title name heading label",
-    "description": "description criterion criteria requirement requirements item text",
-    "weight": "weight points score",
+    "description": "description criterion criteria requirement requirements item text statement "
+    "content rubric question",
+    "weight": "weight points score importance percentage",
+    "polarity": "type polarity",
 }
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
 WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
 WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
 STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
     rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
-    r"(?=\[|points?:|[\d.−–-]+ ?p)"
+    r"(?=\[|points?:|[-+−–]|[\d.]+ ?p)"
     rf"\[?(?:points?: ?)?{WEIGHT} ?[]:,–-](?: ?item:)?(?P<item>.+)",
     rf"(?P<item>.+)[(\[](?=[^)]{{0,20}}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
 ]
-FORMS = '[{"description": "States the law", "weight": 5}] or ["[5] States the law"]'
+FORMS = '"States the law", "[5] States the law" or {"description": "States the law", "weight": 5}'
+LISTS = ("criteria", "rubric", "rubrics")
+say_once = functools.cache(say)
 
 
 def field_of(item, meaning):
     """The text or number of an object's field of this meaning; of several all, joined; or ""."""
     names = FIELD_NAMES[meaning].split()
     named = [value for key, value in item.items() if key.lower().split("_")[-1] in names]
-    texts = [str(value).strip() for value in named if isinstance(value, (str, int, float))]
+    kinds = (str, int, float) if meaning != "weight" else object  # no weight is passed over
+    texts = [str(x).strip() for x in named if isinstance(x, kinds) and x is not None]
     return ": ".join(dict.fromkeys(texts))
 
 
 def read_criterion(item):
-    """A string that states its weight, or an object -> a criterion with title (may be ""),
-    description, weight, perhaps check. ValueError, or re.error of a check: it cannot be read."""
-    if isinstance(item, str):
-        ways = [re.fullmatch(way, item.strip(), re.IGNORECASE | re.DOTALL) for way in STATED]
-        item = next((match.groupdict() for match in ways if match), None)
-    if not isinstance(item, dict):
-        raise ValueError(f"a criterion has to be an object or to state its weight, as in {FORMS}")
-    parts = [part for value in item.values() if isinstance(value, list) for part in value]
-    if dict in map(type, parts):
-        raise ValueError("a criterion has others within")
-    title, description = field_of(item, "title"), field_of(item, "description")
+    """An object -> a criterion with title (may be ""), description, weight (1 if none is stated),
+    perhaps check. ValueError, or regex.error of a check: it cannot be read."""
     stated = field_of(item, "weight").lower()
-    number = re.fullmatch(WEIGHT + r"(?: ?\(.*\))?", str(WORD_WEIGHT.get(stated, stated)))
+    if not stated:
+        say_once("note: a criterion that states no weight weighs 1")
+    number = re.fullmatch(WEIGHT + r"(?: ?\(.*\))?", str(WORD_WEIGHT.get(stated, stated or 1)))
     if not number:
         raise ValueError(f"a criterion has no clear weight ({stated!r:.20})")
     weight = re.sub("[−–]", "-", number["weight"])
-    criterion = make_criterion("" if title == description else title, description, weight)
+    if re.search("(?i)negative|penalty", field_of(item, "polarity")):
+        weight = -abs(float(weight))
+    criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
     if isinstance(item.get("check"), str):
-        criterion["check"] = re.compile(item["check"]).pattern
+        criterion["check"] = regex.compile(item["check"]).pattern
     return criterion
+
+
+def criteria_in(value):
+    """The criteria of a string, a list, sections or {name: criterion}, one by one, as objects.
+    ValueError: there is something else, or a criterion has others within."""
+    if isinstance(value, list):
+        return [item for part in value for item in criteria_in(part)]
+    if isinstance(value, str):
+        text = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s", "", value).strip()
+        ways = [re.fullmatch(way, text, re.IGNORECASE | re.DOTALL) for way in STATED]
+        stated = [match.groupdict() for match in ways if match]
+        return stated[:1] or [{"description": text}]
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.60} is no criterion; one is {FORMS}")
+    is_criterion = bool(field_of(value, "description"))
+    found = []
+    for key, part in value.items():
+        is_section = isinstance(part, dict) and not is_criterion
+        if isinstance(part, list):
+            is_section = key in LISTS or dict in map(type, part)
+        if is_section:
+            sign = {"polarity": "negative"} if "negative" in key else {}
+            found += [item | sign for item in criteria_in(part)]
+    if is_criterion == bool(found):
+        raise ValueError(f"no criterion, or one with others within; one is {FORMS}")
+    return found or [value]
 
 
 def read_rubric(value):
     """Criteria in any form that files have -> a rubric; None if there are none. ValueError, or
-    re.error for a bad `check`: something cannot be read. Nothing is read in part."""
+    regex.error for a bad `check`: something cannot be read. Nothing is read in part."""
     if isinstance(value, str):
         try:
             value = json.loads(value.strip() or "[]")
-        except (ValueError, RecursionError):
-            value = re.split(r"(?i)\n(?=[ \t]*(?:\[|points:))", value)
-    if isinstance(value, dict):
-        value = value.get("rubrics") or value.get("rubric") or value
-    if not isinstance(value or [], list):
-        raise ValueError(f"a rubric has to be a list, as {FORMS}")
-    rubric = []
-    for item in value or []:
-        if isinstance(item, dict) and isinstance(item.get("annotations"), dict):  # PRBench
-            item = item | item["annotations"]
-        rubric.append(read_criterion(item))
-    return rubric or None
+        except (ValueError, RecursionError) as error:
+            if re.match(r'\s*(?:[{|]|\[\s*["\[{])', value):
+                raise ValueError(f"it is neither JSON nor lines; a criterion is {FORMS}") from error
+            value = re.split(r"(?i)\n(?=[ \t]*(?:[-*•] |\d+[.)] |\[|points:))", value)
+    return [read_criterion(item) for item in criteria_in(value or [])] or None
 
 
-# A data set is a function from the cells of a raw row, as text, to the fields of a row.
+# A data set is a function from a raw row to the cells of a row, by their names.
 
 
-def plain_row(cells):
-    """A row whose columns have this file's own names."""
-    optional = {name: cells.get(name, "") for name in ("solution", "sample")}
-    return {name: cells[name] for name in ("question", "reference_answer")} | optional
-
-
-def rubrichub_row(cells):
+def rubrichub_row(raw):
     """RubricHub, science: chats with the reference beside them."""
-    answer = cells["reward_model"]["ground_truth"]
-    return {"question": cells["prompt"], "reference_answer": answer}
+    return {"question": raw["prompt"], "reference_answer": raw["reward_model"]["ground_truth"]}
 
 
-def gpqa_row(cells):
+def gpqa_row(raw):
     """GPQA: four options in an order of the question's own; the answer is a letter."""
-    question, right = cells["Question"], cells["Correct Answer"]
-    options = [right, *(cells[f"Incorrect Answer {k}"] for k in (1, 2, 3))]
-    random.Random(question).shuffle(options)
-    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
+    columns = ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+    random.Random(raw["Question"]).shuffle(columns)
+    options = [f"{letter}. {raw[name].strip()}" for letter, name in zip("ABCD", columns)]
     return {
-        "question": "\n".join([question, "", *lines]),
-        "reference_answer": "ABCD"[options.index(right)],
-        "solution": cells["Explanation"],
+        "question": "\n".join([raw["Question"], "", *options]),
+        "reference_answer": "ABCD"[columns.index("Correct Answer")],
+        "solution": raw["Explanation"],
     }
 
 
-def scibench_row(cells):
+def scibench_row(raw):
     """SciBench: a number and its unit, which stands in the question."""
     return {
-        "question": f"{cells['problem_text']}\n\nGive the answer in this unit: {cells['unit']}",
-        "reference_answer": f"{cells['answer_number']} {cells['unit']}",
-        "grading": {"tolerance": 0.05, "need_unit": False},
+        "question": f"{raw['problem_text']}\n\nGive the answer in this unit: {raw['unit']}",
+        "reference_answer": f"{raw['answer_number']} {raw['unit']}",
     }
 
 
@@ -1855,9 +1841,10 @@ class DataSet:
     """Where a data set is on the hub, and how its rows are read."""
 
     hub: str  # owner/name, owner/name:config or owner/name:file
-    to_row: Callable[[dict], dict] = plain_row
+    to_row: Callable[[dict], dict] = dict  # the columns have this file's own names
     test: str = "test"  # the name of its test split
     overlap: bool = False  # the test split repeats questions of the train split
+    grading: dict = field(default_factory=dict)  # options of `grade`
 
 
 # The toy: problems with exact rubrics, and small models that can do right when told how and do not
@@ -1870,97 +1857,87 @@ DATA_SETS = {
         "sojuL/RubricHub_v1:RuRL/rurbichub_v1_Science.parquet", rubrichub_row, test="train"
     ),
     "gpqa-diamond": DataSet("Idavidrein/gpqa:gpqa_diamond", gpqa_row, test="train"),
-    "scibench": DataSet("xw27/scibench", scibench_row, test="train"),
+    "scibench": DataSet(
+        "xw27/scibench", scibench_row, "train", grading={"tolerance": 0.05, "need_unit": False}
+    ),
 }
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 
 
 def read_table(data, split, limit=0):
-    """The raw rows of a .jsonl, .json or .parquet file, of the toy, or of a data set of the hub. No
-    more than `limit` are fetched (0: all). UserError: it cannot be had."""
+    """The raw rows of a .jsonl, .json, .csv or .parquet file, of the toy, or of a data set of the
+    hub. No more than `limit` are fetched of the hub (0: all). UserError: it cannot be had."""
     path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
     if path.suffix == ".jsonl":
-        require(path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
-        return read_jsonl(path)[: limit or None]
-    source = DATA_SETS.get(data, DataSet(data))
-    hub, _, part = source.hub.partition(":")
-    require(
-        "/" in hub or path.suffix in (".json", ".parquet"),
-        f"--data {data}: unknown; give a .jsonl, .json or .parquet file, a hub id (owner/name, "
-        f"owner/name:config) or one of {', '.join(DATA_SETS)}.",
-    )
+        return read_jsonl(path)
     import datasets  # it takes seconds
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said below
     datasets.disable_progress_bars()
+    source = DATA_SETS.get(data, DataSet(data))
+    hub, _, part = source.hub.partition(":")
+    where = {"data_files" if "." in part else "name": part or None}
+    split = source.test if split == "test" else split
+    if path.is_file():
+        hub, where, split = path.suffix[1:], {"data_files": data}, "train"
     try:
-        if path.suffix == ".json":
-            table = json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".parquet" and not part:
-            table = datasets.Dataset.from_parquet(data)
-        else:
-            where = {"data_files" if "." in part else "name": part or None}
-            split = source.test if split == "test" else split
-            table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
+        if path.suffix == ".json":  # datasets wants cells of one type
+            return list(json.loads(path.read_text(encoding="utf-8")))
+        table = datasets.load_dataset(hub, **where, split=split, streaming=limit > 0)
         return list(itertools.islice(table, limit or None))
     except Exception as error:  # json, pyarrow, datasets and the hub each have their own
         raise UserError(
-            f"--data {data}: looked for {hub} and could not read it ({str(error)!r:.150}); a file "
-            "will do; where its page asks for consent: hf auth login."
+            f"--data {data}: looked for {hub} and could not read it ({str(error)!r:.150}); give a "
+            ".jsonl, .json, .csv or .parquet file, a hub id (owner/name, owner/name:config; where "
+            f"its page asks for consent: hf auth login) or one of {list(DATA_SETS)}."
         ) from error
 
 
 def read_row(raw, source):
     """A raw row -> question, reference_answer, solution, response, sample, rubric, grading.
     Errors of many kinds: a column is missing, or a cell cannot be read."""
-    row = {"solution": "", "response": "", "sample": "", "grading": {}}
-    row |= source.to_row(as_text(raw))
+    cells = {"solution": "", "sample": ""} | source.to_row(raw)
+    names = ("question", "reference_answer", "solution", "sample")
+    row = {name: as_text(cells[name]) for name in names} | {"response": ""}
+    require(row["question"], "the question is empty")
     if raw.get("text") is not None:  # None: a server refused the question, nothing to judge
         row["response"] = as_text(raw["text"]) or "(no answer)"
-    texts = [row[name] for name in ("question", "reference_answer", "solution", "response")]
-    if not row["question"] or not all(isinstance(text, str) for text in texts):
-        raise ValueError("the question is empty, or what has to be a text is none")
-    rubrics = [raw[name] for name in RUBRIC_COLUMNS if as_text(raw.get(name))]
-    row["rubric"] = read_rubric(rubrics[0]) if rubrics else None
-    return row
+    rubrics = (read_rubric(raw.get(name)) for name in RUBRIC_COLUMNS)
+    return row | {"rubric": next(filter(None, rubrics), None), "grading": source.grading}
 
 
 def load_rows(data, split, limit=0, seed=0):
     """The rows of a data set, the toy's in an order of the seed's own. UserError names the source,
     the row (from 1) and the columns."""
     source = DATA_SETS.get(data, DataSet(data))
-    table = read_table(data, split, 0 if data == "toy" else limit)
+    table = read_table(data, split, limit)
     if data == "toy":
         random.Random(seed).shuffle(table)
     rows = []
     for number, raw in enumerate(table[: limit or None], 1):
         try:
             rows.append(read_row(raw, source))
-        except (ValueError, re.error, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{data}, row {number}: cannot be read ({error!r:.250}): {raw!r:.150}"
-            ) from error
+        except Exception as error:  # of many kinds: a column is missing, a weight is unclear
+            place = f"{data}, row {number}"
+            raise UserError(f"{place}: cannot be read ({error!r:.250}): {raw!r:.150}") from error
     require(rows, f"{data} has no rows.")
     if source.overlap and split == "test":
         seen = {row["question"] for row in load_rows(data, "train")}
-        new = [row for row in rows if row["question"] not in seen]
-        say(f"{data}: left out {len(rows) - len(new)} of {len(rows)} rows that its train split has")
-        return new
+        kept = [row for row in rows if row["question"] not in seen]
+        say(f"{data}: left out {len(rows) - len(kept)} rows that the train split has, too")
+        return kept
     return rows
 
 
 def with_rubrics(rows, source):
-    """Rows with the rubric from `source`: data, none (no teacher sees it), or a .jsonl file of
-    generate. The row's own, own_rubric, alone grades."""
-    rubrics = [row["rubric"] for row in rows]
+    """Rows with the rubric from `source`: data, none (no teacher sees it), or a file of generate.
+    The row's own, own_rubric, alone grades."""
+    rows = [row | {"own_rubric": row["rubric"]} for row in rows]
     if source not in ("data", "none"):
-        is_file = source.endswith(".jsonl") and Path(source).is_file()
-        require(is_file, f"--rubrics {source}: no such .jsonl file, and neither data nor none.")
+        require(Path(source).is_file(), f"--rubrics {source}: no file, and neither data nor none.")
         found = {row["question"]: row["rubric"] for row in load_rows(source, "")}
-        rubrics = [found.get(row["question"]) for row in rows]
-    return [
-        row | {"rubric": rubric, "own_rubric": row["rubric"]} for row, rubric in zip(rows, rubrics)
-    ]
+        rows = [row | {"rubric": found.get(row["question"])} for row in rows]
+    return rows
 
 
 def make_examples(rows, templates, readers, needs=()):
@@ -1979,13 +1956,14 @@ def make_examples(rows, templates, readers, needs=()):
             dropped[f"no {missing[0]}"] += 1
             continue
         prompts = [reader.prompt(text, fields) for text, reader in zip(templates, readers)]
-        if max(map(len, prompts)) > readers[0].room:
+        if max(map(len, prompts)) <= readers[0].room:
+            examples.append((row, *prompts))
+        else:
             dropped["context too long for the model"] += 1
-            continue
-        examples.append((row, *prompts))
+    left_out = f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}"
+    require(examples, left_out)
     if dropped:
-        say(f"left out {len(rows) - len(examples)} of {len(rows)} rows: {dict(dropped)}")
-    require(examples, f"none of the {len(rows)} rows can be used: {dict(dropped)}.")
+        say(left_out)
     return examples
 
 

@@ -39,6 +39,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared to the last digi
 import huggingface_hub
 import numpy
 import pytest
+import regex
 import safetensors.torch
 import tokenizers
 import torch
@@ -423,7 +424,7 @@ def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts, capsys):
     assert [len(ids) for _, _, ids in examples] == full[:2] + full[3:]  # whole, never cut
 
     without = rows[0] | {"rubric": None}
-    with pytest.raises(rsd.UserError, match="none of the 1 rows.*no rubric"):
+    with pytest.raises(rsd.UserError, match="left out 1 of 1 rows.*no rubric"):
         rsd.make_examples([without], templates, writers)
 
 
@@ -945,11 +946,13 @@ WRITTEN = [  # what a model writes -> the criteria, or a word of the reason
         [LAW | {"description": 'On [0, 1]: {x} and {"a": 1}, [{'}]),
     (f"In this form: {json.dumps(DOTS)}\n{ONE}", [LAW]),
     (json.dumps(DOTS), "description"),
-    (f"[{THE_LAW}, {NO_COMMA}, {THE_UNIT}]", "delimiter"),  # never in part
+    (f"[{THE_LAW}, {NO_COMMA}, {THE_UNIT}]", "JSON"),  # never in part
     (f'[{{"group": "A", "items": {ONE}}}, {{"group": "B", "items": {ONE}}}]', "float"),
-    (f"[{NO_COMMA}, {THE_UNIT}]", "delimiter"),
-    (f'{{"rubric": [{NO_COMMA}, {THE_UNIT}]}}', "delimiter"),
-    (f'a comma within", "weight": 5}}, {THE_LAW}, {THE_UNIT}]', [LAW, UNIT]),
+    (f"[{NO_COMMA}, {THE_UNIT}]", "JSON"),
+    (f"[{THE_UNIT}, {NO_COMMA}]", "JSON"),
+    (f'[{THE_UNIT}, "Law", {THE_LAW}]', "JSON"),
+    (f'{{"rubric": [{NO_COMMA}, {THE_UNIT}]}}', "JSON"),
+    (f'a comma within", "weight": 5}}, {THE_LAW}, {THE_UNIT}]', "no JSON array"),
     (f"[{THE_LAW}, {json.dumps(DOTS[0])}, {THE_UNIT}]", "description"),
     (json.dumps([{"title": "x", "weight": 1}]), "description"),
     (json.dumps([LAW | {"description": ["States it."]}]), "expected string"),
@@ -957,9 +960,9 @@ WRITTEN = [  # what a model writes -> the criteria, or a word of the reason
     ("I cannot do that.", "no JSON array"),
     ("<think>" + ONE, "unfinished"),
 ]
-WEIGHTS = ["9" * 400, "9" * 5000, "NaN", "-Infinity", "1e400", "true", "null", "{}", '"high"',
+BAD_WEIGHTS = ["9" * 400, "9" * 5000, "NaN", "-Infinity", "1e400", "true", "null", "{}", '"high"',
     '"3-4"', "[" * 3000, '{"a": ' * 3000]
-WRITTEN += [(f'[{{"title": "T", "description": "D", "weight": {w}}}]', "") for w in WEIGHTS]
+WRITTEN += [(f'[{{"title": "T", "description": "D", "weight": {w}}}]', "") for w in BAD_WEIGHTS]
 
 
 @pytest.mark.parametrize("text, expected", WRITTEN)
@@ -968,8 +971,7 @@ def test_what_a_model_writes(text, expected):
     if isinstance(expected, list):
         assert (rubric, why) == (expected, "")
     else:
-        assert rubric is None
-        assert why and expected in why
+        assert rubric is None and why and expected in why
 
 
 COMMANDS = (
@@ -991,9 +993,8 @@ def test_real_escapes_stay_and_half_surrogates_are_mended():
     text = json.dumps([LAW | {"description": description}])
     assert rsd.parse_rubric(text)[0] == json.loads(text)
     text = '[{"title": "\\ud83d", "description": "D \\ude00\\ud83d", "weight": 2}]'
-    assert rsd.parse_rubric(text)[0] == [
-        {"title": "\ufffd", "description": "D \ufffd\ufffd", "weight": 2}
-    ]
+    mended = {"title": "\ufffd", "description": "D \ufffd\ufffd", "weight": 2}
+    assert rsd.parse_rubric(text)[0] == [mended]
 
 
 def complete_criteria(text):
@@ -1014,7 +1015,7 @@ def test_recorded_outputs_of_an_8b_model():
     wanted = [text for text in texts if complete_criteria(text) and text[:4] != "Okay"]
     read = [text for text in texts if rsd.parse_rubric(text)[0]]
     assert len(wanted) == 182
-    assert len(read) == 181 and set(read) < set(wanted)  # one lacks a comma within
+    assert len(read) == 180 and set(read) < set(wanted)  # one lacks a comma, one its beginning
     whole = [text for text in wanted if text[0] == "[" and text[-1] == "]" and "\\" not in text]
     same = [rsd.parse_rubric(text)[0] == json.loads(text) for text in whole if text in read]
     assert len(same) > 150 and all(same)
@@ -1081,10 +1082,9 @@ FAULTS = [  # stated signs hold, whatever is to be avoided in them
 MERITS = [  # the main verb avoids the fault
     "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
     "Refrains from blame.", "Must not guess.", "The response must carefully avoid rounding.",
-    "An answer mustn't confuse them.", "Does not overlook friction.", "Do not round early.",
+    "An answer mustn't confuse them.", "Do not round early.", "Pitfall: Avoids mixing units.",
     "Warns against the wrong strand.", "Negative Criteria: The response must not omit it.",
-    "Should try to avoid repetition.", "Pitfall: Avoids mixing units.", "This cannot be missing.",
-    "Doesn’t incorrectly attribute it.",
+    "Should try to avoid repetition.", "This cannot be missing.",
 ]
 
 
@@ -1107,53 +1107,46 @@ def test_recall_counts_a_repeated_criterion_once():
 
 
 def test_rubrics_are_drawn_again_until_read_and_lost_ones_have_a_reason():
-    script = [["no", ONE, "no"], [ONE, "still no"], ["never"]]
-    asked = []
+    asked, script = [], [["no", ONE, "no"], [ONE, "still no"], ["never"]]
 
     def write(prompts):
         asked.append(prompts)
         return [rsd.Written(text, 1, True) for text in script[len(asked) - 1]]
 
-    jobs = [({}, prompt) for prompt in ("a", "b", "c")]
-    got = rsd.generate_rubrics(write, jobs, rsd.parse_rubric, tries=3)
+    got = rsd.generate_rubrics(write, [({}, p) for p in "abc"], rsd.parse_rubric, tries=3)
     assert asked == [["a", "b", "c"], ["a", "c"], ["c"]]
-    assert [g["rubric"] for g in got] == [[GOOD], [GOOD], None]
-    assert [g["tries"] for g in got] == [2, 1, 3]
-    assert [g["reason"] for g in got] == ["", "", "no JSON array"]
+    outcomes = [(g["rubric"], g["tries"], g["reason"]) for g in got]
+    assert outcomes == [
+        ([GOOD], 2, ""), ([GOOD], 1, ""), (None, 3, "no JSON array of criteria")
+    ]
 
 
 def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
     rows = toy_rows("train", 4)
     own = [row["rubric"] for row in rows]
-    written = [row | {"rubric": [GOOD]} for row in rows[1:]]
-    file = write_lines(tmp_path / "r.jsonl", written)
+    file = write_lines(tmp_path / "r.jsonl", [row | {"rubric": [GOOD]} for row in rows[1:]])
     shown = {"data": own, "none": own, file: [None, [GOOD], [GOOD], [GOOD]]}
     for source, rubrics in shown.items():
-        new = rsd.with_rubrics(rows, source)
-        assert [row["question"] for row in new] == [row["question"] for row in rows]
-        assert [row["rubric"] for row in new] == rubrics
-        assert [row["own_rubric"] for row in new] == own
+        made = [row | {"rubric": r, "own_rubric": o} for row, r, o in zip(rows, rubrics, own)]
+        assert rsd.with_rubrics(rows, source) == made
 
 
 def test_every_ablation_keeps_the_schema(comparison):
     own = [row["rubric"] for row in toy_rows("train", 40)]
     general = rsd.read_rubric((TOY / "generic.json").read_text())
-    changed = {}
-    for source in comparison.ABLATIONS:
-        changed[source] = comparison.ablate(own, source, general, seed=0)
-        assert changed[source] == comparison.ablate(own, source, general, seed=0) != own
-        assert len(changed[source]) == 40
-        fields = {c.keys() >= GOOD.keys() for rubric in changed[source] for c in rubric}
-        assert fields == {True}
+    changed = {name: comparison.ablate(own, name, general, seed=0) for name in comparison.ABLATIONS}
+    for source, rubrics in changed.items():
+        assert comparison.ablate(own, source, general, seed=0) == rubrics != own
+        assert len(rubrics) == 40
+        assert all(c.keys() >= GOOD.keys() for c in itertools.chain(*rubrics))
 
     assert changed["generic"] == [general] * 40 and len(general) == 7
-    assert all(rubric in own for rubric in changed["random"])
-    assert not any(rubric is whole for rubric, whole in zip(changed["random"], own))
-    for rubric, whole in zip(changed["reduced"], own):
-        assert len(rubric) == 3
-        assert all(c in whole for c in rubric)
-    pairs = list(zip(changed["noisy"], own))
-    differs = {sum(c != d for c, d in zip(rubric, whole)) for rubric, whole in pairs}
+    differs = set()
+    for k, whole in enumerate(own):
+        assert changed["random"][k] in own and changed["random"][k] is not whole
+        assert len(changed["reduced"][k]) == 3
+        assert all(c in whole for c in changed["reduced"][k])
+        differs.add(sum(c != d for c, d in zip(changed["noisy"][k], whole)))
     assert max(differs) == 3 and min(differs) < 3  # the other's may be one of its own
 
 
@@ -1162,16 +1155,16 @@ def test_stage_one_shows_the_right_prompts(tok, prompts, stage):
     row = toy_rows("train", 1)[0]
     question, answer = row["question"], row["reference_answer"]
     plain = [{name: c[name] for name in ("title", "description", "weight")} for c in row["rubric"]]
-    bare = f"{question}\nWrite a rubric."
-    with_answer = f"{question}\nCorrect: {answer}\nWrite a rubric."
-    with_rubric = f"{question}\nCorrect: {answer}\nRubric: {json.dumps(plain)}\nWrite a rubric."
+    bare, end = f"{question}\n", "Write a rubric."
+    with_answer = f"{bare}Correct: {answer}\n"
+    with_rubric = f"{with_answer}Rubric: {json.dumps(plain)}\n"
     golden = {"rubric": (with_answer, with_rubric), "rubric-paper": (bare, with_answer)}
 
     args = rsd.parse_args(["train", "--stage", stage])
     assert (args.student_context, args.teacher_context) == rsd.STAGES[stage]
     (e,) = episodes_of(tok, [row], prompts[args.student_context], prompts[args.teacher_context])
     for ids, text in zip((e.prompt_ids, e.teacher_ids), golden[stage]):
-        assert tok.decode(ids) == chat_prompt(text)
+        assert tok.decode(ids) == chat_prompt(text + end)
 
 
 # ---- functions that can be copied out ------------------------------------------------------------
@@ -3251,34 +3244,26 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     evaluated ones."""
     model = tiny_of_family(family, tok)
     source = saved(tmp_path / "m", model, tok)
-    common = ["--data", "toy", "--max-new-tokens", "6", "--limit", "2"]
-    rubrics = str(tmp_path / "r.jsonl")
-    words = ["generate", "--model", source, *common, "--out", rubrics]
-    assert rsd.main(words) == 0
-
-    run = tmp_path / "t"
-    words = ["train", "--model", source, *common, "--batch", "2", "--lr", "1e-2"]
-    words += ["--out", str(run)]
-    assert rsd.main([*words, "--steps", "1"]) == 0
-    assert rsd.main([*words, "--steps", "2", "--resume"]) == 0
+    common = f"--data toy --max-new-tokens 6 --limit 2 --model {source}"
+    run, rubrics, answers = tmp_path / "t", tmp_path / "r.jsonl", tmp_path / "e.jsonl"
+    train = f"train {common} --batch 2 --lr 1e-2 --out {run}"
+    lines = [f"generate {common} --out {rubrics}", f"{train} --steps 1"]
+    lines += [f"{train} --steps 2 --resume"]
+    lines += [f"eval {common} --model {run} --temperature 0 --out {answers}"]
+    for line in lines:
+        assert rsd.main(shlex.split(line)) == 0
     losses = [step["loss"] for step in metrics_of(run)]
-    assert len(losses) == 2
-    assert min(losses) > 0
+    assert len(losses) == 2 and min(losses) > 0
 
-    answers = tmp_path / "e.jsonl"
-    words = ["eval", "--model", str(run), *common, "--temperature", "0", "--out", str(answers)]
-    assert rsd.main(words) == 0
-    saved = rsd.last_checkpoint(run)
-    trained = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    checkpoint = rsd.last_checkpoint(run)
+    trained = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     pairs = zip(trained.parameters(), model.parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)
     line = rsd.read_jsonl(answers)[0]
-    own = AutoTokenizer.from_pretrained(saved)  # some families cut a text in a way of their own
-    ids = rsd.context_ids(own, "{question}", line)
-    out = trained.generate(
-        torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0
-    )
-    assert own.decode(out[0, len(ids) :], skip_special_tokens=True) == line["text"]
+    own = AutoTokenizer.from_pretrained(checkpoint)  # some families cut a text in their own way
+    ids = torch.tensor([rsd.context_ids(own, "{question}", line)])
+    out = trained.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
+    assert own.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == line["text"]
 
 
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
@@ -3294,7 +3279,7 @@ def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, cap
 def test_a_model_that_cannot_be_used_is_one_sentence(tok, tmp_path):
     broken = tiny(tok)
     broken.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(rsd.UserError, match="its weights give NaN"):
+    with pytest.raises(rsd.UserError, match="damaged .NaN."):
         rsd.load_model(saved(tmp_path / "nan", broken, tok))
 
     weights = Path(saved(tmp_path / "lacking", tiny(tok), tok)) / "model.safetensors"
@@ -3346,17 +3331,22 @@ FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, 
     ("Points: 1, Item: X\nand more\nPoints: 2, Item: X",
         [named(1)[0] | {"description": "X\nand more"}, *named(2)]),
     ([{"description": "X", "weight": "pitfall"}], named(-1)),
+    (["X"], named(1)), ("1. X\n2. [4] X", named(1, 4)), ("- X", named(1)),
+    ({"query": "q", "positive_rubrics": [{"text": "X"}], "negative_rubrics": [{"text": "X"}]},
+        named(1, -1)),
+    ({"sections": [{"name": "A", "tags": ["b"], "criteria": ["[2] X"]}]}, named(2)),
+    ({"force": {"question": "X", "importance": "major"}}, named(3)),
+    ([{"statement": "X", "points": 2, "type": "penalty"}], named(-2)),
     ([LAW | {"check": "4 m"}], [LAW | {"check": "4 m"}]),
     ([], None), (" ", None), (None, None),
 ]
 REFUSED = [
-    ["Says so."], ["1. Says so."], ["Lists 5 points"], ["Shown in [5]"], [["x", 5]], [None], [3],
-    "3", "{", {"a": 1}, "Says so.", [{"criterion": "X"}], [{"points": 3}], "[" * 5000, [LAW, "X"],
+    [["x", 5]], [None], [3], "3", "{", {"a": 1}, [{"points": 3}], "[" * 5000, '["x', "| a | 5 |",
     [{"criterion": "X", "points": True}], [{"criterion": "X", "points": "many"}],
     [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
     [{"criterion": "X", "max_score": 10, "score": 7}],  # points that an answer was given
     [LAW | {"sub_tasks": [LAW, UNIT]}],  # and no tree is read in part
-    *[f'[{{"title": "T", "description": "D", "weight": {weight}}}]' for weight in WEIGHTS],
+    *[f'[{{"title": "T", "description": "D", "weight": {w}}}]' for w in BAD_WEIGHTS if w != "null"],
 ]
 
 
@@ -3367,16 +3357,16 @@ def test_forms_of_rubric_files(value, rubric):
 
 @pytest.mark.parametrize("value", REFUSED)
 def test_a_rubric_that_cannot_be_read_is_refused(value):
-    with pytest.raises((ValueError, re.error)):
+    with pytest.raises((ValueError, regex.error)):
         rsd.read_rubric(value)
 
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
 CELLS = [
-    (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"),
+    (None, ""), (math.nan, ""), (3, "3"), (" a ", "a"), ("a\ud800", "a\ufffd"), ({"a": 1}, "{'a': 1}"),
     (TURNS[1:], "Why?"), (TURNS, "System: Be kind.\n\nUser: Why?"),
     ([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], "Why?"),
-    (["One.", "Two."], "One.\n\nTwo."), ({"a": 1, "b": ["x", None]}, {"a": "1", "b": "x\n\n"}),
+    (["One.", "Two."], "One.\n\nTwo."),
 ]
 
 
@@ -3394,18 +3384,17 @@ ROWS = [
 def test_the_same_rows_from_every_kind_of_file(tmp_path):
     from datasets import Dataset
 
-    write_lines(tmp_path / "d.jsonl", ROWS)
-    with open(tmp_path / "d.jsonl", "a") as file:
-        file.write("\n")
-    (tmp_path / "d.json").write_text(json.dumps(ROWS))
     of_strings = [ROWS[0] | {"rubric": json.dumps(ROWS[0]["rubric"])}, ROWS[1]]
-    Dataset.from_list(of_strings).to_parquet(tmp_path / "d.parquet")
+    table = Dataset.from_list(of_strings)
+    (tmp_path / "d.jsonl").write_text("\n".join([*map(json.dumps, ROWS), "\n"]))
+    (tmp_path / "d.json").write_text(json.dumps(ROWS))
+    table.to_parquet(tmp_path / "d.parquet")
+    table.to_csv(tmp_path / "d.csv")
 
-    kinds = ("jsonl", "json", "parquet")
-    lines, array, table = [rsd.load_rows(str(tmp_path / f"d.{kind}"), "") for kind in kinds]
-    assert lines == array == table
-    assert lines[0]["rubric"][0]["weight"] == 5
-    assert lines[1]["rubric"] == [GOOD]
+    kinds = ("jsonl", "json", "parquet", "csv")
+    lines, *others = [rsd.load_rows(str(tmp_path / f"d.{kind}"), "") for kind in kinds]
+    assert others == [lines] * 3
+    assert [row["rubric"][0]["weight"] for row in lines] == [5, GOOD["weight"]]
     assert lines[1]["reference_answer"] == ""
 
 
@@ -3444,75 +3433,47 @@ HUB = {  # as its page has it: (id, config or file, split of the test), a row, w
 }
 
 
-def test_every_data_set_of_the_hub_is_tested():
-    assert set(HUB) == set(rsd.DATA_SETS) - {"toy"}
-
-
-@pytest.fixture
-def hub_rows(tmp_path, monkeypatch):
-    """place(name, kind) puts a file of a data set's schema in place of the hub; and the calls of
-    load_dataset, which is the real one: only where the file lies is another matter."""
+@pytest.mark.parametrize("name", HUB)
+def test_data_sets_of_the_hub_by_their_schema(name, monkeypatch):
+    """Each is asked for by its address; only where its rows lie is another matter."""
     import datasets
 
-    asked, real = [], datasets.load_dataset
+    asked, (where, raw, want) = [], HUB[name]
+    assert set(HUB) == set(rsd.DATA_SETS) - {"toy"}
 
-    def place(name, kind):
-        file = str(tmp_path / f"d.{kind}")
-        table = datasets.Dataset.from_list([HUB[name][1]] * 3)
-        table.to_parquet(file) if kind == "parquet" else table.to_json(file)
+    def load(path, name=None, data_files=None, split=None, streaming=None):
+        asked.append((path, name or data_files, split, streaming))
+        return datasets.Dataset.from_list([raw] * 3)
 
-        def load(path, name=None, data_files=None, split=None, streaming=None):
-            asked.append(((path, name or data_files, split), streaming))
-            options = {"split": "train", "streaming": streaming, "cache_dir": str(tmp_path)}
-            return real(kind, data_files=file, **options)
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        monkeypatch.setattr(rsd.DATA_SETS[name], "overlap", False)
-
-    return place, asked
-
-
-@pytest.mark.parametrize("kind", ["parquet", "json"])
-@pytest.mark.parametrize("name", HUB)
-def test_data_sets_of_the_hub_by_their_schema(name, kind, hub_rows):
-    place, asked = hub_rows
-    place(name, kind)
-    where, _, want = HUB[name]
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(rsd.DATA_SETS[name], "overlap", False)
     rows = rsd.load_rows(name, "test", 2)
-    assert asked == [(where, True)]
-    assert len(rows) == 2
+    assert len(rows) == 2 and len(rsd.load_rows(name, "train")) == 3
+    assert asked == [(*where, True), (*where[:2], "train", False)]
     assert {field: rows[0][field] for field in want} == want
-    assert len(rsd.load_rows(name, "train")) == 3
-    assert asked[1][1] is False
 
 
-def test_options_of_a_multiple_choice_are_shuffled_the_same_way_each_time(hub_rows):
-    place, _ = hub_rows
-    place("gpqa-diamond", "json")
-    row = rsd.load_rows("gpqa-diamond", "test", 2)[0]
+def test_options_of_a_multiple_choice_are_shuffled_the_same_way_each_time():
+    row, again = (rsd.read_row(GPQA, rsd.DATA_SETS["gpqa-diamond"]) for _ in range(2))
+    assert again == row
     options = dict(line.split(". ") for line in row["question"].splitlines()[2:])
     assert set(options.values()) == {"this", "x", "y", "z"}
     letter = row["reference_answer"]
     assert options[letter] == "this"
-    assert rsd.load_rows("gpqa-diamond", "test", 2)[0] == row
     assert rsd.score(f"\\boxed{{{letter}}}", row)["accuracy"] == 1
     assert rsd.score("\\boxed{Z}", row)["accuracy"] == 0
 
 
 def test_rows_that_the_train_split_has_too_are_left_out_of_the_test(monkeypatch, capsys):
-    splits = {"train": ["a", "b"], "test": ["b", "c", "d"]}
+    splits = {"train": "ab", "test": "bcd"}
 
     def read_table(data, split, limit):
-        rows = [{"question": q, "reference_answer": "x"} for q in splits[split]]
-        return rows[: limit or None]
-
-    def questions(split):
-        return [row["question"] for row in rsd.load_rows("rar-science", split)]
+        return [{"question": q, "reference_answer": "x"} for q in splits[split]]
 
     monkeypatch.setattr(rsd, "read_table", read_table)
-    assert questions("test") == ["c", "d"]
-    assert "left out 1 of 3 rows that its train split has" in capsys.readouterr().out
-    assert questions("train") == ["a", "b"]
+    for split, left in (("test", ["c", "d"]), ("train", ["a", "b"])):
+        assert [row["question"] for row in rsd.load_rows("rar-science", split)] == left
+    assert "left out 1 rows that the train split has" in capsys.readouterr().out
 
 
 def json_line(question, answer="b", **more):
@@ -3526,7 +3487,7 @@ BAD = {  # file -> its content, and words of the one sentence
     "list.jsonl": ("[1]\n", ["list.jsonl, line 1"]),
     "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["row 1", "reference_answer", "reply"]),
     "blank.jsonl": (json_line("a", "") + json_line(" ", ""), ["row 2", "empty"]),
-    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "weight"]),
+    "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "criterion"]),
     "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "[5] States the law"]),
     "x.json": ("{", ["x.json"]),
     "y.json": ('{"a": 1}', ["row 1", "'a'"]),
@@ -3534,7 +3495,7 @@ BAD = {  # file -> its content, and words of the one sentence
     "z.parquet": ("PAR", ["z.parquet"]),
     "missing.json": (None, ["missing.json"]),
     "gpqa-diamond": (None, ["looked for Idavidrein/gpqa", "hf auth login"]),
-    "unknown": (None, [".jsonl, .json or .parquet file", "owner/name", "scibench"]),
+    "unknown": (None, ["looked for unknown", ".parquet file", "owner/name", "scibench"]),
 }
 
 
@@ -3546,8 +3507,7 @@ def test_bad_data_is_one_sentence(name, tmp_path, capsys, monkeypatch):
         Path(name).write_text(content)
     assert rsd.main(["eval", "--model", str(tmp_path), "--data", name]) == 2
     message = capsys.readouterr().err
-    for word in words:
-        assert word in message
+    assert all(word in message for word in words), message
     assert message.count("\n") == 1
     assert "Traceback" not in message
 
@@ -3562,36 +3522,29 @@ def test_a_row_without_a_rubric_of_its_own_is_graded_by_no_other(tmp_path):
 
 def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, capsys):
     data = tmp_path / "d.jsonl"
-    words = ["eval", "--model", str(base), "--data", str(data), "--prompts", str(TOY)]
-    words += ["--max-new-tokens", "4"]
-    data.write_text(json_line("short", "1") + json_line("long " * 3000, "1"))
-    assert rsd.main(words) == 0
-    assert "left out 1 of 2 rows: {'context too long" in capsys.readouterr().out
-
-    data.write_text(json_line("long " * 3000, "1"))
-    assert rsd.main(words) == 2
-    assert "rows can be used" in capsys.readouterr().err
+    words = shlex.split(f"eval --model {base} --data {data} --prompts {TOY} --max-new-tokens 4")
+    for lines, code in ((json_line("short", "1"), 0), ("", 2)):
+        data.write_text(lines + json_line("long " * 3000, "1"))
+        assert rsd.main(words) == code
+    said = capsys.readouterr()
+    assert "left out 1 of 2 rows: {'context too long" in said.out
+    assert "left out 1 of 1 rows: {'context too long" in said.err
 
 
 # ---- the toy -------------------------------------------------------------------------------------
 
 
 def test_toy_splits_share_no_question():
-    seen = Counter()
-    for split in ("train", "val", "test"):
-        seen.update({row["question"] for row in rsd.load_rows("toy", split)})
-    assert set(seen.values()) == {1}
-    assert len(seen) == 2000 + 400 + 400
+    rows = [row for split in ("train", "val", "test") for row in rsd.load_rows("toy", split)]
+    assert len({row["question"] for row in rows}) == len(rows) == 2000 + 400 + 400
 
 
 def test_a_seed_has_its_own_problems_of_the_toy():
-    def questions(seed):
-        rows = rsd.load_questions(rsd.settle(rsd.Eval, data="toy", limit=50, seed=seed))
-        return [row["question"] for row in rows]
-
-    assert len(questions(1)) == 50
-    assert questions(1) == questions(1)
-    assert set(questions(1)) != set(questions(2))
+    settings = [rsd.settle(rsd.Eval, data="toy", limit=50, seed=seed) for seed in (1, 1, 2)]
+    one, again, two = [[r["question"] for r in rsd.load_questions(s)] for s in settings]
+    assert len(one) == 50
+    assert one == again
+    assert set(one) != set(two)
 
 
 def every_attempt(toy_maker, parts):
@@ -3835,7 +3788,7 @@ def test_grpo_leaves_out_and_counts_what_it_cannot_grade(base, tmp_path, capsys)
 
     words = with_flag(words, "--out", tmp_path / "other")
     message = error_of(with_flag(words, "--method", "grpo-rubric"), capsys)
-    assert "none of the 8 rows" in message
+    assert "left out 8 of 8 rows" in message
 
 
 class Calls:
@@ -3913,7 +3866,7 @@ def test_every_row_of_the_comparison_trains_and_tests(comparison, tmp_path, monk
 # Every refusal: a command line -> what the one sentence says.
 REFUSED = {
     "eval --data nope": "unknown",
-    "eval --data none.jsonl": "there is no none.jsonl",
+    "eval --data none.jsonl": "No such file or directory: 'none.jsonl'",
     "train --rubrics none.jsonl": "--rubrics none.jsonl",
     "train --rubrics random": "--rubrics random",
     "eval --model ./none --data toy": "./none",
