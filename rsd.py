@@ -1695,7 +1695,10 @@ def add_lora(model, rank):
     from peft import LoraConfig  # optional; main says how to get it
 
     model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    try:
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    except ValueError as error:
+        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
