@@ -224,18 +224,16 @@ def sample_completions(
 
 
 def rescore(model, contexts, completions):
-    """The hidden states [N, H] that predict each completion token, one sequence after the other.
-    `logits_of` turns them into logits. Padding is on the right, where a causal model never looks,
-    so that no mask is needed. Here and below N counts the tokens of one micro-batch.
-    """
+    """The hidden states [N, H] that predict each completion token, one sequence after the other;
+    here and below N counts one micro-batch. Padding is on the right, where a causal model never
+    looks, so that no mask is needed."""
     sequences = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token predicts none
     ids = [torch.tensor(s, device=model.device) for s in sequences]
     for layer in model.modules():  # checkpointing works in training mode only; dropout stays off
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = torch.is_grad_enabled()
-    hidden = model.base_model(
-        input_ids=pad_sequence(ids, batch_first=True), use_cache=False
-    ).last_hidden_state  # (B, width, H)
+    ids = pad_sequence(ids, batch_first=True)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
     parts = [h[len(p) - 1 : len(p) - 1 + len(c)] for h, p, c in zip(hidden, contexts, completions)]
     return torch.cat(parts)
 
@@ -283,12 +281,11 @@ def divergence(
 ):
     """D(T, S) per token: logits or log-probs [N, V] of student and teacher -> [N], in float32.
 
-    beta 0 is the forward KL(T || S), the paper's choice; beta 1 the reverse KL(S || T); between
-    them beta KL(T || m) + (1 - beta) KL(S || m) with m = beta T + (1 - beta) S. Mind the jump: that
-    goes to 0 towards both ends. top_k > 0 compares the teacher's top_k tokens alone, renormalised;
-    with tail, one more bucket holds the rest. temperature divides both logits. clip "token" caps
-    the sum, "entry" every vocabulary entry before the sum, as the paper's code does; that can turn
-    the sum negative and invert the training.
+    beta 0: the forward KL(T || S), the paper's choice; 1: the reverse KL(S || T); between them beta
+    KL(T || m) + (1 - beta) KL(S || m), m = beta T + (1 - beta) S (which goes to 0 towards both
+    ends). top_k > 0: on the teacher's top_k tokens, renormalised; with tail, one more bucket holds
+    the rest. temperature divides both logits. clip "token" caps the sum, "entry" every entry before
+    the sum, as the paper's code does; that can turn it negative and invert the training.
 
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
@@ -313,11 +310,9 @@ def divergence(
         m = torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
         m = torch.where(s == t, t.lerp(s, 1 - beta), m)  # equal ones without rounding
         terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
-
     if clip == "entry":
-        terms = terms.clamp(max=clip_at)
-    total = terms.sum(-1)
-    return total.clamp(max=clip_at) if clip == "token" else total
+        return terms.clamp(max=clip_at).sum(-1)
+    return terms.sum(-1).clamp(max=clip_at if clip == "token" else math.inf)
 
 
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
@@ -431,8 +426,7 @@ def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
 
 
 def micro_batches(episodes, token_budget, devices=1):
-    """Episodes from the widest to the narrowest, cut so that the padded rows x width of a micro-
-    batch stay within the budget (of each device)."""
+    """Episodes, widest first, cut so that rows x width stay within the budget of each device."""
 
     def width(e):
         return max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
@@ -445,15 +439,13 @@ def micro_batches(episodes, token_budget, devices=1):
 
 
 def trained_part(e):
-    """(student's context, teacher's context, completion) of an episode, as they are scored: the
-    tokens before `train_from` stand in the contexts."""
+    """An episode's two contexts and completion; its first `train_from` tokens are context."""
     given = e.completion_ids[: e.train_from]
     return e.prompt_ids + given, e.teacher_ids + given, e.completion_ids[e.train_from :]
 
 
 def flatten(episodes, device):
-    """The N trained tokens, one completion after the other -> ids [N], advantage [N] and the
-    writer's log-probs [N], NaN where they are unknown."""
+    """The N trained tokens -> ids, advantage and the writer's log-probs (unknown: NaN), all [N]."""
     tokens = []
     for e in episodes:
         advantages = itertools.repeat(e.advantage)
@@ -464,8 +456,7 @@ def flatten(episodes, device):
 
 
 def optimizer_step(model, optimizer, lr, max_grad_norm=1.0):
-    """Clip, step, clear -> the gradient's norm before clipping. UserError: it is not finite; then
-    nothing has moved."""
+    """Clip, step, clear -> the norm before clipping. UserError: it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm, foreach=False)
     require(norm.isfinite(), f"the gradient's norm is {norm:g}; stopped before the weights moved.")
     for group in optimizer.param_groups:
@@ -482,12 +473,10 @@ def train_step(
     """One step of RSD and, by other choices, of every method -> (episodes, figures).
 
     write(examples) -> the step's episodes with their completions. loss: `token_loss` with its
-    options set. teacher None: no teacher is asked. Figures are means per trained token, their
-    number, the gradient's norm and seconds by part. One denominator serves the whole step, so any
-    split into micro-batches gives the same gradient. Where several processes share a step, `write`
-    gives each of them all episodes, `split` its own share, and combine(student, sums) -> sums adds
-    up gradients and figures. "s_rescoring" are the teacher's seconds; the student's forward pass
-    is in "s_update".
+    options set. teacher None: none is asked. Figures: means per trained token, their number, the
+    gradient's norm, seconds by part. One denominator serves the whole step, so any split into
+    micro-batches gives the same gradient. Where processes share a step, `write` gives each of them
+    all episodes, `split` its share, and combine(student, sums) -> sums adds up gradients, figures.
     """
     watch = Stopwatch()
     episodes = write(examples)  # 1. y ~ p_S(. | x)
@@ -1713,9 +1702,13 @@ def compile_layers(model, backend=BACKEND):
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
-    try:
-        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-            rescore(model, [[1, 2, 3]] * 2, [[4, 5, 6]] * 2)
+    torch._dynamo.config.recompile_limit = 32  # of train and eval, dtypes, shapes
+    is_trained = any(p.requires_grad for p in model.parameters())
+    on_gpu = model.device.type == "cuda"
+    try:  # as `train_step` calls it
+        with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
+            with torch.set_grad_enabled(is_trained):
+                rescore(model, [[1, 2, 3]] * 2, [[4, 5, 6]] * 2)
     except Exception as error:  # of dynamo, inductor and the compilers behind them
         say(f"note: {model.config.model_type} is not compiled ({error!r:.150})")
         for layer in layers:
