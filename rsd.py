@@ -484,11 +484,11 @@ def train_step(
     trained = sum(len(trained_part(e)[2]) for e in episodes)
     count = max(1, trained)  # N of the whole step
     sums = Counter()
-    device = student.device
+    on_gpu = student.device.type == "cuda"
     for batch in split(episodes, token_budget):
         contexts, views, completions = zip(*map(trained_part, batch))
         # Autocast would keep its copies of the weights to the end of the block: no cache.
-        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda", cache_enabled=False):
+        with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
             teacher_hidden = None
             if teacher is not None:
                 with torch.no_grad():
@@ -497,8 +497,8 @@ def train_step(
             hidden = rescore(student, contexts, completions)  # 3. from the question alone
             sums.update(  # 4. the gradient of sum_t D / N
                 backward_in_chunks(
-                    loss, student, hidden, teacher, teacher_hidden, flatten(batch, device), count,
-                    chunk,
+                    loss, student, hidden, teacher, teacher_hidden,
+                    flatten(batch, student.device), count, chunk,
                 )
             )
             watch.lap("s_update")
@@ -506,7 +506,7 @@ def train_step(
     norm = optimizer_step(student, optimizer, lr, max_grad_norm)  # 5. one step
     watch.lap("s_update")
     figures = {name: total / count for name, total in sums.items()}
-    figures |= {"trained": trained, "grad_norm": norm, "lr": lr, **watch.seconds}
+    figures |= {"trained": trained, "grad_norm": norm, "lr": lr} | watch.seconds
     return episodes, figures
 
 
