@@ -451,7 +451,8 @@ def flatten(episodes, device):
         advantages = itertools.repeat(e.advantage)
         log_probs = e.writer_log_probs or itertools.repeat(math.nan)
         tokens += list(zip(e.completion_ids, advantages, log_probs))[e.train_from :]
-    ids, advantage, log_probs = torch.tensor(tokens, dtype=torch.float64, device=device).view(-1, 3).T
+    tokens = torch.tensor(tokens, dtype=torch.float64, device=device)
+    ids, advantage, log_probs = tokens.view(-1, 3).T
     return ids.long(), advantage.float(), log_probs.float()
 
 
@@ -1124,7 +1125,7 @@ def merged_weights(model):
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
             known = f"{name}.weight" in weights
-            require(known, f"the adapters of {name} cannot be merged; sample without --engine vllm.")
+            require(known, f"the adapters of {name} cannot be merged: --compile off, no vllm.")
             weight = weights[f"{name}.weight"]
             weights[f"{name}.weight"] = weight + module.get_delta_weight("default")
     return weights
