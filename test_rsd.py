@@ -3826,7 +3826,7 @@ def test_every_row_of_the_comparison_trains_and_tests(comparison, tmp_path, monk
 
 # Every refusal: a command line -> what the one sentence says.
 REFUSED = {
-    "eval --data nope": "unknown",
+    "eval --data nope": "--data nope: looked for nope",
     "eval --data none.jsonl": "No such file or directory: 'none.jsonl'",
     "train --rubrics none.jsonl": "--rubrics none.jsonl",
     "train --rubrics random": "--rubrics random",
@@ -3834,7 +3834,7 @@ REFUSED = {
     "eval --model Qwen2.5-1.5B --data toy": "Qwen/Qwen2.5-1.5B",
     "eval --prompts none": "none",
     "eval --writer nope": "nope.txt",
-    "eval --split nope": "--split nope",
+    "eval --split nope": "nope.jsonl",
     "eval --prompts bad --writer blind": "no blind.txt with a {question} in it",
     # settings that cannot be trained
     "train --stage rubric --method sft": "--stage rubric goes with --method rsd",
@@ -3850,10 +3850,10 @@ REFUSED = {
     "train --engine-memory .5": "--engine-memory: --engine transformers does not use it",
     "eval --model m@http://x --thinking on": "--thinking: a server does not use it",
     # words that no command has
-    "train --step 3": "--step: train has no such flag; did you mean --steps? (see rsd.py train",
+    "train --step 3": "--step: train has no such flag; did you mean --steps? (see rsd.py --help)",
     "train --rollout=3": "did you mean --rollouts?",
     "eval --max_new_tokens 3": "eval has no such flag; did you mean --max-new-tokens?",
-    "judge --steps 3": "--steps: judge has no such flag (see rsd.py judge --help)",
+    "judge --steps 3": "--steps: judge has no such flag (see rsd.py --help)",
     "inspect --engine vllm": "--engine: inspect has no such flag",
     "train more": "more: train has no such flag",
     "trian": "invalid choice: 'trian'",
