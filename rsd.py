@@ -1025,17 +1025,6 @@ def mean_se(values):
     return mean, statistics.stdev(known) / n**0.5 if n > 1 else 0.0, n
 
 
-def interval(mean, se, n):
-    """Wilson's 95 % interval of a share; of the mean of other values in [0, 1] the interval of as
-    many yes and no as have this standard error."""
-    if se > 1e-9 and 0 < mean < 1:
-        n = mean * (1 - mean) / se**2 * n / (n - 1)
-    z2 = 1.96**2 / n
-    middle = (mean + z2 / 2) / (1 + z2)
-    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4) / (1 + z2)
-    return max(0.0, middle - half), middle + half
-
-
 def mean_scores(scores):
     """A list of scores, of the same names -> the mean of each."""
     return {name: mean_se([s.get(name) for s in scores])[0] for name in scores[0]}
@@ -1927,11 +1916,11 @@ def load_rows(data, split, limit=0, seed=0):
 
 
 def with_rubrics(rows, source):
-    """Rows with the rubric from `source`: data, none (no teacher sees it), or a file of generate.
-    The row's own, own_rubric, alone grades."""
+    """Rows with the rubric from `source`: data, or a file of generate. The row's own, own_rubric,
+    alone grades."""
     rows = [row | {"own_rubric": row["rubric"]} for row in rows]
-    if source not in ("data", "none"):
-        require(Path(source).is_file(), f"--rubrics {source}: no file, and neither data nor none.")
+    if source != "data":
+        require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
         found = {row["question"]: row["rubric"] for row in load_rows(source, "")}
         rows = [row | {"rubric": found.get(row["question"])} for row in rows]
     return rows
@@ -1974,6 +1963,7 @@ STAGES = {  # what is learned: (the student's prompt file, the teacher's)
     "rubric-paper": ("writer", "writer+answer"),  # and as in its text
 }
 TOY_DEFAULTS = {  # what other defaults --data toy brings
+    "data": "toy",
     "prompts": str(TOY),
     "batch_size": 256,
     "max_new_tokens": 220,
@@ -1983,52 +1973,62 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
 
 COUNTS = ("k", "steps", "batch", "save_every", "rollouts", "max_new_tokens", "batch_size")
 SHARES = ("top_p", "engine_memory")
-RANGES = dict.fromkeys(COUNTS, (1, 10**9)) | dict.fromkeys(SHARES, (0, 1))  # others: from 0
 
-# -- the settings of each command: a field is a flag; where a class changes the default alone, the
-# help is its parent's
-
-
-def flag(default, text, group="run"):
-    """A field with its default, its help, and the title under which --help shows it."""
-    return field(default=default, metadata={"help": text, "group": group})
+# -- the settings: a field is a flag, its class the title under which --help shows it; where a class
+# changes the default alone, the help is that of the class below
 
 
-data_flag = functools.partial(flag, group="data")
-sampling_flag = functools.partial(flag, group="sampling")
-method_flag = functools.partial(flag, group="method")
-memory_flag = functools.partial(flag, group="memory")
+def flag(default, text):
+    """A field with its default and its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Data:
+    """What is asked, and who answers."""
+
+    model: str = flag("toy", "Directory or hub name; NAME@URL of a server, but to train.")
+    data: str = flag("rar-science", "Data set's name, hub id or file.")
+    split: str = flag("test", "Split of the data set.")
+    limit: int = flag(0, "Rows of the data, at most; 0 is all.")
+    prompts: str = flag(str(HERE / "prompts"), "Directory of the prompt files.")
+    seed: int = flag(0, "Seed of data and sampling, and which of the toy's two models.")
 
 
 @dataclass
 class Sampling:
-    """What every command has that lets a model write."""
+    """How completions are drawn."""
 
-    model: str = data_flag("toy", "Directory or hub name; NAME@URL of a server, but to train.")
-    data: str = data_flag("", "Data set's name, hub id or file (default: rar-science; toy: toy).")
-    split: str = data_flag("test", "Split of the data set.")
-    prompts: str = data_flag(str(HERE / "prompts"), "Directory of the prompt files.")
-    seed: int = data_flag(0, "Seed of data and sampling, and which of the toy's two models.")
-    thinking: Literal["off", "on"] = sampling_flag("off", "What the chat template is told of it.")
-    max_new_tokens: int = sampling_flag(4096, "Tokens of a completion, at most.")
-    temperature: float = sampling_flag(0.7, "Sampling temperature; 0 takes the likeliest token.")
-    top_p: float = sampling_flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
-    top_k: int = sampling_flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
-    batch_size: int = memory_flag(64, "Completions that are sampled at a time.")
+    thinking: Literal["off", "on"] = flag("off", "What the chat template is told of it.")
+    max_new_tokens: int = flag(4096, "Tokens of a completion, at most.")
+    temperature: float = flag(0.7, "Sampling temperature; 0 takes the likeliest token.")
+    top_p: float = flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
+    top_k: int = flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
+    batch_size: int = flag(64, "Completions that are sampled at a time.")
 
 
 @dataclass
-class ManyRows(Sampling):
-    """What all of them have but inspect."""
+class Engine:
+    """What draws them."""
 
-    limit: int = data_flag(0, "Rows of the data, at most; 0 is all.")
-    engine: Literal["transformers", "vllm"] = sampling_flag("transformers", "What writes.")
-    engine_memory: float = memory_flag(0.3, "Share of the GPU's memory that vllm takes.")
-    compile: Literal["auto", "on", "off"] = memory_flag("auto", "Compile; auto: where it pays.")
+    engine: Literal["transformers", "vllm"] = flag("transformers", "What writes.")
+    engine_memory: float = flag(0.3, "Share of the GPU's memory that vllm takes.")
+    compile: Literal["auto", "on", "off"] = flag("auto", "Compile; auto: where it pays.")
 
 
 @dataclass
-class Eval(ManyRows):
+class Teacher:
+    """What a teacher sees; one looks on at temperature 1."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rubrics: str = flag("data", "data, or a .jsonl file of generate.")
+    teacher_context: str = flag("rubric", "Prompt file that a teacher with rubric sees.")
+
+
+@dataclass
+class Eval(Engine, Sampling, Data):
     """python rsd.py eval --model runs/train --data gpqa-diamond --out runs/answers.jsonl"""
 
     writer: str = flag("student", "Prompt file that the writing model sees.")
@@ -2037,7 +2037,7 @@ class Eval(ManyRows):
 
 
 @dataclass
-class Generate(ManyRows):
+class Generate(Engine, Sampling, Data):
     """python rsd.py generate --model Qwen2.5-7B-Instruct --limit 3200"""
 
     split: str = "train"
@@ -2057,29 +2057,43 @@ class Judge(Generate):
 
 
 @dataclass
-class Teaching(Sampling):
-    """What the commands have in which a teacher looks on."""
+class Inspect(Teacher, Sampling, Data):
+    """python rsd.py inspect --model Qwen2.5-1.5B --compare runs/train"""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    rubrics: str = data_flag("data", "data, none, or a .jsonl file of generate.")
-    teacher_context: str = method_flag("rubric", "Prompt file that a teacher with rubric sees.")
-
-
-@dataclass
-class Inspect(Teaching):
-    """python rsd.py inspect --model Qwen2.5-1.5B --compare runs/train --run runs/train"""
-
-    n: int = flag(5, "Held-out questions; 0 is none, for the curves alone.")
-    compare: str = flag("", "A trained model to show beside the student.")
-    run: str = flag("", "Directory of a run whose curves are drawn.")
+    limit: int = 5
+    compare: str = flag("", "A trained model to show beside the student, with its run's curves.")
     out: str = flag("runs/credit.html", "The page; its figures go to .json beside it.")
     engine, compile = "transformers", "off"  # no flags
 
 
 @dataclass
-class Train(Teaching, ManyRows):
+class Learning:
+    """What is learned, and how."""
+
+    method: Literal[tuple(METHODS)] = flag("rsd", "Who writes, who looks on, which signal.")
+    stage: Literal[tuple(STAGES)] = flag("reason", "Learn to reason, or to write rubrics.")
+    divergence: Literal[(*BETAS, "sampled")] = flag("forward", "Per-token signal.")
+    support: int = flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
+    tail: bool = flag(False, "With --support: one more bucket for the rest; reverse needs it.")
+    clip: Literal["none", "entry", "token"] = flag("none", "Cap entries or the sum at .05.")
+    loss_temperature: float = flag(1.0, "Divides both logits in the divergence.")
+    teacher: Literal["fixed", "ema", "live"] = flag("fixed", "Its weights; ema: decay .99.")
+    kl: float = flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
+    rollouts: int = flag(1, "Completions of each prompt; GRPO needs 2 or more.")
+    skip_thinking: bool = flag(False, "No loss on the tokens up to </think>.")
+
+
+@dataclass
+class Memory:
+    """What trades memory for time."""
+
+    token_budget: int = flag(0, "Padded tokens of a micro-batch; 0: 8,192 or 16,384.")
+    lora_rank: int = flag(0, "Train adapters of this rank (by peft); 0 is all weights.")
+    gradient_checkpointing: bool = flag(False, "Take less memory and more time.")
+
+
+@dataclass
+class Train(Memory, Learning, Teacher, Engine, Sampling, Data):
     """python rsd.py train --model Qwen2.5-1.5B --rubrics runs/rubrics.jsonl"""
 
     split: str = "train"
@@ -2090,20 +2104,6 @@ class Train(Teaching, ManyRows):
     save_every: int = flag(50, "Steps between two checkpoints.")
     lr: float = flag(5e-6, "Learning rate at its highest.")
     warmup: int = flag(5, "Steps of linear warm-up.")
-    rollouts: int = sampling_flag(1, "Completions of each prompt; GRPO needs 2 or more.")
-    method: Literal[tuple(METHODS)] = method_flag("rsd", "Who writes, who looks on, which signal.")
-    stage: Literal[tuple(STAGES)] = method_flag("reason", "Learn to reason, or to write rubrics.")
-    divergence: Literal[(*BETAS, "sampled")] = method_flag("forward", "Per-token signal.")
-    support: int = method_flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
-    tail: bool = method_flag(False, "With --support: one more bucket holds the rest of the mass.")
-    clip: Literal["none", "entry", "token"] = method_flag("none", "Cap entries or the sum at .05.")
-    loss_temperature: float = method_flag(1.0, "Divides both logits in the divergence.")
-    teacher: Literal["fixed", "ema", "live"] = method_flag("fixed", "Its weights; ema: decay .99.")
-    kl: float = method_flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
-    skip_thinking: bool = method_flag(False, "No loss on the tokens up to </think>.")
-    token_budget: int = memory_flag(0, "Padded tokens of a micro-batch; 0: 8,192 or 16,384.")
-    lora_rank: int = memory_flag(0, "Train adapters of this rank (by peft); 0 is all weights.")
-    gradient_checkpointing: bool = memory_flag(False, "Take less memory and more time.")
 
     def __post_init__(self):
         """The contexts that a method or a stage decides; UserError for what cannot be trained."""
@@ -2111,12 +2111,11 @@ class Train(Teaching, ManyRows):
         self.student_context, of_stage = STAGES[self.stage]
         decided = {"solution": "solution", None: self.student_context}
         self.teacher_context = decided.get(method.sees, of_stage or self.teacher_context)
+        sees_no_more = self.teacher_context == self.student_context
         mistakes = {
             f"--stage {self.stage} goes with --method rsd.": of_stage and self.method != "rsd",
-            f"--rubrics none: --method {self.method} teaches what a rubric says.":
-                self.rubrics == "none" and method.sees == "rubric",
             f"--teacher-context {self.teacher_context}: the teacher has to see more than that.":
-                method.signal == "divergence" and self.teacher_context == self.student_context,
+                method.signal == "divergence" and sees_no_more,
             f"--method {self.method}: needs --rollouts 2 or more.":
                 method.reward and self.rollouts < 2,
             "--method rsd-grpo: needs a --kl above 0.": self.method == "rsd-grpo" and not self.kl,
@@ -2126,8 +2125,6 @@ class Train(Teaching, ManyRows):
         }
         for sentence, applies in mistakes.items():
             require(not applies, sentence)
-        if self.divergence == "reverse" and self.support and not self.tail:
-            say("warning: the reverse KL on a --support goes wrong without --tail")
 
 
 @dataclass
@@ -2141,17 +2138,12 @@ class Demo:
     out: str = flag("runs/demo", "Directory of the results.")
 
 
-def unused_flags(args):
-    """{flag: what does not use it} of a run with these settings."""
-    of_file = re.search(r"\.(jsonl?|parquet)$", args.data)
+def refuse_unused(args, given):
+    """UserError: a flag was given that a run with these settings does not use."""
     cases = [
-        (of_file, "a file", "split"),
         (SERVER.search(args.model), "a server", "top_k thinking engine engine_memory"),
         (args.engine != "vllm", "--engine transformers", "engine_memory"),
-        (args.temperature == 0, "--temperature 0", "top_p top_k k"),
     ]
-    if isinstance(args, Inspect):
-        cases.append((args.n == 0, "--n 0", "compare"))
     if isinstance(args, Train):
         method, named = METHODS[args.method], f"method {args.method}"
         has_divergence = method.signal == "divergence"
@@ -2168,33 +2160,30 @@ def unused_flags(args):
             (args.support == 0, "--support 0", "tail"),
             (args.stage != "reason", f"--stage {args.stage}", "teacher_context"),
         ]
-    unused = {}
     for applies, what, names in cases:
-        if applies:
-            unused |= dict.fromkeys(names.split(), what)
-    return unused
+        for name in names.split():
+            unused = applies and name in given
+            require(not unused, f"{as_flag(name)}: {what} does not use it.")
 
 
 def settle(kind, **given):
     """Settings of this kind with these flags given; where the data are the toy's, so are the
     defaults. UserError: a number is out of range, or a flag would change nothing."""
-    if kind is Demo:
-        return Demo(**given)
     for name, value in given.items():
-        low, high = RANGES.get(name, (0, 10**9))
+        low, high = int(name in COUNTS), 1 if name in SHARES else 10**9
         fits = isinstance(value, str) or low <= value <= high
         require(fits, f"{as_flag(name)} {value}: it has to be from {low} to {high}.")
+    if kind is Demo:
+        return Demo(**given)
 
     is_toy = given.get("model", "toy") == "toy"
-    settings = {"data": "toy" if is_toy else "rar-science"} | given
-    if settings["data"] == "toy":
-        settings = {k: v for k, v in TOY_DEFAULTS.items() if hasattr(kind, k)} | settings
-    args = kind(**settings)
+    brought = {}
+    if given.get("data", "toy" if is_toy else "") == "toy":
+        brought = {k: v for k, v in TOY_DEFAULTS.items() if hasattr(kind, k)}
+    args = kind(**brought | given)
     if is_toy:
         args.model = f"{TOY}/base-{args.seed % 2}"  # there are two
-    unused = unused_flags(args)
-    for name in given:
-        require(name not in unused, f"{as_flag(name)}: {unused.get(name)} does not use it.")
+    refuse_unused(args, given)
     return args
 
 
@@ -2207,9 +2196,10 @@ def prompt_files(args, *names):
     """The texts of these prompt files. UserError: there is none, or none with a question."""
     prompts = load_prompts(args.prompts)
     for name in names:
-        require(name in prompts, f"{args.prompts}: there is no {name}.txt among {sorted(prompts)}.")
-        has_question = "{question}" in prompts[name]
-        require(has_question, f"{args.prompts}/{name}.txt: it has no {{question}}.")
+        require(
+            "{question}" in prompts.get(name, ""),
+            f"{args.prompts}: no {name}.txt with a {{question}} in it; there are {[*prompts]}.",
+        )
     return [prompts[name] for name in names]
 
 
@@ -2280,8 +2270,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     for row, prompt in make_examples(rows, [template], [writer]):
         item = {column: row.get(column) for column in columns}
         for number in range(k):
-            numbered = item | {"sample": item.get("sample") or number}
-            jobs.append((numbered, (row, prompt)))
+            jobs.append((item | {"sample": item.get("sample") or number}, (row, prompt)))
     weights = Path(last_checkpoint(args.model) or args.model).glob("*.safetensors")
     origin = {
         "model": args.model,
@@ -2308,12 +2297,12 @@ def report(lines, name, row_of, rate):
     for line in lines:
         if line["text"] is not None:  # the server did not refuse it
             scores = rate(line[name], row_of[line["question"]] | line)
-            scores |= {figure: line[figure] for figure in ("tokens", "truncated")}
+            scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
             samples.append(((line["question"], line.get("reference_answer")), scores))
     figures = evaluate(samples)
     summary = {"n": len(figures)}
-    for figure in dict.fromkeys(itertools.chain(*figures)):
-        mean, se, n = mean_se([f.get(figure) for f in figures])
+    for figure in figures[0] if figures else ():
+        mean, se, n = mean_se([f[figure] for f in figures])
         summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
         shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a"
         say(f"{figure:18s} {shown}")
@@ -2509,11 +2498,9 @@ def cmd_inspect(args):
     """Draw an HTML page: what the rubric does to each token of some rollouts; a run's curves."""
     out = Path(args.out)
     page_files(out)  # before anything is sampled
-    page = {"curves": [], "rollouts": [], "text": {}}
-    if args.run:
-        page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
-    if args.n:
-        page |= inspect_rollouts(args)
+    curves = Path(args.compare) / "metrics.jsonl"
+    page = {"curves": read_jsonl(curves) if args.compare and curves.exists() else []}
+    page |= inspect_rollouts(args)
     write_page(out, page)
     say(f"{out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps")
     return page
@@ -2522,7 +2509,6 @@ def cmd_inspect(args):
 def inspect_rollouts(args):
     """The student's rollouts, and those of --compare, with their `token_credit`; and the text of
     every token that they name."""
-    args.limit = args.n
     templates = prompt_files(args, "student", args.teacher_context)
     rows = load_questions(args)
     teacher, tokenizer = load_from_flags(args, half=True)
@@ -2531,31 +2517,24 @@ def inspect_rollouts(args):
         students[args.compare], _ = load_model(args.compare, teacher.dtype)
     reader = model_writer(args, teacher, tokenizer)
     examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, ["rubric"])]
+    nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")  # no criterion may be left
     seed_process(args.seed)
-    rollouts, text = [], {}
+    rollouts, named = [], set()
     for name, student in students.items():
         sample = model_writer(args, student, tokenizer).sample
         for e in progress(model_writes(sample, examples), "credit"):
-            ids, row = e.completion_ids, e.row
-            without = contexts_without(reader, templates[1], row)
+            ids, rubric, without = e.completion_ids, e.row["rubric"], []
+            for left_out in range(len(rubric)):
+                others = rubric[:left_out] + rubric[left_out + 1 :]
+                fields = nothing | row_fields(e.row | {"rubric": others})
+                without.append(reader.prompt(templates[1], fields))
             credit = token_credit(student, teacher, e.prompt_ids, e.teacher_ids, without, ids)
-            rollout = {"student": name, "question": row["question"], "criteria": row["rubric"]}
+            rollout = {"student": name, "question": e.row["question"], "criteria": rubric}
             rollout |= {figure: values.tolist() for figure, values in credit.items()}
             rollouts.append(rollout | {"tokens": ids})
-            likely = itertools.chain(*rollout["student_ids"], *rollout["teacher_ids"])
-            text |= {i: tokenizer.decode([i]) for i in {*ids, *likely}}
+            named.update(ids, *rollout["student_ids"], *rollout["teacher_ids"])
     rollouts.sort(key=lambda rollout: rollout["question"])  # the students side by side
-    return {"rollouts": rollouts, "text": text}
-
-
-def contexts_without(reader, template, row):
-    """The teacher's contexts that lack the first criterion, the second ..."""
-    nothing = dict.fromkeys(PLACEHOLDER.findall(template), "-")  # no criterion may be left
-    contexts = []
-    for criterion in row["rubric"]:
-        others = [c for c in row["rubric"] if c is not criterion]
-        contexts.append(reader.prompt(template, nothing | row_fields(row | {"rubric": others})))
-    return contexts
+    return {"rollouts": rollouts, "text": {i: tokenizer.decode([i]) for i in named}}
 
 
 # -- demo
@@ -2582,7 +2561,7 @@ def cmd_demo(args):
     )
     results["student after"] = training | run(f"{test} --model {out}/model")
     page = f"{out}/credit.html"
-    run(f"inspect {toy} --n 3 --run {out}/model --compare {out}/model --out {page}")
+    run(f"inspect {toy} --limit 3 --compare {out}/model --out {page}")
     (Path(args.out) / "results.json").write_text(json.dumps(results, indent=1))
     say(f"\n{args.n} held-out problems     accuracy          rubric score")
     for name, f in results.items():
@@ -2614,22 +2593,23 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser, kind):
     """A flag for each field of these settings; a bool is a switch."""
-    titles = ("run", "data", "sampling", "method", "memory")
-    groups = {title: parser.add_argument_group(title) for title in titles}
-    about = {}
-    for parent in reversed(kind.__mro__[:-1]):
-        about |= {f.name: f.metadata for f in fields(parent) if f.metadata}
-    for name, hint in get_type_hints(kind).items():
-        options = {"choices": get_args(hint)} if get_args(hint) else {"type": hint}
-        if hint is bool:
-            options = {"action": "store_true"}
-        default = getattr(kind, name)
-        if name in TOY_DEFAULTS:
-            default = f"{default}; toy: {TOY_DEFAULTS[name]}"
-        text = about[name]["help"]
-        if default != "":
-            text += f" (default: {default})"
-        groups[about[name]["group"]].add_argument(as_flag(name), help=text, **options)
+    hints = get_type_hints(kind)
+    for part in reversed(kind.__mro__[:-1]):
+        group = parser.add_argument_group(part.__name__.lower())
+        for setting in fields(part):
+            name, hint = setting.name, hints[setting.name]
+            is_new = setting.metadata and name in part.__annotations__
+            if not is_new:
+                continue
+            options = {"choices": get_args(hint)} if get_args(hint) else {"type": hint}
+            if hint is bool:
+                options = {"action": "store_true"}
+            default = getattr(kind, name)
+            default = "none" if default == "" else str(default)
+            if name in TOY_DEFAULTS:
+                default += f"; toy: {TOY_DEFAULTS[name]}"
+            text = f"{setting.metadata['help']} (default: {default})"
+            group.add_argument(as_flag(name), help=text, **options)
 
 
 def parse_args(argv=None):
@@ -2637,24 +2617,21 @@ def parse_args(argv=None):
     parser = Parser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for kind, run_it in COMMANDS.items():
+        about, example = run_it.__doc__, f"example: {kind.__doc__}"
         command = commands.add_parser(
-            kind.__name__.lower(),
-            help=run_it.__doc__,
-            description=run_it.__doc__,
-            epilog=f"example: {kind.__doc__}",
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
+            kind.__name__.lower(), help=about, description=about, epilog=example,
+            argument_default=argparse.SUPPRESS, allow_abbrev=False,
         )
         command.set_defaults(kind=kind)
         add_flags(command, kind)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     kind, name = given.pop("kind"), given.pop("command")
-    for word in unknown:
+    if unknown:
         flags = [as_flag(f.name) for f in fields(kind)]
-        close = difflib.get_close_matches(word, flags, cutoff=0.75)
+        close = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.75)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{word}: {name} has no such flag{hint} (see rsd.py {name} --help)")
+        parser.error(f"{unknown[0]}: {name} has no such flag{hint}")
     return settle(kind, **given)
 
 
@@ -2664,19 +2641,19 @@ def main(argv=None):
         args = parse_args(argv)
         start_processes()
         COMMANDS[type(args)](args)
-    except torch.OutOfMemoryError as error:
-        advice = "lower --batch-size, --token-budget, --max-new-tokens or --engine-memory, or take "
-        advice += "--gradient-checkpointing or --lora-rank 64."
-        print(f"rsd.py: out of memory ({error!s:.100}); {advice}", file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt:
         print("rsd.py: interrupted", file=sys.stderr)
         return 130
-    except (UserError, OSError, ImportError) as error:
-        hint = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
-        print(f"rsd.py: {error}{hint}", file=sys.stderr)
-        return 2
-    return 0
+    except torch.OutOfMemoryError as error:
+        message = f"{error!s:.100}; lower --batch-size, --token-budget or --max-new-tokens, or "
+        message += "take --gradient-checkpointing or --lora-rank 64."
+    except ImportError as error:
+        message = f"{error}; pip install {error.name}"
+    except (UserError, OSError) as error:
+        message = str(error)
+    print(f"rsd.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
