@@ -3164,18 +3164,24 @@ def saved(path, *parts):
     return str(path)
 
 
-def test_soft_capped_head_is_followed_and_a_scaled_one_refused(tok, tmp_path):
-    gemma = tiny(tok, cls=transformers.Gemma2Config, head_dim=16, final_logit_softcapping=5.0)
-    model, _ = rsd.load_model(saved(tmp_path / "gemma", gemma, tok))
+HEADS = [
+    ("Gemma2Config", {"head_dim": 16, "final_logit_softcapping": 5.0}),
+    ("GraniteConfig", {"logits_scaling": 8.0}), ("CohereConfig", {"logit_scale": 0.25}),
+]
+
+
+@pytest.mark.parametrize("family, settings", HEADS)
+def test_heads_give_the_models_own_logits(family, settings, tok, monkeypatch):
+    model = tiny(tok, cls=getattr(transformers, family), **settings)
     episode = random_episodes(tok, 2)[1]
     prompt, said = episode.prompt_ids, episode.completion_ids
-    hidden = rsd.rescore(model, [prompt], [said])
     want = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
-    torch.testing.assert_close(rsd.logits_of(model, hidden), want)
-
-    granite = tiny(tok, cls=transformers.GraniteConfig, logits_scaling=8.0)
-    with pytest.raises(rsd.UserError, match="granite"):
-        rsd.load_model(saved(tmp_path / "granite", granite, tok))
+    ours = rsd.logits_of(model, rsd.rescore(model, [prompt], [said]))
+    torch.testing.assert_close(ours, want)
+    rsd.check_model(model, tok, family)
+    monkeypatch.setattr(rsd, "setting_of", lambda model, *names: None)  # a head not known
+    with pytest.raises(rsd.UserError, match="its head"):
+        rsd.check_model(model, tok, family)
 
 
 def tiny_of_family(family, tok):
@@ -3275,37 +3281,16 @@ def named(*weights):
     return [{"title": "", "description": "X", "weight": w} for w in weights]
 
 
-PRBENCH = [
-    {"id": "a", "title": "X", "annotations": {"criteria_category": "c", "criteria_description": "X",
-        "weight_class": word, f"{word.replace(' ', '_')}_weight": points, "unset_weight": None}}
-    for word, points in (("critically important", 9), ("detrimental", -6))
-]
-FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, PaperBench ...
-    (["Essential Criteria: X", "Major: X"],
+FORMS = [  # strings, RaR's words, HealthBench, RubricHub, ResearchRubrics
+    (["Essential Criteria: X", "Pitfall: X"],
         [{"title": "Essential", "description": "X", "weight": 5},
-         {"title": "Major", "description": "X", "weight": 3}]),
+         {"title": "Pitfall", "description": "X", "weight": -1}]),
     ([{"criterion": "X", "points": 7, "tags": ["level:example"]}], named(7)),
     ([{"criterion": "X", "weight": 5.0, "axis": "Explicit Criteria"}], named(5)),
-    ([{"criterion_description": "X", "criterion_weight": w, "criterion_type": ["Reasoning"]}
-      for w in ("Critical", "Major", "Minor", "Additional")], named(4, 3, 2, 1)),
-    (PRBENCH, named(9, -6)),
-    (json.dumps({"query": "q", "rubrics": [LAW | {"weight": 0.25}]}), [LAW | {"weight": 0.25}]),
-    ({"rubric": [LAW, UNIT]}, [LAW, UNIT]), (BOTH, [LAW, UNIT]),
-    ([{"rubric_item": "X", "weight": 2}, {"requirement": "X", "weight": "2 points"}], named(2, 2)),
-    ([{"requirements": "X", "weight": "5 (essential)"}], named(5)),
-    ([{"item": "X", "score": "-1"}], named(-1)),
-    (["Points: 0.5, Item: X", "points: −2, item: X"], named(0.5, -2)),
-    (["[+4] X", "[−3] X", "[2 points] X"], named(4, -3, 2)),
-    (["5 points: X", "-2 pts - X", "X (3 points)", "X [weight: -1]"], named(5, -2, 3, -1)),
-    ("[5] X\n[-1] X", named(5, -1)),
-    ("Points: 1, Item: X\nand more\nPoints: 2, Item: X",
-        [named(1)[0] | {"description": "X\nand more"}, *named(2)]),
-    ([{"description": "X", "weight": "pitfall"}], named(-1)),
-    (["X"], named(1)), ("1. X\n2. [4] X", named(1, 4)), ("- X", named(1)),
-    ({"query": "q", "positive_rubrics": [{"text": "X"}], "negative_rubrics": [{"text": "X"}]},
-        named(1, -1)),
-    ({"sections": [{"name": "A", "tags": ["b"], "criteria": ["[2] X"]}]}, named(2)),
-    ({"force": {"question": "X", "importance": "major"}}, named(3)),
+    ([{"criterion_description": "X", "criterion_weight": "important"}], named(3)),
+    ({"rubrics": [LAW, UNIT]}, [LAW, UNIT]), (BOTH, [LAW, UNIT]),
+    ([{"requirement": "X", "importance": 2}, {"question": "X", "score": "-1"}], named(2, -1)),
+    (["[+4] X", "[-0.5] X"], named(4, -0.5)), (["X"], named(1)),
     ([{"statement": "X", "points": 2, "type": "penalty"}], named(-2)),
     ([LAW | {"check": "4 m"}], [LAW | {"check": "4 m"}]),
     ([], None), (" ", None), (None, None),
@@ -3316,6 +3301,8 @@ REFUSED = [
     [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
     [{"criterion": "X", "max_score": 10, "score": 7}],  # points that an answer was given
     [LAW | {"sub_tasks": [LAW, UNIT]}],  # and no tree is read in part
+    {"sections": [{"name": "A", "criteria": ["[2] X"]}]}, ["Points: 5, Item: X"], ["5 points: X"],
+    ["X (3 points)"], ["-2: X"], ["1. X"], {"positive": [LAW], "negative": [UNIT]},
     *[f'[{{"title": "T", "description": "D", "weight": {w}}}]' for w in BAD_WEIGHTS if w != "null"],
 ]
 
@@ -3392,7 +3379,7 @@ HUB = {  # as its page has it: (id, config or file, split of the test), a row, w
         SO | {"rubric": [UNIT]},
     ),
     "rubrichub-science": (
-        ("sojuL/RubricHub_v1", "RuRL/rurbichub_v1_Science.parquet", "train"), RUBRICHUB,
+        ("parquet", "hf://datasets/sojuL/RubricHub_v1/RuRL/rurbichub_v1_Science.parquet", "train"), RUBRICHUB,
         SO | {"question": "System: Be kind.\n\nUser: Why?", "rubric": named(7)},
     ),
     "gpqa-diamond": (("Idavidrein/gpqa", "gpqa_diamond", "train"), GPQA, {"solution": "It {is}."}),
@@ -3458,7 +3445,7 @@ BAD = {  # file -> its content, and words of the one sentence
     "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["row 1", "reference_answer", "reply"]),
     "blank.jsonl": (json_line("a", "") + json_line(" ", ""), ["row 2", "empty"]),
     "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "criterion"]),
-    "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "[5] States the law"]),
+    "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "States the law"]),
     "x.json": ("{", ["x.json"]),
     "y.json": ('{"a": 1}', ["row 1", "'a'"]),
     "z.json": ("[1]", ["row 1"]),
@@ -3498,7 +3485,7 @@ def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, caps
         assert rsd.main(words) == code
     said = capsys.readouterr()
     assert "left out 1 of 2 rows: {'context too long" in said.out
-    assert "left out 1 of 1 rows: {'context too long" in said.err
+    assert "no row is left of 1: {'context too long" in said.err
 
 
 # ---- the toy -------------------------------------------------------------------------------------
@@ -3831,7 +3818,7 @@ REFUSED = {
     "train --rubrics none.jsonl": "--rubrics none.jsonl",
     "train --rubrics random": "--rubrics random",
     "eval --model ./none --data toy": "./none",
-    "eval --model Qwen2.5-1.5B --data toy": "Qwen/Qwen2.5-1.5B",
+    "eval --model Qwen/Qwen2.5-1.5B --data toy": "Qwen/Qwen2.5-1.5B",
     "eval --prompts none": "none",
     "eval --writer nope": "nope.txt",
     "eval --split nope": "nope.jsonl",
@@ -4199,7 +4186,7 @@ def test_inspect_shows_a_single_criterion_in_any_prompt_file(base, tmp_path):
     for name in ("statements", "feedback", "rubric_json"):
         (tmp_path / "student.txt").write_text("{question}")
         (tmp_path / "rubric.txt").write_text(f"{{question}} {{{name}}}")
-        words = ["inspect", "--model", base, "--data", data, "--prompts", tmp_path, "--limit", 1]
+        words = ["inspect", "--model", base, "--data", data, "--prompts", tmp_path, "--n", 1]
         words += ["--max-new-tokens", 4, "--out", tmp_path / f"{name}.html"]
         assert rsd.main([*map(str, words)]) == 0
         (rollout,) = json.loads((tmp_path / f"{name}.json").read_text())["rollouts"]
