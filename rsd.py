@@ -783,7 +783,7 @@ def generate_rubrics(write, asked, parse, tries=3):
 # Of the text that is graded only what stands behind the thinking counts, and of that the
 # last \boxed{}; without one, what the last "answer is" names; else the last line.
 
-BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
+BOX = re.compile(r"(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
 NAMED_ANSWER = re.compile(
     r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
     (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>]) | \W*\n )
@@ -936,17 +936,14 @@ def grade(answer, reference, tolerance=None, need_unit=True):
 
 
 def rubric_score(rubric, met):
-    """Points of the criteria met over the positive points, in [0, 1] (HealthBench); of a rubric of
-    faults only, the share of them that is absent. None without a rubric, or without a verdict on
-    each criterion."""
-    if not met or None in met or len(met) != len(rubric or ()):
+    """Points of the criteria met over the positive points, in [0, 1] (HealthBench). None without a
+    rubric, a verdict on each criterion, or positive points."""
+    if not met or None in met:
         return None
     weights = [signed_weight(c) for c in rubric]
     earned = sum(itertools.compress(weights, met))
-    best, worst = sum(w for w in weights if w > 0), sum(weights)
-    if best:
-        return min(1.0, max(0.0, earned / best))
-    return 1 - earned / worst if worst else None
+    best = sum(w for w in weights if w > 0)
+    return min(1.0, max(0.0, earned / best)) if best else None
 
 
 def accuracy(text, row):
@@ -959,16 +956,11 @@ def accuracy(text, row):
 
 def check_criterion(criterion, text, seconds=2.0):
     """Does the text meet the criterion's `check`, a regular expression? None without one.
-    UserError: the search takes longer than that."""
-    check = criterion.get("check")
-    if check is None:
+    TimeoutError: the search takes longer than that."""
+    if "check" not in criterion:
         return None
-    try:
-        return bool(regex.search(check, after_thinking(text) or "", timeout=seconds))
-    except TimeoutError:
-        raise UserError(
-            f"the check {check!r} of a criterion takes over {seconds:g} s; mend it."
-        ) from None
+    found = regex.search(criterion["check"], after_thinking(text) or "", timeout=seconds)
+    return found is not None
 
 
 def score(text, row):
@@ -980,21 +972,17 @@ def score(text, row):
 
 
 def score_rubric(rubric, row):
-    """A generated rubric: is it valid, how many criteria; which share of exact ones it has."""
+    """A generated rubric: is it valid; which share of the row's exact criteria it has."""
     wanted = {c["description"] for c in row["own_rubric"] or () if "check" in c}
     found = wanted & {c["description"] for c in rubric or ()}
-    return {
-        "valid": float(bool(rubric)),
-        "criteria": len(rubric) if rubric else None,
-        "recall": len(found) / len(wanted) if wanted else None,
-    }
+    recall = len(found) / len(wanted) if wanted else None
+    return {"valid": float(bool(rubric)), "recall": recall}
 
 
 QUOTED = r'"\s*(true|false|yes|no)\s*"|"[^"\n]*"'  # a verdict, or a remark
-VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
+VERDICT = r"""(?mx)  # a word that stands as a value
     (?: ^[^a-z\n]* | [\[{(,.:;=|>→–—)-] ) [\s"'“”*`_]{0,20}
-    (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?!\w|[ ](?!because|since|as\b)\w)"""
-TRUTH = {"true": True, "yes": True, "false": False, "no": False}
+    (true|yes|false|no) (?!\w|[ ](?!because|since|as\b)\w)"""
 
 
 def read_verdicts(text, row):
@@ -1010,9 +998,9 @@ def read_verdicts(text, row):
 
     text = re.sub(QUOTED, r"\1", text.lower())
     for run in (*re.split(r"[\[\]]|\n\s*\n", text)[::-1], text):
-        verdicts = [TRUTH.get(word) for word in re.findall(VERDICT, run)]
-        if len(verdicts) == len(row["rubric"]) and None not in verdicts:
-            return verdicts, ""
+        words = re.findall(VERDICT, run)
+        if len(words) == len(row["rubric"]):
+            return [word in ("true", "yes") for word in words], ""
     return None, "not a verdict for each one"
 
 
@@ -1035,17 +1023,6 @@ def mean_se(values):
     return mean, statistics.stdev(known) / n**0.5 if n > 1 else 0.0, n
 
 
-def interval(mean, se, n):
-    """Wilson's 95 % interval of a share; of the mean of other values in [0, 1] the interval of as
-    many yes and no as have this standard error."""
-    if se > 1e-9 and 0 < mean < 1:
-        n = mean * (1 - mean) / se**2 * n / (n - 1)
-    z2 = 1.96**2 / n
-    middle = (mean + z2 / 2) / (1 + z2)
-    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4) / (1 + z2)
-    return max(0.0, middle - half), middle + half
-
-
 def mean_scores(scores):
     """A list of scores, of the same names -> the mean of each."""
     return {name: mean_se([s.get(name) for s in scores])[0] for name in scores[0]}
@@ -1063,8 +1040,8 @@ def group_advantages(rewards, group, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     r = r - r[:, :1]  # or the mean of equal ones could differ from them in the last digit
-    std = r.std(1, correction=0, keepdim=True)
-    return ((r - r.mean(1, keepdim=True)) / (std + eps)).flatten().tolist()
+    std, mean = torch.std_mean(r, 1, correction=0, keepdim=True)
+    return ((r - mean) / (std + eps)).flatten().tolist()
 
 
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
@@ -1256,6 +1233,9 @@ class VllmSampler:
         return gap
 
 
+NOBODY = re.compile("HF_HUB_OFFLINE|Connection refused|not known")  # is there to answer
+
+
 @dataclass
 class ServerWriter:
     """NAME@URL: a model behind an OpenAI-compatible server, batch_size requests at a time. Its
@@ -1283,10 +1263,9 @@ class ServerWriter:
     def ask(self, prompt):
         """One request. Errors are of many kinds: of the connection, of the server, of its JSON."""
         name, _, address = self.server.partition("@http")
-        key = "".join(os.environ.get("OPENAI_API_KEY", "").split())  # a line break would be printed
         client = InferenceClient(
             base_url=f"http{address}",
-            api_key=key or "none",  # without one the hub's would be sent
+            api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",  # not the hub's
             timeout=self.timeout,
         )
         reply = client.chat_completion(
@@ -1296,12 +1275,10 @@ class ServerWriter:
             temperature=self.sampling["temperature"],
             top_p=self.sampling["top_p"],
         )
-        error = reply.get("error") or reply.choices[0].get("error")
-        if error or reply.choices[0].finish_reason == "error":
-            raise RuntimeError(f"the server says: {error}")
-        choice, usage = reply.choices[0], reply.get("usage")
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        tokens = tokens if isinstance(tokens, int) else None
+        if not reply.get("choices") or reply.choices[0].finish_reason == "error":
+            raise RuntimeError(f"the server says: {reply}")
+        choice = reply.choices[0]
+        tokens = (reply.get("usage") or {}).get("completion_tokens")
         return Written(as_text(choice.message.content), tokens, choice.finish_reason != "length")
 
     def request(self, prompt):
@@ -1315,12 +1292,9 @@ class ServerWriter:
                 said = " ".join(str(error).split())[:200]
             if status in (400, 413, 422):
                 return Written("", None, False, f"the server refuses it ({said})")
-            may_pass = status >= 500 or status in (408, 429)
-            require(
-                may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said,
-                f"--model {self.server}: try {attempt} of {self.tries} failed ({said}) "
-                f"for the prompt {prompt[:80]!r}",
-            )
+            may_pass = status in (408, 429) or status >= 500 and not NOBODY.search(said)
+            message = f"--model {self.server} failed ({said}) for the prompt {prompt[:80]!r}"
+            require(may_pass and attempt < self.tries, message)
             time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
 
 
@@ -1407,10 +1381,9 @@ def sum_over_processes(model, sums):
 
 def lock(path):
     """Open a file to append to it, for this process alone until it is closed. UserError: another
-    one has it, or it is no file."""
+    one has it."""
     import fcntl  # not on Windows
 
-    require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a", encoding="utf-8", errors="replace")
     try:
@@ -1456,7 +1429,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
     part = out / ".rsd-part"
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed, or had no room
     try:
         student.save_pretrained(part)  # of a LoRA, the adapters
         tokenizer.save_pretrained(part)
@@ -1468,9 +1441,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
         part.rename(new)
         to_disk(out)
     except Exception as error:  # of safetensors, torch and the disk
-        shutil.rmtree(part, ignore_errors=True)
-        message = f"--out {out}: cannot save, and the last checkpoint stays ({error})."
-        raise UserError(message) from error
+        raise UserError(f"--out {out}: cannot save, the last checkpoint stays ({error})") from error
 
     for old in older[:-1]:
         if old.exists() and {*os.listdir(old)} <= {*os.listdir(new)}:  # or the user's are in it
@@ -1515,14 +1486,12 @@ def read_jsonl(path, size=None):
     is none. OSError: no such file."""
     rows = []
     for number, line in enumerate(path.read_bytes()[:size].split(b"\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                row = str(error)
-            message = f"{path}, line {number}, is no JSON object; mend it or remove it: {row!r:.80}"
-            require(isinstance(row, dict), message)
-            rows.append(row)
+        try:
+            if line.strip():
+                rows.append({**json.loads(line)})
+        except (ValueError, TypeError, RecursionError) as error:
+            where = f"{path}, line {number}"
+            raise UserError(f"{where}, is no JSON object; mend or remove it: {error}") from None
     return rows
 
 
@@ -1598,17 +1567,15 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
         likely.append(log_prob(seen, ids))
         kl.append(divergence(own, seen))
     likely, kl = torch.stack(likely), torch.stack(kl)
-    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
-    return {
+    figures = {
         "gap": likely[-1] - log_prob(own, ids),
         "divergence": kl[-1],
         "credit": likely[-1] - likely[:-1],
         "credit_divergence": kl[-1] - kl[:-1],
-        "student_p": student_top.values,
-        "student_ids": student_top.indices,
-        "teacher_p": teacher_top.values,
-        "teacher_ids": teacher_top.indices,
     }
+    for who, x in (("student", own), ("teacher", seen)):
+        figures[f"{who}_p"], figures[f"{who}_ids"] = x.exp().topk(top)
+    return figures
 
 
 def page_files(out):
