@@ -771,7 +771,7 @@ def generate_rubrics(write, asked, parse, tries=3):
 # Of the text that is graded only what stands behind the thinking counts, and of that the
 # last \boxed{}; without one, what the last "answer is" names; else the last line.
 
-BOX = re.compile(r"\\?(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
+BOX = re.compile(r"(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
 NAMED_ANSWER = re.compile(
     r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
     (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>]) | \W*\n )
@@ -1040,8 +1040,8 @@ def group_advantages(rewards, group, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
     r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     r = r - r[:, :1]  # or the mean of equal ones could differ from them in the last digit
-    std = r.std(1, correction=0, keepdim=True)
-    return ((r - r.mean(1, keepdim=True)) / (std + eps)).flatten().tolist()
+    std, mean = torch.std_mean(r, 1, correction=0, keepdim=True)
+    return ((r - mean) / (std + eps)).flatten().tolist()
 
 
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
@@ -1233,6 +1233,9 @@ class VllmSampler:
         return gap
 
 
+NOBODY = re.compile("HF_HUB_OFFLINE|Connection refused|not known")  # is there to answer
+
+
 @dataclass
 class ServerWriter:
     """NAME@URL: a model behind an OpenAI-compatible server, batch_size requests at a time. Its
@@ -1260,10 +1263,9 @@ class ServerWriter:
     def ask(self, prompt):
         """One request. Errors are of many kinds: of the connection, of the server, of its JSON."""
         name, _, address = self.server.partition("@http")
-        key = "".join(os.environ.get("OPENAI_API_KEY", "").split())  # a line break would be printed
         client = InferenceClient(
             base_url=f"http{address}",
-            api_key=key or "none",  # without one the hub's would be sent
+            api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",  # not the hub's
             timeout=self.timeout,
         )
         reply = client.chat_completion(
@@ -1273,10 +1275,10 @@ class ServerWriter:
             temperature=self.sampling["temperature"],
             top_p=self.sampling["top_p"],
         )
-        error = reply.get("error") or reply.choices[0].get("error")
-        if error or reply.choices[0].finish_reason == "error":
-            raise RuntimeError(f"the server says: {error}")
-        choice, usage = reply.choices[0], reply.get("usage")
+        if not reply.get("choices") or reply.choices[0].finish_reason == "error":
+            raise RuntimeError(f"the server says: {reply}")
+        choice = reply.choices[0]
+        usage = reply.get("usage")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         tokens = tokens if isinstance(tokens, int) else None
         return Written(as_text(choice.message.content), tokens, choice.finish_reason != "length")
@@ -1292,12 +1294,9 @@ class ServerWriter:
                 said = " ".join(str(error).split())[:200]
             if status in (400, 413, 422):
                 return Written(None, None, False, f"the server refuses it ({said})")
-            may_pass = status >= 500 or status in (408, 429)
-            require(
-                may_pass and attempt < self.tries and "HF_HUB_OFFLINE" not in said,
-                f"--model {self.server}: try {attempt} of {self.tries} failed ({said}) "
-                f"for the prompt {prompt[:80]!r}",
-            )
+            may_pass = status in (408, 429) or status >= 500 and not NOBODY.search(said)
+            message = f"--model {self.server} failed ({said}) for the prompt {prompt[:80]!r}"
+            require(may_pass and attempt < self.tries, message)
             time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
 
 
@@ -1433,7 +1432,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
     part = out / ".rsd-part"
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed, or had no room
     try:
         student.save_pretrained(part)  # of a LoRA, the adapters
         tokenizer.save_pretrained(part)
@@ -1446,8 +1445,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
         to_disk(out)
     except Exception as error:  # of safetensors, torch and the disk
         shutil.rmtree(part, ignore_errors=True)
-        message = f"--out {out}: cannot save, and the last checkpoint stays ({error})."
-        raise UserError(message) from error
+        raise UserError(f"--out {out}: cannot save, the last checkpoint stays ({error})") from error
 
     for old in older[:-1]:
         if old.exists() and {*os.listdir(old)} <= {*os.listdir(new)}:  # or the user's are in it
@@ -1492,14 +1490,12 @@ def read_jsonl(path, size=None):
     is none. OSError: no such file."""
     rows = []
     for number, line in enumerate(path.read_bytes()[:size].split(b"\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                row = str(error)
-            message = f"{path}, line {number}, is no JSON object; mend it or remove it: {row!r:.80}"
-            require(isinstance(row, dict), message)
-            rows.append(row)
+        try:
+            if line.strip():
+                rows.append({**json.loads(line)})
+        except (ValueError, TypeError, RecursionError) as error:
+            where = f"{path}, line {number}"
+            raise UserError(f"{where}, is no JSON object; mend or remove it: {error}") from None
     return rows
 
 
@@ -1575,17 +1571,15 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
         likely.append(log_prob(seen, ids))
         kl.append(divergence(own, seen))
     likely, kl = torch.stack(likely), torch.stack(kl)
-    student_top, teacher_top = own.exp().topk(top), seen.exp().topk(top)
-    return {
+    figures = {
         "gap": likely[-1] - log_prob(own, ids),
         "divergence": kl[-1],
         "credit": likely[-1] - likely[:-1],
         "credit_divergence": kl[-1] - kl[:-1],
-        "student_p": student_top.values,
-        "student_ids": student_top.indices,
-        "teacher_p": teacher_top.values,
-        "teacher_ids": teacher_top.indices,
     }
+    for who, x in (("student", own), ("teacher", seen)):
+        figures[f"{who}_p"], figures[f"{who}_ids"] = x.exp().topk(top)
+    return figures
 
 
 def page_files(out):
@@ -1675,7 +1669,10 @@ def add_lora(model, rank):
 
     model.requires_grad_(False)
     try:
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model.add_adapter(config)
     except ValueError as error:
         raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
     for p in model.parameters():
@@ -1705,70 +1702,93 @@ def compile_layers(model, backend=BACKEND):
             layer._compiled_call_impl = None
 
 
-# Rubrics of files: lists of strings, or of objects with fields of these names, of which the last
-# word counts ("criterion_weight").
+# Rubrics of files. A criterion is a string, or an object with fields of these names, of which the
+# last word counts: "criterion_weight" (ProfBench), "critically_important_weight" (PRBench).
 FIELD_NAMES = {
-    "title": "title name",
-    "description": "description criterion requirement statement question text content",
-    "weight": "weight points importance score",
+    "title": "title name heading label",
+    "description": "description criterion criteria requirement requirements item text statement "
+    "content rubric question",
+    "weight": "weight points score importance percentage",
+    "polarity": "type polarity",
 }
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
-STATED = re.compile(
-    r"""(?ixs) (?: \[ (?P<points>[-+.\d]+) \]  # [5] ...
-    | (?P<title>(?P<weight> essential | important | optional | pitfall))
-      (?:\ criteria)? : )  # Essential Criteria: ...
-    (?P<text>.+)"""
-)
-OTHERWISE_STATED = re.compile(r"(?i)^\W*\d|points?:|\d ?(?:points?|pts)\b|weight: ?\d")
-FORMS = '["[5] States the law"] or [{"description": "States the law", "weight": 5}]'
+WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
+WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
+STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
+    rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
+    r"(?=\[|points?:|[-+−–]|[\d.]+ ?p)"
+    rf"\[?(?:points?: ?)?{WEIGHT} ?[]:,–-](?: ?item:)?(?P<item>.+)",
+    rf"(?P<item>.+)[(\[](?=[^)]{{0,20}}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
+]
+FORMS = '"States the law", "[5] States the law" or {"description": "States the law", "weight": 5}'
+LISTS = ("criteria", "rubric", "rubrics")
 say_once = functools.cache(say)
 
 
 def field_of(item, meaning):
-    """The text of an object's field of this meaning; of several all, joined; or ""."""
+    """The text or number of an object's field of this meaning; of several all, joined; or ""."""
     names = FIELD_NAMES[meaning].split()
     named = [value for key, value in item.items() if key.lower().split("_")[-1] in names]
-    texts = [str(value).strip() for value in named if value is not None]
-    return ": ".join(texts)
+    kinds = (str, int, float) if meaning != "weight" else object  # no weight is passed over
+    texts = [str(x).strip() for x in named if isinstance(x, kinds) and x is not None]
+    return ": ".join(dict.fromkeys(texts))
 
 
 def read_criterion(item):
-    """A string or an object -> a criterion with title (may be ""), description, weight (1 if none
-    is stated), perhaps check. Errors of several kinds: it cannot be read whole."""
-    if isinstance(item, str):
-        stated = STATED.fullmatch(item.strip())
-        if not stated and OTHERWISE_STATED.search(item):
-            raise ValueError(f"{item!r:.60} states its weight in another way")
-        item = stated.groupdict() if stated else {"text": item}
-    for name, part in item.items():
-        if isinstance(part, list) and dict in map(type, part):
-            raise ValueError(f"a criterion has others within, its {name}")
-    weight = field_of(item, "weight").lower()
-    if not weight:
+    """An object -> a criterion with title (may be ""), description, weight (1 if none is stated),
+    perhaps check. ValueError, or regex.error of a check: it cannot be read."""
+    stated = field_of(item, "weight").lower()
+    if not stated:
         say_once("note: a criterion that states no weight weighs 1")
-    weight = WORD_WEIGHT.get(weight, weight or 1)
-    if {"negative", "penalty"} & set(map(str, item.values())):  # a type or a polarity
+    number = re.fullmatch(WEIGHT + r"(?: ?\(.*\))?", str(WORD_WEIGHT.get(stated, stated or 1)))
+    if not number:
+        raise ValueError(f"a criterion has no clear weight ({stated!r:.20})")
+    weight = re.sub("[−–]", "-", number["weight"])
+    if re.search("(?i)negative|penalty", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
-    if item.get("check"):
+    if isinstance(item.get("check"), str):
         criterion["check"] = regex.compile(item["check"]).pattern
     return criterion
 
 
+def criteria_in(value):
+    """The criteria of a string, a list, sections or {name: criterion}, one by one, as objects.
+    ValueError: there is something else, or a criterion has others within."""
+    if isinstance(value, list):
+        return [item for part in value for item in criteria_in(part)]
+    if isinstance(value, str):
+        text = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s", "", value).strip()
+        ways = [re.fullmatch(way, text, re.IGNORECASE | re.DOTALL) for way in STATED]
+        stated = [match.groupdict() for match in ways if match]
+        return stated[:1] or [{"description": text}]
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.60} is no criterion; one is {FORMS}")
+    is_criterion = bool(field_of(value, "description"))
+    found = []
+    for key, part in value.items():
+        is_section = isinstance(part, dict) and not is_criterion
+        if isinstance(part, list):
+            is_section = key in LISTS or dict in map(type, part)
+        if is_section:
+            sign = {"polarity": "negative"} if "negative" in key else {}
+            found += [item | sign for item in criteria_in(part)]
+    if is_criterion == bool(found):
+        raise ValueError(f"no criterion, or one with others within; one is {FORMS}")
+    return found or [value]
+
+
 def read_rubric(value):
-    """A list of criteria, {any name: such a list}, or the JSON text of either -> a rubric; None if
-    it is empty. ValueError: something cannot be read; nothing is read in part."""
-    try:
-        if isinstance(value, str):
+    """Criteria in any form that files have -> a rubric; None if there are none. ValueError, or
+    regex.error for a bad `check`: something cannot be read. Nothing is read in part."""
+    if isinstance(value, str):
+        try:
             value = json.loads(value.strip() or "[]")
-        if isinstance(value, dict):
-            (value,) = value.values()
-        return [read_criterion(item) for item in value or ()] or None
-    except Exception as error:  # of json, regex, or of what is no criterion
-        raise ValueError(f"{error}; a rubric is {FORMS}") from error
-
-
-# A data set is a function from a raw row to the cells of a row, by their names.
+        except (ValueError, RecursionError) as error:
+            if re.match(r'\s*(?:[{|]|\[\s*["\[{])', value):
+                raise ValueError(f"it is neither JSON nor lines; a criterion is {FORMS}") from error
+            value = re.split(r"(?i)\n(?=[ \t]*(?:[-*•] |\d+[.)] |\[|points:))", value)
+    return [read_criterion(item) for item in criteria_in(value or [])] or None
 
 
 def rubrichub_row(raw):
