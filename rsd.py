@@ -695,6 +695,12 @@ def signed_weight(criterion):
 MET = {True: "met", False: "not met", None: "not checked"}
 
 
+PLACEHOLDERS = {  # of prompt files
+    "question", "answer", "solution", "rubric", "rubric_json", "feedback", "response",
+    "statements", "fence",
+}
+
+
 def row_fields(row):
     """What a row can put into the placeholders of a prompt file; what it lacks is left out. "met"
     says which criteria a completion meets, for {feedback}."""
@@ -1437,6 +1443,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
         student.save_pretrained(part)  # of a LoRA, the adapters
         tokenizer.save_pretrained(part)
         torch.save(state, part / "trainer.pt")
+        (part / "questions.json").write_text(json.dumps(state.get("questions", [])))
         for weights in part.glob("*.safetensors"):  # which only the owner may read so far
             shutil.copymode(part / "trainer.pt", weights)
         for path in [*part.rglob("*"), part]:
@@ -1844,12 +1851,22 @@ DATA_SETS = {
 RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
 
 
+def read_json(path):
+    """The list of rows in a .json file. UserError: it holds none."""
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: it is no JSON ({error}).") from error
+    return rows if isinstance(rows, list) else [rows]
+
+
 def read_table(data, split, limit=0):
     """The raw rows of a .jsonl, .json, .csv or .parquet file, of the toy, or of a data set of the
     hub. No more than `limit` are fetched of the hub (0: all). UserError: it cannot be had."""
     path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
+    if path.suffix in (".jsonl", ".json"):
+        require(path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
+        return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     import datasets  # it takes seconds
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said below
@@ -1858,7 +1875,7 @@ def read_table(data, split, limit=0):
     where = {"split": source.test if split == "test" else split, "streaming": limit > 0}
     kind = Path(source.hub).suffix[1:]
     try:
-        if kind in ("json", "csv", "parquet"):
+        if kind in ("csv", "parquet"):
             where["split"] = "train"  # that is what datasets calls all of a file
             table = datasets.load_dataset(kind, data_files=source.hub, **where)
         else:
@@ -1875,7 +1892,7 @@ def read_table(data, split, limit=0):
 def read_row(raw, source):
     """A raw row -> question, reference_answer, solution, response, sample, rubric, grading.
     Errors of many kinds: a column is missing, or a cell cannot be read."""
-    cells = {"solution": "", "sample": ""} | source.to_row(raw)
+    cells = {"reference_answer": "", "solution": "", "sample": ""} | source.to_row(raw)
     names = ("question", "reference_answer", "solution", "sample")
     row = {name: as_text(cells[name]) for name in names} | {"response": ""}
     require(row["question"], "the question is empty")
@@ -1906,6 +1923,22 @@ def load_rows(data, split, limit=0, seed=0):
         say(f"{data}: left out {len(rows) - len(kept)} rows that the train split has, too")
         return kept
     return rows
+
+
+def question_hash(row):
+    """By which a checkpoint knows the questions that it was trained on."""
+    return crc32(row["question"].encode())
+
+
+def without_trained(rows, model):
+    """Rows less those whose question a checkpoint of `train` was trained on; they are counted."""
+    trained = Path(last_checkpoint(model) or model, "questions.json")
+    known = json.loads(trained.read_text()) if trained.is_file() else []
+    kept = [row for row in rows if question_hash(row) not in known]
+    if len(kept) < len(rows):
+        say(f"left out {len(rows) - len(kept)} of {len(rows)} rows that {model} was trained on")
+    require(kept, f"--model {model} was trained on all of these questions.")
+    return kept
 
 
 def with_rubrics(rows, source):
@@ -2198,14 +2231,21 @@ def as_flag(name):
 
 
 def prompt_files(args, *names):
-    """The texts of these prompt files. UserError: there is none, or none with a question."""
-    prompts = load_prompts(args.prompts)
+    """The texts of these prompt files. UserError: there is none of that name, it is no UTF-8, it
+    lacks the question, or it has a placeholder that no row can fill."""
+    texts = []
     for name in names:
-        require(
-            "{question}" in prompts.get(name, ""),
-            f"{args.prompts}: no {name}.txt with a {{question}} in it; there are {[*prompts]}.",
-        )
-    return [prompts[name] for name in names]
+        path = Path(args.prompts) / f"{name}.txt"
+        require(path.is_file(), f"{path}: there is no such prompt file.")
+        try:
+            texts.append(path.read_text(encoding="utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: it is no UTF-8 ({error}).") from error
+        found = set(PLACEHOLDER.findall(texts[-1]))
+        require("question" in found, f"{path}: it has no {{question}}.")
+        unknown = sorted(found - PLACEHOLDERS)
+        require(not unknown, f"{path}: nothing fills {unknown}; it may hold {sorted(PLACEHOLDERS)}.")
+    return texts
 
 
 def load_questions(args):
@@ -2270,6 +2310,8 @@ def write_lines(args, name, columns, ask, rate, k=1):
     prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
     (template,) = prompt_files(args, args.writer)
     rows = load_questions(args)
+    if name == "text":
+        rows = without_trained(rows, args.model)
     writer = open_writer(args, k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):
@@ -2281,6 +2323,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
         "model": args.model,
         "saved": max((file.stat().st_mtime for file in weights), default=0.0),
         "writer": args.writer,
+        "seed": args.seed,
         "prompt": crc32(template.encode()),
         "thinking": args.thinking,
         **sampling_of(args),
@@ -2289,7 +2332,8 @@ def write_lines(args, name, columns, ask, rate, k=1):
     seed_process(args.seed)
     size = 2 * args.batch_size * WORLD_SIZE
     lines = remember(args.out, jobs, functools.partial(ask, writer), size, name, origin)
-    return report(lines, name, {row["question"]: row for row in rows}, rate)
+    row_of = {(row["question"], row["reference_answer"]): row for row in rows}
+    return report(lines, name, row_of, rate)
 
 
 def report(lines, name, row_of, rate):
@@ -2301,11 +2345,13 @@ def report(lines, name, row_of, rate):
     samples = []
     for line in lines:
         if line["text"] is not None:  # the server did not refuse it
-            scores = rate(line[name], row_of[line["question"]] | line)
+            row = line["question"], line["reference_answer"]
+            scores = rate(line[name], row_of[row] | line)
             scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
-            samples.append(((line["question"], line.get("reference_answer")), scores))
+            samples.append((row, scores))
     figures = evaluate(samples)
-    summary = {"n": len(figures)}
+    has_math_verify = importlib.util.find_spec("math_verify") is not None  # or formulas are n/a
+    summary = {"n": len(figures), "math_verify": has_math_verify}
     for figure in figures[0] if figures else ():
         mean, se, n = mean_se([f[figure] for f in figures])
         summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
@@ -2330,7 +2376,7 @@ def cmd_eval(args):
 
 def cmd_judge(args):
     """Ask a model which criteria of its rubric each answer of eval's --out meets."""
-    columns = ("question", "response", "rubric", "sample")
+    columns = ("question", "reference_answer", "response", "rubric", "sample")
     return write_lines(args, "judge", columns, judge, judge_scores)
 
 
@@ -2471,6 +2517,7 @@ def cmd_train(args):
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
     for name in ("prompt_ids", "teacher_ids"):
         say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
+    state["questions"] = sorted({question_hash(e.row) for e in examples})
     is_asked = args.kl or method.signal == "divergence"
     on_gpu = torch.cuda.is_available()
     steps = train(
@@ -2492,7 +2539,9 @@ def cmd_train(args):
         if is_last or step % args.save_every == 0:
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
-    say(f"saved {out}; python rsd.py eval --model {out}")
+    held_out = "OTHER-QUESTIONS.jsonl" if Path(args.data).is_file() else args.data
+    where = f"--model {args.out} --data {held_out} --prompts {args.prompts}"
+    say(f"saved {out}; next: python rsd.py eval {where} --out {args.out}-answers.jsonl")
     return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 

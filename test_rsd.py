@@ -424,7 +424,7 @@ def test_teacher_context_too_long_is_dropped_and_counted(tok, prompts, capsys):
     assert [len(ids) for _, _, ids in examples] == full[:2] + full[3:]  # whole, never cut
 
     without = rows[0] | {"rubric": None}
-    with pytest.raises(rsd.UserError, match="left out 1 of 1 rows.*no rubric"):
+    with pytest.raises(rsd.UserError, match="no row is left of 1.*no rubric"):
         rsd.make_examples([without], templates, writers)
 
 
@@ -1558,13 +1558,14 @@ def figure(name, mean, se, n):
     ("9.6", "9.5", "m", 1), ("9.6 m", "9.5", "m", 1), ("9.6 cm", "9.5", "m", 0),
     ("8.9", "9.5", "m", 0)])
 def test_scibench_takes_five_per_cent_no_unit_and_its_power_of_ten(answer, number, unit, right):
-    row = rsd.scibench_row({"problem_text": "q", "answer_number": number, "unit": unit})
+    raw = {"problem_text": "q", "answer_number": number, "unit": unit}
+    row = rsd.read_row(raw, rsd.DATA_SETS["scibench"])
     assert rsd.score(f"So \\boxed{{{answer}}}.", row)["accuracy"] == right
 
 
 @pytest.mark.parametrize("weights, met, want", [
     ((5, 3, -2), (1, 1, 0), 1), ((5, 3, -2), (1, 0, 0), 5 / 8), ((5, 3, -2), (1, 0, 1), 3 / 8),
-    ((5, 3, -2), (0, 0, 1), 0), ((5, 3, -2), (0, 0, 0), 0), ((-2, -2), (0, 0), None),
+    ((5, 3, -2), (0, 0, 1), 0), ((5, 3, -2), (0, 0, 0), 0), ((-2, -2), (0, 0), 1), ((-2, -2), (1, 0), 0.5),
     ((0,), (1,), None), ((5, 3), (1, None), None), ((5, 3), None, None),
     ((), (), None)])
 def test_rubric_score_by_hand(weights, met, want):
@@ -1583,7 +1584,7 @@ def test_checks_of_criteria_score_a_text():
 
 def test_a_check_that_never_ends_is_stopped():
     criterion = checked(1, r"(\w|\w\w)+\d")
-    with pytest.raises(TimeoutError):  # an OSError, which main says in one sentence
+    with pytest.raises(rsd.UserError, match="takes over 0.1 s"):
         rsd.check_criterion(criterion, "a" * 100, seconds=0.1)
     assert rsd.check_criterion(criterion, "short 7") is False
     assert rsd.check_criterion(criterion, "short7") is True
@@ -1654,7 +1655,7 @@ def test_answers_are_judged_and_nobody_is_asked_twice(judging, capsys):
 
 
 def test_means_and_standard_errors_by_hand(capsys):
-    rows = {f"q{k}": {"question": f"q{k}"} for k in range(4)}
+    rows = {(f"q{k}", "r"): {"question": f"q{k}", "reference_answer": "r"} for k in range(4)}
     lines = [row | {"text": "t", "tokens": 7, "truncated": 0.0} for row in rows.values()]
 
     def rate(text, row):
@@ -2429,7 +2430,8 @@ for number in range(n + 1):  # the first one lives
 def test_a_kill_leaves_whole_checkpoints_and_resume_goes_on_to_the_bit(n, by, base, tmp_path):
     words = with_flag(train_args(base, "")[:-2], "--save-every", 1)
     given = json.dumps([words, str(tmp_path), n, by])
-    subprocess.run([sys.executable, "-c", KILLER, given], cwd=REPO, check=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork with more of them waits for ever
+    subprocess.run([sys.executable, "-c", KILLER, given], cwd=REPO, check=True, env=env)
     killed = 0
     for number in range(n + 1):
         out = tmp_path / str(number)
@@ -3036,7 +3038,7 @@ def credit_page(base, tmp_path_factory):
     write_lines(run / "metrics.jsonl", curves)
     out = where / "new" / "credit.html"
     words = ["inspect", "--model", base, "--data", data, "--prompts", TOY, "--compare", run]
-    words += ["--teacher-context", "rubric+answer", "--limit", 3]
+    words += ["--run", run, "--teacher-context", "rubric+answer", "--n", 3]
     words += ["--max-new-tokens", 20, "--out", out]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         code = rsd.main(list(map(str, words)))
@@ -3278,16 +3280,37 @@ def named(*weights):
     return [{"title": "", "description": "X", "weight": w} for w in weights]
 
 
-FORMS = [  # strings, RaR's words, HealthBench, RubricHub, ResearchRubrics
-    (["Essential Criteria: X", "Pitfall: X"],
+PRBENCH = [
+    {"id": "a", "title": "X", "annotations": {"criteria_category": "c", "criteria_description": "X",
+        "weight_class": word, f"{word.replace(' ', '_')}_weight": points, "unset_weight": None}}
+    for word, points in (("critically important", 9), ("detrimental", -6))
+]
+FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, PaperBench ...
+    (["Essential Criteria: X", "Major: X"],
         [{"title": "Essential", "description": "X", "weight": 5},
-         {"title": "Pitfall", "description": "X", "weight": -1}]),
+         {"title": "Major", "description": "X", "weight": 3}]),
     ([{"criterion": "X", "points": 7, "tags": ["level:example"]}], named(7)),
     ([{"criterion": "X", "weight": 5.0, "axis": "Explicit Criteria"}], named(5)),
-    ([{"criterion_description": "X", "criterion_weight": "important"}], named(3)),
-    ({"rubrics": [LAW, UNIT]}, [LAW, UNIT]), (BOTH, [LAW, UNIT]),
-    ([{"requirement": "X", "importance": 2}, {"question": "X", "score": "-1"}], named(2, -1)),
-    (["[+4] X", "[-0.5] X"], named(4, -0.5)), (["X"], named(1)),
+    ([{"criterion_description": "X", "criterion_weight": w, "criterion_type": ["Reasoning"]}
+      for w in ("Critical", "Major", "Minor", "Additional")], named(4, 3, 2, 1)),
+    (PRBENCH, named(9, -6)),
+    (json.dumps({"query": "q", "rubrics": [LAW | {"weight": 0.25}]}), [LAW | {"weight": 0.25}]),
+    ({"rubric": [LAW, UNIT]}, [LAW, UNIT]), (BOTH, [LAW, UNIT]),
+    ([{"rubric_item": "X", "weight": 2}, {"requirement": "X", "weight": "2 points"}], named(2, 2)),
+    ([{"requirements": "X", "weight": "5 (essential)"}], named(5)),
+    ([{"item": "X", "score": "-1"}], named(-1)),
+    (["Points: 0.5, Item: X", "points: −2, item: X"], named(0.5, -2)),
+    (["[+4] X", "[−3] X", "[2 points] X"], named(4, -3, 2)),
+    (["5 points: X", "-2 pts - X", "X (3 points)", "X [weight: -1]"], named(5, -2, 3, -1)),
+    ("[5] X\n[-1] X", named(5, -1)),
+    ("Points: 1, Item: X\nand more\nPoints: 2, Item: X",
+        [named(1)[0] | {"description": "X\nand more"}, *named(2)]),
+    ([{"description": "X", "weight": "pitfall"}], named(-1)),
+    (["X"], named(1)), ("1. X\n2. [4] X", named(1, 4)), ("- X", named(1)),
+    ({"query": "q", "positive_rubrics": [{"text": "X"}], "negative_rubrics": [{"text": "X"}]},
+        named(1, -1)),
+    ({"sections": [{"name": "A", "tags": ["b"], "criteria": ["[2] X"]}]}, named(2)),
+    ({"force": {"question": "X", "importance": "major"}}, named(3)),
     ([{"statement": "X", "points": 2, "type": "penalty"}], named(-2)),
     ([LAW | {"check": "4 m"}], [LAW | {"check": "4 m"}]),
     ([], None), (" ", None), (None, None),
@@ -3298,8 +3321,6 @@ REFUSED = [
     [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
     [{"criterion": "X", "max_score": 10, "score": 7}],  # points that an answer was given
     [LAW | {"sub_tasks": [LAW, UNIT]}],  # and no tree is read in part
-    {"sections": [{"name": "A", "criteria": ["[2] X"]}]}, ["Points: 5, Item: X"], ["5 points: X"],
-    ["X (3 points)"], ["-2: X"], ["1. X"], {"positive": [LAW], "negative": [UNIT]},
     *[f'[{{"title": "T", "description": "D", "weight": {w}}}]' for w in BAD_WEIGHTS if w != "null"],
 ]
 
@@ -3439,7 +3460,7 @@ BAD = {  # file -> its content, and words of the one sentence
     "empty.jsonl": ("", ["no rows"]),
     "line.jsonl": (json_line("a") + '{"quest', ["line.jsonl, line 2"]),
     "list.jsonl": ("[1]\n", ["list.jsonl, line 1"]),
-    "column.jsonl": ('{"question": "a", "reply": "b"}\n', ["row 1", "reference_answer", "reply"]),
+    "column.jsonl": ('{"query": "a", "reply": "b"}\n', ["row 1", "question", "reply"]),
     "blank.jsonl": (json_line("a", "") + json_line(" ", ""), ["row 2", "empty"]),
     "rubric.jsonl": (json_line("a", rubric=[{"title": "x"}]), ["row 1", "criterion"]),
     "string.jsonl": (json_line("a", rubric="[{"), ["row 1", "States the law"]),
@@ -3733,7 +3754,7 @@ def test_grpo_leaves_out_and_counts_what_it_cannot_grade(base, tmp_path, capsys)
 
     words = with_flag(words, "--out", tmp_path / "other")
     message = error_of(with_flag(words, "--method", "grpo-rubric"), capsys)
-    assert "left out 8 of 8 rows" in message
+    assert "no row is left of 8" in message
 
 
 class Calls:
@@ -3811,7 +3832,7 @@ def test_every_row_of_the_comparison_trains_and_tests(comparison, tmp_path, monk
 # Every refusal: a command line -> what the one sentence says.
 REFUSED = {
     "eval --data nope": "--data nope: looked for nope",
-    "eval --data none.jsonl": "No such file or directory: 'none.jsonl'",
+    "eval --data none.jsonl": "--data none.jsonl, --split test: there is no none.jsonl",
     "train --rubrics none.jsonl": "--rubrics none.jsonl",
     "train --rubrics random": "--rubrics random",
     "eval --model ./none --data toy": "./none",
@@ -3819,7 +3840,7 @@ REFUSED = {
     "eval --prompts none": "none",
     "eval --writer nope": "nope.txt",
     "eval --split nope": "nope.jsonl",
-    "eval --prompts bad --writer blind": "no blind.txt with a {question} in it",
+    "eval --prompts bad --writer blind": "blind.txt: it has no {question}",
     # settings that cannot be trained
     "train --stage rubric --method sft": "--stage rubric goes with --method rsd",
     "train --method grpo": "needs --rollouts 2 or more",
