@@ -1084,6 +1084,18 @@ def reference_writes(tokenizer, examples):
     return episodes
 
 
+def written_text(tokenizer, prompt, ids):
+    """The text that the ids of a completion say, without special tokens. Tags of thinking become
+    <think> and </think>, also where they are special tokens; the prompt's end may open one."""
+    is_open = after_thinking(tokenizer.decode(prompt[-12:])) is None
+    text = tokenizer.decode(ids)
+    text = THINKING_TAG.sub(lambda tag: "</think>" if tag["closes"] else "<think>", text)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content not in ("<think>", "</think>"):
+            text = text.replace(token.content, "")
+    return "<think>" + text if is_open else text
+
+
 @dataclass
 class ModelWriter:
     """A model of this process. Its prompts are token ids; `sample` (prompts of ids -> pairs of ids
@@ -1101,8 +1113,8 @@ class ModelWriter:
 
     def __call__(self, prompts):
         written = []
-        for ids, stopped, *_ in self.sample(prompts):
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        for prompt, (ids, stopped, *_) in zip(prompts, self.sample(prompts)):
+            text = written_text(self.tokenizer, prompt, ids)
             written.append(Written(text, len(ids), stopped))
         return written
 
@@ -1435,6 +1447,8 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     state["teacher"] = {name: p for name, p in theirs if id(p) not in shared}
     state["optimizer"] = optimizer.state_dict()
     state["saved"].append(len(state["metrics"]))
+    is_finite = all(p.isfinite().all() for p in student.parameters())
+    require(is_finite, f"--out {out}: the last step left weights that are no numbers; not saved.")
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
     part = out / ".rsd-part"
@@ -1591,6 +1605,7 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
 
 def page_files(out):
     """The page and its figures. UserError: one of them is a file that inspect did not make."""
+    require(out.suffix == ".html", f"--out {out}: give the page a name that ends with .html.")
     skeleton = (HERE / "prompts" / "inspect.html").read_text(encoding="utf-8")
     for file, beginning in ((out, skeleton[:200]), (out.with_suffix(".json"), '{"curves": [')):
         own = not file.exists() or file.read_bytes().startswith(beginning.encode())
@@ -1754,7 +1769,9 @@ def read_criterion(item):
     if re.search("(?i)negative|penalty", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
-    if isinstance(item.get("check"), str):
+    if item.get("check") is not None:
+        if not (isinstance(item["check"], str) and item["check"]):
+            raise ValueError("a check is a regular expression, as a text that is not empty")
         criterion["check"] = regex.compile(item["check"]).pattern
     return criterion
 
@@ -2404,7 +2421,8 @@ def training_writer(args, writer, author):
         return [replace(e, writer_log_probs=()) for e in episodes]  # they are of another context
 
     def look_at(e):
-        text = tokenizer.decode(e.completion_ids, skip_special_tokens=True)
+        seen = e.teacher_ids if method.writer == "teacher" else e.prompt_ids
+        text = written_text(tokenizer, seen, e.completion_ids)
         e.scores = {"leak": float(bool(LEAK.search(text)))}
         if args.stage == "reason":
             e.scores |= score(text, e.row)
@@ -2500,6 +2518,11 @@ def cmd_train(args):
     out = Path(args.out).resolve()
     method = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
+    is_told = re.search(r"\{(rubric|feedback)", templates[1]) or args.stage != "reason"
+    require(
+        is_told or method.sees != "rubric",
+        f"{args.prompts}/{args.teacher_context}.txt: a teacher of {args.method} needs a {{rubric}}.",
+    )
     rows = load_questions(args)
     seen = crc32(repr((templates, rows)).encode())
     held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
@@ -2718,4 +2741,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a letter
     leave(main())

@@ -2715,6 +2715,40 @@ def test_what_shapes_a_line_is_its_origin_and_nothing_else(base, tmp_path, capsy
     assert out.read_bytes() == content
 
 
+@pytest.mark.parametrize("special, tail, completion, accuracy", [  # of templates in use
+    ([], "<think>\n", r"Perhaps \boxed{4}? Let me", 0), ([], "<think>\n", r"4.</think> \boxed{4}.", 1),
+    ([], "<think>\n\n</think>\n", r"So \boxed{4}.", 1), ([], "", r"So \boxed{4}.", 1),
+    (["[THINK]", "[/THINK]"], "", r"[THINK]Perhaps \boxed{4}? Let me", 0),
+    (["[THINK]", "[/THINK]"], "", r"[THINK]Perhaps \boxed{4}?[/THINK]It is five.", 0),
+    (["<|channel>", "<channel|>"], "", "<|channel>thought\nPerhaps \\boxed{4}? Let me", 0),
+    (["<seed:think>", "</seed:think>"], "", r"<seed:think>Perhaps \boxed{4}? Let me", 0),
+    (["<think>", "</think>"], "", r"<think>Perhaps \boxed{4}? Let me", 0),
+    (["<|channel|>", "<|message|>"], "", r"<|channel|>analysis<|message|>Perhaps \boxed{4}?", 0),
+])
+def test_unfinished_thinking_is_no_answer_wherever_it_was_opened(
+    tok, special, tail, completion, accuracy
+):
+    other = copy.deepcopy(tok)
+    other.add_tokens([tokenizers.AddedToken(name, special=True) for name in special])
+    prompt = other.encode("<|im_start|>assistant\n" + tail, add_special_tokens=False)
+    ids = other.encode(completion, add_special_tokens=False) + [other.eos_token_id]
+    (written,) = rsd.ModelWriter(lambda prompts: [(ids, True)], other, math.inf)([prompt])
+    assert rsd.accuracy(written.text, {"reference_answer": "4"}) == accuracy
+    assert "<|im_end|>" not in written.text
+
+
+def test_eval_leaves_out_what_a_checkpoint_was_trained_on(base, run, tmp_path, capsys):
+    trained = json.loads((rsd.Path(rsd.last_checkpoint(run)) / "questions.json").read_text())
+    rows = toy_rows("train", 12)  # those of the run, and others
+    others = [row for row in toy_rows("train", 40, 1) if rsd.question_hash(row) not in trained]
+    assert set(map(rsd.question_hash, rows)) == set(trained)
+    assert rsd.without_trained(rows[:3] + others, str(run)) == others
+    assert f"left out 3 of {3 + len(others)} rows" in capsys.readouterr().out
+    assert rsd.without_trained(rows, str(base)) == rows
+    with pytest.raises(rsd.UserError, match="trained on all of these questions"):
+        rsd.without_trained(rows, str(run))
+
+
 def test_answers_of_a_run_are_those_of_its_last_checkpoint(base, run, tmp_path, capsys):
     words = ["eval", "--model", run, "--data", "toy", "--limit", 1, "--max-new-tokens", 4]
     words += ["--out", tmp_path / "e.jsonl"]
@@ -3841,6 +3875,12 @@ REFUSED = {
     "eval --writer nope": "nope.txt",
     "eval --split nope": "nope.jsonl",
     "eval --prompts bad --writer blind": "blind.txt: it has no {question}",
+    "eval --prompts bad --writer typo": "typo.txt: nothing fills ['anwser']",
+    "eval --prompts bad --writer latin": "latin.txt: it is no UTF-8",
+    "train --teacher-context answer": "answer.txt: a teacher of rsd needs a {rubric}",
+    "inspect --out page.json": "--out page.json: give the page a name that ends with .html",
+    "train --divergence sampled --temperature .7": "only on the student's samples at temperature 1",
+    "train --divergence sampled --method rsd-teacher": "only on the student's samples",
     # settings that cannot be trained
     "train --stage rubric --method sft": "--stage rubric goes with --method rsd",
     "train --method grpo": "needs --rollouts 2 or more",
@@ -3881,6 +3921,8 @@ def test_a_refusal_is_one_sentence(line, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad").mkdir()
     Path("bad/blind.txt").write_text("Answer it.")
+    Path("bad/typo.txt").write_text("{question} {anwser}")
+    Path("bad/latin.txt").write_bytes("{question} ö".encode("latin-1"))
     assert REFUSED[line] in error_of(line.split(), capsys)
     assert not Path("runs").exists() or not any(Path("runs").rglob("*.safetensors"))
 
