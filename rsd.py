@@ -2519,15 +2519,12 @@ def cmd_train(args):
     method = METHODS[args.method]
     templates = prompt_files(args, args.student_context, args.teacher_context)
     is_told = re.search(r"\{(rubric|feedback)", templates[1]) or args.stage != "reason"
-    require(
-        is_told or method.sees != "rubric",
-        f"{args.prompts}/{args.teacher_context}.txt: a teacher of {args.method} needs a {{rubric}}.",
-    )
+    file = f"{args.prompts}/{args.teacher_context}.txt"
+    require(is_told or method.sees != "rubric", f"{file}: a teacher of rsd needs a {{rubric}}.")
     rows = load_questions(args)
     seen = crc32(repr((templates, rows)).encode())
     held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
-    history = state["metrics"]
-    start = len(history)
+    history, start = state["metrics"], len(state["metrics"])
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts
     compiled = is_compiled(args, completions)
@@ -2543,11 +2540,12 @@ def cmd_train(args):
     state["questions"] = sorted({question_hash(e.row) for e in examples})
     is_asked = args.kl or method.signal == "divergence"
     on_gpu = torch.cuda.is_available()
+    has_room = on_gpu and torch.cuda.get_device_properties().total_memory > 64e9
     steps = train(
         student, teacher if is_asked else None, examples, training_writer(args, writer, author),
         training_loss(args, compiled), optimizer, args.steps, args.batch, args.lr, args.warmup,
         args.seed, start, RANK, teacher if args.teacher == "ema" else None,
-        token_budget=args.token_budget or (16384 if on_gpu else 8192),
+        token_budget=args.token_budget or (16384 if has_room else 8192),
         chunk=192_000_000 if on_gpu else 24_000_000,
         split=my_micro_batches, combine=sum_over_processes,
     )
@@ -2564,7 +2562,7 @@ def cmd_train(args):
     all_gather("the others wait for the last save")
     held_out = "OTHER-QUESTIONS.jsonl" if Path(args.data).is_file() else args.data
     where = f"--model {args.out} --data {held_out} --prompts {args.prompts}"
-    say(f"saved {out}; next: python rsd.py eval {where} --out {args.out}-answers.jsonl")
+    say(f"saved {out}; next: python rsd.py eval {where} --out {args.out}.jsonl")
     return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 
