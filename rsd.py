@@ -173,7 +173,8 @@ def context_ids(tokenizer, template, fields, thinking=False):
     This is the only builder of prompts, for training and for evaluation, for student and teacher.
     """
     chat = [{"role": "user", "content": fill(template, fields)}]
-    return chat_ids(tokenizer, chat, add_generation_prompt=True, enable_thinking=thinking)
+    switches = dict.fromkeys(("enable_thinking", "thinking", "reasoning"), thinking)
+    return chat_ids(tokenizer, chat, add_generation_prompt=True, **switches)
 
 
 # ---- 2. Sampling: prompt ids in, completion ids out ---------------------------------------------
@@ -1079,6 +1080,8 @@ def reference_writes(tokenizer, examples):
     episodes = []
     for e in examples:
         solution = [{"role": "assistant", "content": e.row["solution"]}]
+        is_open = after_thinking(tokenizer.decode(e.prompt_ids[-12:])) is None
+        require(not is_open, "the chat template opens a thinking, which the references lack.")
         ids = chat_ids(tokenizer, solution, JUST_TEXT) + [turn_end(tokenizer)]
         episodes.append(replace(e, completion_ids=ids, stopped=True))
     return episodes
@@ -1420,6 +1423,10 @@ def lock(path):
 
 LOCK = "rsd.lock"  # the folder that holds this file is a run's
 MAY_CHANGE = ("out", "resume", "steps", "save_every")  # settings, where a run goes on
+NOT_TO_THE_BIT = (  # these may, too, but sums and samples then differ in their last digits or more
+    "token_budget", "batch_size", "gradient_checkpointing", "engine", "engine_memory", "compile",
+    "processes",
+)
 
 
 def last_checkpoint(folder):
@@ -1498,8 +1505,12 @@ def open_run(out, settings, resume):
         except Exception as error:  # of torch and pickle
             message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
             raise UserError(message) from error
-        changed = [f"{name} was {was.get(name)}" for name in now if was.get(name) != now[name]]
-        require(not changed, f"--out {out} holds a run with other settings: {', '.join(changed)}.")
+        changed = [name for name in now if was.get(name) != now[name]]
+        other = [f"{name} was {was.get(name)}" for name in changed if name not in NOT_TO_THE_BIT]
+        require(not other, f"--out {out} holds a run with other settings: {', '.join(other)}.")
+        if changed:
+            say(f"note: other {', '.join(changed)}: it goes on, but is not the same run to the bit")
+        state["settings"] = now
     if RANK == 0:
         lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
         (out / "metrics.jsonl").write_text("".join(lines))
@@ -2400,6 +2411,16 @@ def cmd_judge(args):
 # -- train
 
 
+def training_prompts(args):
+    """The prompt files of student and teacher. UserError: a rubric's teacher would not see it."""
+    templates = prompt_files(args, args.student_context, args.teacher_context)
+    needs_rubric = METHODS[args.method].sees == "rubric" and args.stage == "reason"
+    is_told = re.search(r"\{(rubric|feedback)", templates[1])
+    file = f"{args.prompts}/{args.teacher_context}.txt"
+    require(is_told or not needs_rubric, f"{file}: a teacher of rsd needs a {{rubric}}.")
+    return templates
+
+
 def training_writer(args, writer, author):
     """Step 1 of `train_step` for this method: examples -> episodes, written by the model `author`,
     graded and masked."""
@@ -2517,13 +2538,11 @@ def cmd_train(args):
     """Train a student, by default towards its rubric-guided teacher; --out gets checkpoints."""
     out = Path(args.out).resolve()
     method = METHODS[args.method]
-    templates = prompt_files(args, args.student_context, args.teacher_context)
-    is_told = re.search(r"\{(rubric|feedback)", templates[1]) or args.stage != "reason"
-    file = f"{args.prompts}/{args.teacher_context}.txt"
-    require(is_told or method.sees != "rubric", f"{file}: a teacher of rsd needs a {{rubric}}.")
+    templates = training_prompts(args)
     rows = load_questions(args)
     seen = crc32(repr((templates, rows)).encode())
-    held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
+    kept = {"data and prompts": seen, "processes": WORLD_SIZE}
+    held, state = open_run(out, vars(args) | kept, args.resume)
     history, start = state["metrics"], len(state["metrics"])
     require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts

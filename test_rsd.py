@@ -378,6 +378,21 @@ def test_the_thinking_flag_reaches_student_and_teacher(tok, words, tail):
         assert other.decode(ids).endswith(tail)
 
 
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking", "reasoning"])
+def test_thinking_is_switched_under_each_name_that_templates_have(switch, tok):
+    other = copy.deepcopy(tok)
+    other.chat_template = (
+        f"{{% if {switch} is not defined %}}{{% set {switch} = true %}}{{% endif %}}"
+        f"{{{{ messages[0].content }}}}{{{{ '<think>' if {switch} else '<think></think>' }}}}"
+    )
+    for thinking, end in ((False, "<think></think>"), (True, "x<think>")):
+        ids = rsd.context_ids(other, "{question}", {"question": "x"}, thinking)
+        assert other.decode(ids).endswith(end)
+    episode = rsd.Episode({"solution": "4"}, ids, ids)
+    with pytest.raises(rsd.UserError, match="opens a thinking"):
+        rsd.reference_writes(other, [episode])
+
+
 def test_stop_ids_are_a_set(tok):
     model = tiny(tok)
     model.generation_config.eos_token_id = [7, 0]
@@ -2507,6 +2522,15 @@ def test_a_run_its_model_its_data_and_its_prompts_may_move(base, tmp_path, capsy
     assert files_of(there / "run") == before
     assert rsd.main(words_in(there)) == 0
     assert len(metrics_of(there / "run")) == 4
+
+
+def test_memory_may_change_where_a_run_goes_on_and_that_is_said(base, half, runs, capsys):
+    words = [*train_args(base, half, "--resume"), "--token-budget", 60, "--batch-size", 3]
+    assert rsd.main([*map(str, words)]) == 0
+    said = "note: other batch_size, token_budget: it goes on, but is not the same run to the bit"
+    assert said in capsys.readouterr().out
+    losses = [[step["loss"] for step in metrics_of(run)] for run in (half, runs / "fixed")]
+    assert losses[0][:2] == losses[1][:2] and len(losses[0]) == 4
 
 
 # -- what a run refuses
