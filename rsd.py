@@ -817,7 +817,8 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
     "textrm, textnormal, mathrm, mathbf, mathit, rm, bf, mbox, operatorname, left, right, quad, "
     "qquad, thinspace, meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, "
     "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
-    "mole mol, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %").split(", "))
+    "mole mol, minute min, hr hour, h hour, hour hour, kilometer km, centimeter cm, "
+    "millimeter mm, kilogram kg, percent %").split(", "))
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
@@ -1169,8 +1170,9 @@ class StaticSampler:
         for done in range(0, self.max_new_tokens, self.stage):
             unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
             begun = [prompts[i] + written[i][0] for i in unfinished]
+            fill_up = -len(begun) % min(8, self.sampling.get("batch_size", 8))  # few sizes of batches
             more = sample_completions(
-                self.copy, begun + begun[:1] * (-len(begun) % 8), self.stop,
+                self.copy, begun + begun[:1] * fill_up, self.stop,
                 min(self.stage, self.max_new_tokens - done), **self.sampling,
                 multiple=128, cache_implementation="static",  # few sizes, since each is compiled
             )
@@ -1749,9 +1751,10 @@ WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfB
 WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
 STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
     rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
-    r"(?=\[|points?:|[-+−–]|[\d.]+ ?p)"
-    rf"\[?(?:points?: ?)?{WEIGHT} ?[]:,–-](?: ?item:)?(?P<item>.+)",
-    rf"(?P<item>.+)[(\[](?=[^)]{{0,20}}[a-z])(?:weight: ?)?{WEIGHT}[)\]]\.?",
+    rf"[\[(] ?(?:points?: ?|weight:? ?)?{WEIGHT} ?[\])]:?(?P<item>.+)",  # in brackets, in front
+    rf"(?=[-+−–]|points?:|[\d.]+ ?(?:points?|pts?)\b)(?:points?: ?)?{WEIGHT}"  # or without
+    r" ?(?:[:–-]|, ?item:|(?=[^\W\d]))(?P<item>.+)",
+    rf"(?P<item>.+) [(\[](?=[-+−–]|[^)\]]{{0,20}}[a-z])(?:weight:? ?)?{WEIGHT}[)\]]\.?",
 ]
 FORMS = '"States the law", "[5] States the law" or {"description": "States the law", "weight": 5}'
 LISTS = ("criteria", "rubric", "rubrics")
@@ -1961,7 +1964,7 @@ def question_hash(row):
 def without_trained(rows, model):
     """Rows less those whose question a checkpoint of `train` was trained on; they are counted."""
     trained = Path(last_checkpoint(model) or model, "questions.json")
-    known = json.loads(trained.read_text()) if trained.is_file() else []
+    known = set(json.loads(trained.read_text())) if trained.is_file() else ()
     kept = [row for row in rows if question_hash(row) not in known]
     if len(kept) < len(rows):
         say(f"left out {len(rows) - len(kept)} of {len(rows)} rows that {model} was trained on")
@@ -2388,9 +2391,14 @@ def report(lines, name, row_of, rate):
     return summary
 
 
+def tries_of(args):
+    """How often a text that cannot be read is asked for: once where it would only be repeated."""
+    return 3 if args.temperature > 0 else 1
+
+
 def cmd_generate(args):
     """Write a rubric for every question."""
-    ask = functools.partial(generate_rubrics, parse=parse_rubric)
+    ask = functools.partial(generate_rubrics, parse=parse_rubric, tries=tries_of(args))
     columns = ("question", "reference_answer", "solution")
     return write_lines(args, "rubric", columns, ask, score_rubric)
 
@@ -2405,7 +2413,8 @@ def cmd_eval(args):
 def cmd_judge(args):
     """Ask a model which criteria of its rubric each answer of eval's --out meets."""
     columns = ("question", "reference_answer", "response", "rubric", "sample")
-    return write_lines(args, "judge", columns, judge, judge_scores)
+    ask = functools.partial(judge, tries=tries_of(args))
+    return write_lines(args, "judge", columns, ask, judge_scores)
 
 
 # -- train
@@ -2549,7 +2558,8 @@ def cmd_train(args):
     compiled = is_compiled(args, completions)
     student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
     author = teacher if method.writer == "teacher" else student
-    writer = model_writer(args, author, tokenizer, completions)
+    samples = completions if method.writer != "reference" else 0
+    writer = model_writer(args, author, tokenizer, samples)
     needs = [method.reward] if method.reward else []
     if method.writer == "reference":
         needs.append("solution")
@@ -2579,6 +2589,8 @@ def cmd_train(args):
         if is_last or step % args.save_every == 0:
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
+    if start >= args.steps:
+        say(f"{out} has {start} steps already; nothing was trained")
     held_out = "OTHER-QUESTIONS.jsonl" if Path(args.data).is_file() else args.data
     where = f"--model {args.out} --data {held_out} --prompts {args.prompts}"
     say(f"saved {out}; next: python rsd.py eval {where} --out {args.out}.jsonl")

@@ -1661,12 +1661,12 @@ def test_answers_are_judged_and_nobody_is_asked_twice(judging, capsys):
     assert "judge: none for 2 of 4, because: {'not a verdict for each one': 2}" in said
     health = (5 / 8 + 1) / 2  # (5 + 3) / 8 = 1
     assert re.search(rf"rubric_score +{health:.3f} \+- .* n 2\)", said)
-    assert asked == [4, 2, 2]
+    assert asked == [4]
     verdicts = [line["judge"] for line in rsd.read_jsonl(Path("v.jsonl"))]
     assert [verdict is None for verdict in verdicts] == [False, True, True, False]
 
     assert rsd.main(["judge", *flags]) == 0
-    assert asked == [4, 2, 2]
+    assert asked == [4]
 
 
 def test_means_and_standard_errors_by_hand(capsys):
@@ -3364,6 +3364,11 @@ FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, 
     ("Points: 1, Item: X\nand more\nPoints: 2, Item: X",
         [named(1)[0] | {"description": "X\nand more"}, *named(2)]),
     ([{"description": "X", "weight": "pitfall"}], named(-1)),
+    (["(-5) X", "-5 X", "-5 points X", "X (-5)", "X [-5]", "5 points X", "(5 pts) X"],
+        named(-5, -5, -5, -5, -5, 5, 5)),
+    (["[1, 2] X", "-1, 0 X", "5 pears", "f(-5)"],  # these state none
+        [{"title": "", "description": d, "weight": 1}
+         for d in ("[1, 2] X", "-1, 0 X", "5 pears", "f(-5)")]),
     (["X"], named(1)), ("1. X\n2. [4] X", named(1, 4)), ("- X", named(1)),
     ({"query": "q", "positive_rubrics": [{"text": "X"}], "negative_rubrics": [{"text": "X"}]},
         named(1, -1)),
