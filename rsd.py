@@ -13,14 +13,15 @@ plays two parts, and one step of training is this:
      The gradient flows through the student only; this N counts the tokens of the whole step.
   5. The optimizer takes one step. After training the student needs no rubric.
 
-`train_step`, at the end of section 4, is these five steps as code. Stop there and you know the
-method; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, the others a trainer.
+`train_step`, in section 4, is these five steps as code, and `train` behind it the loop. Stop there
+and you know the method; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, the
+others a trainer.
 
-  python rsd.py demo                                      the whole method on a toy, on a laptop CPU
-  python rsd.py generate --model Qwen2.5-7B-Instruct write a rubric for every question
-  python rsd.py train    --model Qwen2.5-1.5B        train against the rubric-guided teacher
-  python rsd.py eval     --model runs/train               answer held-out questions and grade them
-  python rsd.py inspect  --model Qwen2.5-1.5B        see which tokens the rubric moves
+  python rsd.py demo                                   the whole method on a toy, on a laptop CPU
+  python rsd.py generate --model Qwen2.5-7B-Instruct   write a rubric for every question
+  python rsd.py train    --model Qwen2.5-1.5B          train against the rubric-guided teacher
+  python rsd.py eval     --model runs/train            answer held-out questions and grade them
+  python rsd.py inspect  --model Qwen2.5-1.5B          see which tokens the rubric moves
 
   paper (arXiv 2606.19327)      code                  shapes
   x, y*, z                      question,             B sequences, T tokens of one of them,
@@ -694,8 +695,6 @@ def signed_weight(criterion):
 
 
 MET = {True: "met", False: "not met", None: "not checked"}
-
-
 PLACEHOLDERS = {  # of prompt files
     "question", "answer", "solution", "rubric", "rubric_json", "feedback", "response",
     "statements", "fence",
@@ -969,7 +968,7 @@ def check_criterion(criterion, text, seconds=2.0):
 
 def score(text, row):
     """{"accuracy": 0 or 1, "rubric_score": 0 to 1}, each None where it takes a judge: a reference
-    that is not `gradable`, and criteria without a `check` to search for."""
+    that `grade` calls n/a, and criteria without a `check` to search for."""
     rubric = row.get("own_rubric", row.get("rubric"))
     met = [check_criterion(c, text) for c in rubric or ()]
     return {"accuracy": accuracy(text, row), "rubric_score": rubric_score(rubric, met)}
@@ -1102,8 +1101,8 @@ def written_text(tokenizer, prompt, ids):
 
 @dataclass
 class ModelWriter:
-    """A model of this process. Its prompts are token ids; `sample` (prompts of ids -> pairs of ids
-    and stopped) does the writing, so that another engine can take its place."""
+    """A model of this process. Its prompts are token ids; `sample` (as `model_writes` takes it)
+    does the writing, so that another engine can take its place."""
 
     sample: Callable
     tokenizer: object
@@ -1170,7 +1169,7 @@ class StaticSampler:
         for done in range(0, self.max_new_tokens, self.stage):
             unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
             begun = [prompts[i] + written[i][0] for i in unfinished]
-            fill_up = -len(begun) % min(8, self.sampling.get("batch_size", 8))  # few sizes of batches
+            fill_up = -len(begun) % min(8, self.sampling.get("batch_size", 8))
             more = sample_completions(
                 self.copy, begun + begun[:1] * fill_up, self.stop,
                 min(self.stage, self.max_new_tokens - done), **self.sampling,
@@ -2275,7 +2274,7 @@ def prompt_files(args, *names):
         found = set(PLACEHOLDER.findall(texts[-1]))
         require("question" in found, f"{path}: it has no {{question}}.")
         unknown = sorted(found - PLACEHOLDERS)
-        require(not unknown, f"{path}: nothing fills {unknown}; it may hold {sorted(PLACEHOLDERS)}.")
+        require(not unknown, f"{path}: nothing fills {unknown}; known: {sorted(PLACEHOLDERS)}.")
     return texts
 
 

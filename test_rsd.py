@@ -2551,7 +2551,7 @@ def pickled(thing):
 
 TENSORS, TRAINER = "checkpoint-4/model.safetensors", "checkpoint-4/trainer.pt"
 EMPTY = safetensors.torch.save({}, {"format": "pt"})
-REFUSED = [  # a finished run's files that change (None: is lost), flags, words of the sentence
+REFUSED_RUNS = [  # a finished run's files that change (None: is lost), flags, words of the sentence
     ({}, [], "add --resume"),
     ({TRAINER: None}, [], "add --resume"),
     ({}, ["--resume", "--lr", "0.5"], "lr was 0.001"),
@@ -2567,7 +2567,7 @@ REFUSED = [  # a finished run's files that change (None: is lost), flags, words 
 ]
 
 
-@pytest.mark.parametrize("files, more, word", REFUSED, ids=range(len(REFUSED)))
+@pytest.mark.parametrize("files, more, word", REFUSED_RUNS, ids=range(len(REFUSED_RUNS)))
 def test_an_out_that_does_not_fit_is_one_sentence_and_left_alone(
     files, more, word, base, run, tmp_path, capsys, monkeypatch
 ):
@@ -3378,7 +3378,7 @@ FORMS = [  # of RaR, HealthBench, ResearchRubrics, ProfBench, PRBench, DR-Tulu, 
     ([LAW | {"check": "4 m"}], [LAW | {"check": "4 m"}]),
     ([], None), (" ", None), (None, None),
 ]
-REFUSED = [
+REFUSED_RUBRICS = [
     [["x", 5]], [None], [3], "3", "{", {"a": 1}, [{"points": 3}], "[" * 5000, '["x', "| a | 5 |",
     [{"criterion": "X", "points": True}], [{"criterion": "X", "points": "many"}],
     [{"criterion": "...", "points": 3}], [LAW | {"check": "("}], [{"title": "x"}],
@@ -3393,7 +3393,7 @@ def test_forms_of_rubric_files(value, rubric):
     assert rsd.read_rubric(value) == rubric
 
 
-@pytest.mark.parametrize("value", REFUSED)
+@pytest.mark.parametrize("value", REFUSED_RUBRICS)
 def test_a_rubric_that_cannot_be_read_is_refused(value):
     with pytest.raises((ValueError, regex.error)):
         rsd.read_rubric(value)
@@ -3893,7 +3893,7 @@ def test_every_row_of_the_comparison_trains_and_tests(comparison, tmp_path, monk
 
 
 # Every refusal: a command line -> what the one sentence says.
-REFUSED = {
+REFUSED_LINES = {
     "eval --data nope": "--data nope: looked for nope",
     "eval --data none.jsonl": "--data none.jsonl, --split test: there is no none.jsonl",
     "train --rubrics none.jsonl": "--rubrics none.jsonl",
@@ -3945,14 +3945,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("line", REFUSED)
+@pytest.mark.parametrize("line", REFUSED_LINES)
 def test_a_refusal_is_one_sentence(line, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad").mkdir()
     Path("bad/blind.txt").write_text("Answer it.")
     Path("bad/typo.txt").write_text("{question} {anwser}")
     Path("bad/latin.txt").write_bytes("{question} ö".encode("latin-1"))
-    assert REFUSED[line] in error_of(line.split(), capsys)
+    assert REFUSED_LINES[line] in error_of(line.split(), capsys)
     assert not Path("runs").exists() or not any(Path("runs").rglob("*.safetensors"))
 
 
