@@ -67,7 +67,7 @@ import regex
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import InferenceClient
+from huggingface_hub.utils import http_backoff
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -119,7 +119,6 @@ class Episode:
     stopped: bool = False  # False: cut off at the limit of tokens
     writer_log_probs: list[float] = ()  # of its tokens, as the student's engine gave them
     advantage: float = 1.0  # weight of the policy gradient: 1 in SFT, (r - mean) / std in GRPO
-    train_from: int = 0  # the completion tokens before this one carry no loss
     scores: dict = field(default_factory=dict)  # how the completion was graded
 
 
@@ -209,13 +208,11 @@ def sample_completions(
         padding = [width - len(prompts[i]) for i in rows]  # on the left
         ids = [[0] * n + prompts[i] for n, i in zip(padding, rows)]
         mask = [[0] * n + [1] * (width - n) for n in padding]
-        is_mixed = model.device.type == "cuda" and model.dtype == torch.float32
-        with torch.autocast("cuda", torch.bfloat16, is_mixed):
-            out = sampler.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                generation_config=config,
-            )
+        out = sampler.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=config,
+        )
         for i, new in zip(rows, out[:, width:].tolist()):
             end = next((k + 1 for k, token in enumerate(new) if token in stop), None)
             completions[i] = new[:end], end is not None
@@ -321,15 +318,13 @@ BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
 
 
 def token_loss(
-    student, teacher, ids, advantage, writer_log_probs=None, signal="forward", kl=0.0, clip="none",
-    **options,
+    student, teacher, ids, advantage, writer_log_probs=None, signal="forward", kl=0.0, **options
 ):
     """Choice 3, the per-token signal, and what is logged of it.
 
     Logits [N, V] of student and teacher; ids, advantage and the log-probs that the engine gave the
     ids, all [N] -> loss, entropy and other figures, each [N]. forward, reverse and jsd are
-    `divergence` with these options; "divergence" is its value before it is clipped, "clipped" 1
-    where the clip changed it. The other two are policy gradients and take no option but kl, the
+    `divergence` with these options. The other two are policy gradients and take no option but kl, the
     weight of the reverse KL to the teacher. sampled: with the advantage log p_T - log p_S.
     advantage: with the given one; 1 makes it SFT's cross-entropy. Where the engine's log-probs are
     known, they are weighted by the student's probability over the engine's, cut at 2 (truncated
@@ -348,12 +343,7 @@ def token_loss(
         if kl:
             loss = loss + kl * divergence(student, teacher, beta=1.0)
     else:
-        loss = whole = divergence(student, teacher, BETAS[signal], clip=clip, **options)
-        if clip != "none":
-            with torch.no_grad():
-                whole = divergence(student, teacher, BETAS[signal], **options)
-            figures["clipped"] = (loss < whole - 1e-6).float()
-        figures["divergence"] = whole
+        loss = divergence(student, teacher, BETAS[signal], **options)
     return {"loss": loss, **figures}
 
 
@@ -440,19 +430,12 @@ def micro_batches(episodes, token_budget, devices=1):
         remaining = remaining[rows:]
 
 
-def trained_part(e):
-    """An episode's two contexts and completion; its first `train_from` tokens are context."""
-    given = e.completion_ids[: e.train_from]
-    return e.prompt_ids + given, e.teacher_ids + given, e.completion_ids[e.train_from :]
-
-
 def flatten(episodes, device):
     """The N trained tokens -> ids, advantage and the writer's log-probs (unknown: NaN), all [N]."""
     tokens = []
     for e in episodes:
-        advantages = itertools.repeat(e.advantage)
-        log_probs = e.writer_log_probs or itertools.repeat(math.nan)
-        tokens += list(zip(e.completion_ids, advantages, log_probs))[e.train_from :]
+        log_probs = e.writer_log_probs or [math.nan] * len(e.completion_ids)
+        tokens += [(i, e.advantage, log_prob) for i, log_prob in zip(e.completion_ids, log_probs)]
     tokens = torch.tensor(tokens, dtype=torch.float64, device=device)
     ids, advantage, log_probs = tokens.view(-1, 3).T
     return ids.long(), advantage.float(), log_probs.float()
@@ -484,12 +467,13 @@ def train_step(
     watch = Stopwatch()
     episodes = write(examples)  # 1. y ~ p_S(. | x)
     watch.lap("s_sampling")
-    trained = sum(len(trained_part(e)[2]) for e in episodes)
+    trained = sum(len(e.completion_ids) for e in episodes)
     count = max(1, trained)  # N of the whole step
     sums = Counter()
     on_gpu = student.device.type == "cuda"
     for batch in split(episodes, token_budget):
-        contexts, views, completions = zip(*map(trained_part, batch))
+        columns = ((e.prompt_ids, e.teacher_ids, e.completion_ids) for e in batch)
+        contexts, views, completions = zip(*columns)
         # Autocast would keep its copies of the weights to the end of the block: no cache.
         with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
             teacher_hidden = None
@@ -571,9 +555,9 @@ def train(
 
 
 def load_prompts(folder):
-    """Every prompt file FOLDER/NAME.txt as {NAME: text}."""
+    """Every prompt file FOLDER/NAME.txt as {NAME: text}; U+FFFD stands for what is no UTF-8."""
     files = Path(folder).glob("*.txt")
-    return {path.stem: path.read_text(encoding="utf-8").strip() for path in files}
+    return {path.stem: path.read_text("utf-8", errors="replace").strip() for path in files}
 
 
 def valid_unicode(text):
@@ -694,30 +678,29 @@ def signed_weight(criterion):
     return weight
 
 
-MET = {True: "met", False: "not met", None: "not checked"}
 PLACEHOLDERS = {  # of prompt files
-    "question", "answer", "solution", "rubric", "rubric_json", "feedback", "response",
-    "statements", "fence",
+    "question", "box", "answer", "reference", "solution", "rubric", "rubric_json", "response",
+    "statements", "fence", "analysis",
 }
 
 
 def row_fields(row):
-    """What a row can put into the placeholders of a prompt file; what it lacks is left out. "met"
-    says which criteria a completion meets, for {feedback}."""
+    """What a row can put into the placeholders of a prompt file; what it lacks is left out."""
     rubric = row.get("rubric") or []
-    met = row.get("met") or [None] * len(rubric)
-    titles = [f"{c['title']}: " if c["title"] else "" for c in rubric]
-    lines = [f"- {t}{c['description']} ({signed_weight(c):g})" for t, c in zip(titles, rubric)]
+    titled = [": ".join(filter(None, (c["title"], c["description"]))) for c in rubric]
+    lines = [f"- {text} ({signed_weight(c):g})" for text, c in zip(titled, rubric)]
     plain = [{name: c[name] for name in ("title", "description", "weight")} for c in rubric]
+    answer = row.get("reference_answer")
     fields = row | {
-        "answer": row.get("reference_answer"),
+        "answer": answer,
+        "reference": answer and "Reference answer: " + answer,
         "rubric": "\n".join(lines),
-        "feedback": "\n".join(f"{line}: {MET[m]}" for line, m in zip(lines, met)),
         "rubric_json": plain and json.dumps(plain, ensure_ascii=False),
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
         "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
     }
-    return {name: text for name, text in fields.items() if text and isinstance(text, str)}
+    filled = {name: text for name, text in fields.items() if text and isinstance(text, str)}
+    return dict.fromkeys(("box", "reference", "analysis"), "") | filled
 
 
 class Written(NamedTuple):
@@ -730,17 +713,20 @@ class Written(NamedTuple):
 
 
 def write_until_read(write, asked, read, name, tries=3):
-    """Ask `write` (prompts -> Written) for each (row, prompt), again for those that `read` (text,
-    row -> value or None, reason) cannot use, `tries` times at most. Returns the last try of each:
-    {"text", "tokens", "truncated", name: the value or None, "reason", "tries"}."""
-    results = [{}] * len(asked)
+    """Ask `write` for each (row, prompt), again for those that `read` (text, row -> value or None,
+    reason) cannot use, `tries` times at most. Yields (index, the last try) as they come: {"text",
+    "tokens", "truncated", name: the value or None, "reason", "tries"}. write(prompts) yields
+    (index, Written), in any order."""
     waiting = range(len(asked))
     for attempt in range(1, tries + 1):
-        written = write([asked[i][1] for i in waiting]) if waiting else []
         unread = []
-        for i, (text, tokens, stopped, refused) in zip(waiting, written):
+        for place, (text, tokens, stopped, refused) in write([asked[i][1] for i in waiting]):
+            i = waiting[place]
             value, reason = (None, refused) if refused else read(text, asked[i][0])
-            results[i] = {
+            if value is None and not refused and attempt < tries:
+                unread.append(i)
+                continue
+            yield i, {
                 "text": text,
                 "tokens": tokens,
                 "truncated": float(not stopped),
@@ -748,10 +734,7 @@ def write_until_read(write, asked, read, name, tries=3):
                 "reason": reason,
                 "tries": attempt,
             }
-            if value is None and not refused:
-                unread.append(i)
         waiting = unread
-    return results
 
 
 def generate_rubrics(write, asked, parse, tries=3):
@@ -1013,7 +996,7 @@ def read_verdicts(text, row):
 
 def judge(write, asked, tries=3):
     """For each (row, prompt of a judge) the verdicts on the row's response, criterion by criterion:
-    {"judge": list of bools or None, "reason", ...}. The prompt shows statements, never weights."""
+    (index, {"judge": list of bools or None, "reason", ...}). The prompt shows no weights."""
     return write_until_read(write, asked, read_verdicts, "judge", tries)
 
 
@@ -1044,11 +1027,14 @@ def evaluate(samples):
 
 
 def group_advantages(rewards, group, eps=1e-4):
-    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0."""
-    r = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
-    r = r - r[:, :1]  # or the mean of equal ones could differ from them in the last digit
-    std, mean = torch.std_mean(r, 1, correction=0, keepdim=True)
-    return ((r - mean) / (std + eps)).flatten().tolist()
+    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0, and
+    so does None, which counts in no mean."""
+    known = [math.nan if r is None else r for r in rewards]
+    r = torch.tensor(known, dtype=torch.float64).view(-1, group)
+    r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)  # equal ones are 0 before their mean is
+    r = r - r.nanmean(1, keepdim=True)
+    std = r.square().nanmean(1, keepdim=True).sqrt()
+    return (r / (std + eps)).nan_to_num(0.0).flatten().tolist()
 
 
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
@@ -1109,17 +1095,19 @@ class ModelWriter:
     room: float  # the longest prompt, in tokens
     thinking: bool = False
     engine: object = None  # what samples in the model's place and has to `load` its weights
+    size: int = 64  # prompts at a time
 
     def prompt(self, template, fields):
         """The ids of one prompt."""
         return context_ids(self.tokenizer, template, fields, self.thinking)
 
     def __call__(self, prompts):
-        written = []
-        for prompt, (ids, stopped, *_) in zip(prompts, self.sample(prompts)):
-            text = written_text(self.tokenizer, prompt, ids)
-            written.append(Written(text, len(ids), stopped))
-        return written
+        """Yields (index, Written) for each prompt."""
+        for start in range(0, len(prompts), self.size):
+            some = prompts[start : start + self.size]
+            for i, (ids, stopped, *_) in enumerate(self.sample(some)):
+                text = written_text(self.tokenizer, some[i], ids)
+                yield start + i, Written(text, len(ids), stopped)
 
 
 @torch.no_grad()
@@ -1188,7 +1176,9 @@ class VllmSampler:
     engine with old or other weights would spoil every on-policy method in silence.
     """
 
-    def __init__(self, model, stop, memory, max_new_tokens, batch_size, launcher=None, **sampling):
+    def __init__(
+        self, model, stop, max_new_tokens, batch_size, launcher=None, memory=0.3, **sampling
+    ):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it takes the weights in this process
         import vllm  # optional; main says how to get it
@@ -1255,7 +1245,8 @@ class VllmSampler:
         return gap
 
 
-NOBODY = re.compile("HF_HUB_OFFLINE|Connection refused|not known")  # is there to answer
+CUT_OFF = ("length", "max_tokens", "model_length", "content_filter")  # of reasons to end
+UNKNOWN_OPTION = re.compile("Unsupported (?:parameter|value): '(max_tokens|temperature|top_p)'")
 
 
 @dataclass
@@ -1265,10 +1256,15 @@ class ServerWriter:
 
     server: str
     sampling: dict
-    tries: int = 8
     timeout: float = 600.0  # seconds, of one try
     room: float = math.inf
     answered: bool = False
+
+    def __post_init__(self):
+        model, _, address = self.server.partition("@http")
+        self.url = "http" + re.sub("(/v1)?(/chat/completions)?/?$", "", address, count=1)
+        self.options = {name: self.sampling[name] for name in ("temperature", "top_p")}
+        self.options |= {"model": model, "max_tokens": self.sampling["max_new_tokens"]}
 
     def prompt(self, template, fields):
         """The text of one prompt; a space inside breaks what may be a control token in the data."""
@@ -1276,50 +1272,54 @@ class ServerWriter:
         return fill(template, fields, lambda data: re.sub(control_token, r"\g<0> ", data))
 
     def __call__(self, prompts):
+        """Yields (index, Written) for each prompt, as they come. UserError: of the first ones, none
+        is answered."""
+        numbered = enumerate(prompts)
         with ThreadPool(self.sampling["batch_size"]) as pool:  # its threads die with the process
-            written = list(tqdm(pool.imap(self.request, prompts), "requests", len(prompts)))
-        self.answered |= any(not w.refused for w in written)
-        require(self.answered, f"{written[0].refused}; the server has refused every prompt.")
-        return written
+            answers = pool.imap_unordered(lambda job: (job[0], self.request(job[1])), numbered)
+            for count, (i, written) in enumerate(answers, 1):
+                self.answered |= not written.refused
+                goes_on = self.answered or count < min(10, len(prompts))
+                require(goes_on, f"--model {self.server} answers no prompt: {written.refused}")
+                yield i, written
 
-    def ask(self, prompt):
-        """One request. Errors are of many kinds: of the connection, of the server, of its JSON."""
-        name, _, address = self.server.partition("@http")
-        client = InferenceClient(
-            base_url=f"http{address}",
-            api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",  # not the hub's
-            timeout=self.timeout,
-        )
-        reply = client.chat_completion(
-            [{"role": "user", "content": prompt}],
-            model=name,
-            max_tokens=self.sampling["max_new_tokens"],
-            temperature=self.sampling["temperature"],
-            top_p=self.sampling["top_p"],
-        )
-        if not reply.get("choices") or reply.choices[0].finish_reason == "error":
-            raise RuntimeError(f"the server says: {reply}")
-        choice = reply.choices[0]
-        usage = reply.get("usage")
+    def request(self, prompt, tries=8):
+        """One prompt. What may pass is tried again, after as long as Retry-After says; before the
+        first answer, a connection is tried once."""
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # not the hub's
+        said = ""
+        try:
+            response = http_backoff(
+                "POST", f"{self.url}/v1/chat/completions", timeout=self.timeout,
+                headers={"Authorization": f"Bearer {key}"}, follow_redirects=False,
+                json=self.options | {"messages": [{"role": "user", "content": prompt}]},
+                retry_on_exceptions=(Exception,) * self.answered, max_wait_time=64,
+                retry_on_status_codes=(408, 429, 500, 502, 503, 504), max_retries=tries - 1,
+            )
+            said = f"{response.status_code} {' '.join(response.text.split())[:200]}"
+            return self.read(response.json())
+        except Exception as error:  # of the connection, or of JSON of another form
+            said = said or f"{error!s:.200}"
+        unknown = UNKNOWN_OPTION.search(said)
+        if unknown:  # to OpenAI's newer models
+            value = self.options.pop(unknown[1], None)
+            if unknown[1] == "max_tokens" and value:
+                self.options["max_completion_tokens"] = value
+        if tries > 1 and (unknown or said.startswith("200")):
+            return self.request(prompt, tries - 1)
+        return Written(None, None, False, f"the server says {said}")
+
+    def read(self, reply):
+        """A server's reply -> Written. Errors of many kinds: it has no answer."""
+        choice, usage = reply["choices"][0], reply.get("usage")
+        reason = str(choice.get("finish_reason")).lower()
+        require(not re.search("error|resource", reason), reason)
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        tokens = tokens if isinstance(tokens, int) else None
-        return Written(as_text(choice.message.content), tokens, choice.finish_reason != "length")
-
-    def request(self, prompt):
-        """`ask`. What may pass is tried again after 1, 2, 4 ... 64 s; a prompt that is refused has
-        that as its reason; all else is a UserError."""
-        for attempt in range(1, self.tries + 1):
-            try:
-                return self.ask(prompt)
-            except Exception as error:
-                status = getattr(getattr(error, "response", None), "status_code", 500)
-                said = " ".join(str(error).split())[:200]
-            if status in (400, 413, 422):
-                return Written(None, None, False, f"the server refuses it ({said})")
-            may_pass = status in (408, 429) or status >= 500 and not NOBODY.search(said)
-            message = f"--model {self.server} failed ({said}) for the prompt {prompt[:80]!r}"
-            require(may_pass and attempt < self.tries, message)
-            time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1))
+        tokens = tokens if tokens in range(10**9) else None
+        content = choice["message"].get("content")
+        if isinstance(content, list):  # parts, some of them a thinking
+            content = [part for part in content if "text" in part]
+        return Written(as_text(content), tokens, reason not in CUT_OFF)
 
 
 # ---- 8. Many processes: all that knows of torchrun's ranks ---------------------------------------
@@ -1489,8 +1489,7 @@ def open_run(out, settings, resume):
     for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
     UserError: `out` holds something else, or a run with other settings or without `resume`.
     """
-    is_free = not any(out.glob("[!.]*"))  # first: another process may be making the lock
-    is_free = is_free or (out / LOCK).exists()
+    is_free = not any(out.glob("[!.]*")) or (out / LOCK).exists()
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
     last = last_checkpoint(out)
     held = lock(out / LOCK) if RANK == 0 else None
@@ -1507,10 +1506,10 @@ def open_run(out, settings, resume):
             message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
             raise UserError(message) from error
         changed = [name for name in now if was.get(name) != now[name]]
-        other = [f"{name} was {was.get(name)}" for name in changed if name not in NOT_TO_THE_BIT]
-        require(not other, f"--out {out} holds a run with other settings: {', '.join(other)}.")
+        other = {name: was.get(name) for name in changed if name not in NOT_TO_THE_BIT}
+        require(not other, f"--out {out} holds a run with other settings, which were {other}.")
         if changed:
-            say(f"note: other {', '.join(changed)}: it goes on, but is not the same run to the bit")
+            say("note: it goes on, but not to the bit as it would have, with other", *changed)
         state["settings"] = now
     if RANK == 0:
         lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
@@ -1527,8 +1526,8 @@ def read_jsonl(path, size=None):
             if line.strip():
                 rows.append({**json.loads(line)})
         except (ValueError, TypeError, RecursionError) as error:
-            where = f"{path}, line {number}"
-            raise UserError(f"{where}, is no JSON object; mend or remove it: {error}") from None
+            message = f"{path}, line {number}, is no JSON object; mend or remove it, since {error}"
+            raise UserError(message) from None
     return rows
 
 
@@ -1549,11 +1548,12 @@ def open_lines(path, origin):
     return file, lines
 
 
-def remember(path, jobs, work, size, description, origin):
+def remember(path, jobs, work, description, origin):
     """Do different jobs once and keep them in a JSON Lines file, so that a second call goes on.
 
-    jobs: pairs (item: dict, asked); work([asked]) -> [answer: dict], `size` at a time. Returns the
-    lines item | answer | origin of all jobs. UserError if the file has another origin.
+    jobs: pairs (item: dict, asked); work([asked]) yields (index, answer: dict) as they come, and
+    each is kept at once, but for those without a text. Returns the lines item | answer | origin of
+    all jobs. UserError: the file has another origin.
     """
     file, old = None, []
     if path and RANK == 0:
@@ -1565,16 +1565,15 @@ def remember(path, jobs, work, size, description, origin):
 
     done = {key(line): line for line in all_gather(old)[0]}
     wanted = {key(item): (item, asked) for item, asked in jobs}  # equal ones are asked once
-    todo = [wanted[k] for k in wanted if k not in done]
+    todo = [job for k, job in wanted.items() if k not in done]
     say(len(todo), "of", len(jobs), "are still to do (others repeat, or are done)")
     torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
-    for start in progress(range(0, len(todo), size), description):
-        items, asked = zip(*todo[start : start + size])
-        for item, answer in zip(items, work(asked)):
-            line = item | answer | origin
-            done[key(item)] = line
-            if file:
-                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+    answers = work([asked for _, asked in todo])
+    for i, answer in progress(answers, description, total=len(todo)):
+        item, _ = todo[i]
+        line = done[key(item)] = item | answer | origin
+        if file and line["text"] is not None:
+            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
     return [done[k] for k in wanted]
 
 
@@ -1615,23 +1614,20 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
     return figures
 
 
-def page_files(out):
-    """The page and its figures. UserError: one of them is a file that inspect did not make."""
+def page_skeleton(out):
+    """The empty page. UserError: `out` is a file that inspect did not make."""
     require(out.suffix == ".html", f"--out {out}: give the page a name that ends with .html.")
     skeleton = (HERE / "prompts" / "inspect.html").read_text(encoding="utf-8")
-    for file, beginning in ((out, skeleton[:200]), (out.with_suffix(".json"), '{"curves": [')):
-        own = not file.exists() or file.read_bytes().startswith(beginning.encode())
-        require(own, f"--out {file}: inspect did not make it, and does not write over it.")
+    own = not out.exists() or out.read_bytes().startswith(skeleton[:200].encode())
+    require(own, f"--out {out}: inspect did not make it, and does not write over it.")
     return skeleton
 
 
 def write_page(out, page):
-    """The HTML page of rollouts with their credit and of a run's curves; .json beside it."""
-    skeleton = page_files(out)
+    """The HTML page of rollouts with their credit and of a run's curves, as data in a script."""
+    skeleton = page_skeleton(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(page)
-    out.with_suffix(".json").write_text(data)
-    data = data.replace("<", "\\u003c")  # no tag of the data can end the script
+    data = json.dumps(page).replace("<", "\\u003c")  # no tag of the data can end the script
     out.write_text(skeleton.replace("{data}", data), encoding="utf-8")
 
 
@@ -1674,6 +1670,8 @@ def load_model(name, dtype=torch.float32):
     only. UserError: it is not found, it lacks weights, or `check_model` refuses it."""
     require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
     source = last_checkpoint(name) or hub_name(name)
+    may_be_on_hub = re.fullmatch(r"(?!runs/)[\w.-]+(/[\w.-]+)?", source)
+    require(may_be_on_hub or Path(source).is_dir(), f"--model {name}: there is no such directory.")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1682,12 +1680,10 @@ def load_model(name, dtype=torch.float32):
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
-        raise UserError(
-            f"--model {name}: looked for {source} here and on the hub, in vain "
-            f"({str(error)!r:.150}); pass --model DIR, a downloaded copy."
-        ) from error
+        message = f"--model {name}: looked for {source} here and on the hub, in vain; pass the"
+        raise UserError(f"{message} directory of a downloaded copy ({error!s:.150})") from error
     lacking = sorted(found["missing_keys"])
-    require(not lacking, f"--model {name}: its files lack {len(lacking)} weights ({lacking[:3]}).")
+    require(not lacking, f"--model {name}: its files lack weights, such as {lacking[:3]}.")
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts" / "plain_chat.jinja").read_text()
@@ -1830,7 +1826,7 @@ def read_rubric(value):
 
 def rubrichub_row(raw):
     """RubricHub, science: chats with the reference beside them."""
-    return {"question": raw["prompt"], "reference_answer": raw["reward_model"]["ground_truth"]}
+    return raw | {"reference_answer": raw["reward_model"]["ground_truth"]}
 
 
 def gpqa_row(raw):
@@ -1878,7 +1874,28 @@ DATA_SETS = {
         "xw27/scibench", scibench_row, "train", grading={"tolerance": 0.05, "need_unit": False}
     ),
 }
-RUBRIC_COLUMNS = ("rubric", "rubric_list", "Rubrics", "rubrics")
+# What a row holds -> the names of the columns that may hold it; the first that is filled counts.
+COLUMNS = {
+    "question": "question prompt instruction problem input messages",
+    "reference_answer": "reference_answer answer output",
+    "solution": "solution",
+    "response": "text response",
+    "sample": "sample",
+    "rubric": "rubric rubrics rubric_list criteria checklist",
+}
+
+
+BOX_REQUEST = r", and put the final answer in \boxed{}"  # {box}, where an answer can be graded
+
+
+def cell_of(raw, meaning):
+    """The cell that has this meaning, or ""; which column is taken for it is said once."""
+    for name in COLUMNS[meaning].split():
+        if raw.get(name) not in (None, ""):
+            if name != meaning:
+                say_once(f"note: the column {name} is read as the {meaning}")
+            return raw[name]
+    return ""
 
 
 def read_json(path):
@@ -1895,7 +1912,7 @@ def read_table(data, split, limit=0):
     hub. No more than `limit` are fetched of the hub (0: all). UserError: it cannot be had."""
     path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
     if path.suffix in (".jsonl", ".json"):
-        require(path.is_file(), f"--data {data}, --split {split}: there is no {path}.")
+        require(path.is_file(), f"--data {data}, split {split}: there is no file {path}.")
         return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     import datasets  # it takes seconds
 
@@ -1912,24 +1929,23 @@ def read_table(data, split, limit=0):
             table = datasets.load_dataset(*source.hub.split(":"), **where)
         return list(itertools.islice(table, limit or None))
     except Exception as error:  # pyarrow, datasets and the hub each have their own
-        raise UserError(
-            f"--data {data}: looked for {source.hub} and could not read it ({str(error)!r:.150}); "
-            "give a .jsonl, .json, .csv or .parquet file, a hub id (owner/name, owner/name:config; "
-            f"where its page asks for consent: hf auth login) or one of {list(DATA_SETS)}."
-        ) from error
+        message = f"--data {data}: looked for {source.hub} and could not read it; give a .jsonl, "
+        message += ".json, .csv or .parquet file, a hub id (owner/name or owner/name:config; where "
+        message += f"its page asks for consent, hf auth login) or one of {list(DATA_SETS)}"
+        raise UserError(f"{message} ({error!s:.150})") from error
 
 
 def read_row(raw, source):
     """A raw row -> question, reference_answer, solution, response, sample, rubric, grading.
     Errors of many kinds: a column is missing, or a cell cannot be read."""
-    cells = {"reference_answer": "", "solution": "", "sample": ""} | source.to_row(raw)
-    names = ("question", "reference_answer", "solution", "sample")
-    row = {name: as_text(cells[name]) for name in names} | {"response": ""}
-    require(row["question"], "the question is empty")
-    if raw.get("text") is not None:  # None: a server refused the question, nothing to judge
-        row["response"] = as_text(raw["text"]) or "(no answer)"
-    rubrics = (read_rubric(raw.get(name)) for name in RUBRIC_COLUMNS)
-    return row | {"rubric": next(filter(None, rubrics), None), "grading": source.grading}
+    cells = {name.lower(): cell for name, cell in source.to_row(raw).items()}
+    row = {name: cell_of(cells, name) for name in COLUMNS}
+    rubric = read_rubric(row["rubric"])
+    row = {name: as_text(cell) for name, cell in row.items()}
+    require(row["question"], f"it needs a column question, filled; it has {', '.join(raw)}")
+    row |= {"rubric": rubric, "grading": source.grading}
+    is_gradable = accuracy("", row) is not None
+    return row | {"box": BOX_REQUEST if is_gradable else ""}
 
 
 def load_rows(data, split, limit=0, seed=0):
@@ -1944,13 +1960,13 @@ def load_rows(data, split, limit=0, seed=0):
         try:
             rows.append(read_row(raw, source))
         except Exception as error:  # of many kinds: a column is missing, a weight is unclear
-            place = f"{data}, row {number}: cannot be read"
-            raise UserError(f"{place} ({error!r:.250}): {raw!r:.150}") from error
+            said = f"{data}, row {number} cannot be read, {type(error).__name__}: {error!s:.250}"
+            raise UserError(f"{said} in {raw!r:.150}") from error
     require(rows, f"{data} has no rows.")
     if source.overlap and split == "test":
         seen = {row["question"] for row in load_rows(data, "train")}
         kept = [row for row in rows if row["question"] not in seen]
-        say(f"{data}: left out {len(rows) - len(kept)} rows that the train split has, too")
+        say("left out", len(rows) - len(kept), "rows, which the train split has, too")
         return kept
     return rows
 
@@ -1966,18 +1982,22 @@ def without_trained(rows, model):
     known = set(json.loads(trained.read_text())) if trained.is_file() else ()
     kept = [row for row in rows if question_hash(row) not in known]
     if len(kept) < len(rows):
-        say(f"left out {len(rows) - len(kept)} of {len(rows)} rows that {model} was trained on")
+        left_out = len(rows) - len(kept)
+        say(f"left out {left_out} rows, on which {model} was trained")
     require(kept, f"--model {model} was trained on all of these questions.")
     return kept
 
 
 def with_rubrics(rows, source):
-    """Rows with the rubric from `source`: data, or a file of generate, by question and reference.
-    The row's own, own_rubric, alone grades."""
+    """Rows with the rubric from `source`: data; a file of generate, by question and reference; or
+    a .json list of criteria, which every row gets. The row's own, own_rubric, alone grades."""
     rows = [row | {"own_rubric": row["rubric"]} for row in rows]
     if source == "data":
         return rows
     require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
+    if source.endswith(".json"):
+        rubric = read_rubric(read_json(Path(source)))
+        return [row | {"rubric": rubric} for row in rows]
     found = {}
     for row in load_rows(source, ""):
         if row["rubric"]:
@@ -2008,15 +2028,14 @@ def make_examples(rows, templates, readers, needs=()):
         else:
             dropped["context too long for the model"] += 1
     if dropped:
-        say(f"left out {dropped.total()} of {len(rows)} rows: {dict(dropped)}")
-    require(examples, f"no row is left of {len(rows)}: {dict(dropped)}")
+        say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
+    require(examples, f"no row is left of all that were read: {dict(dropped)}")
     return examples
 
 
 # ---- 12. Commands: the only functions that see the command line's arguments ----------------------
 
 LEAK = re.compile(r"(?i)\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b")
-SERVER = re.compile("@https?://")
 STAGES = {  # what is learned: (the student's prompt file, the teacher's)
     "reason": ("student", None),  # None: --teacher-context or the method says it
     "rubric": ("writer+answer", "writer+answer+rubric"),  # stage 1 as in the paper's code
@@ -2032,7 +2051,6 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
 }
 
 COUNTS = ("k", "steps", "batch", "save_every", "rollouts", "max_new_tokens", "batch_size")
-SHARES = ("top_p", "engine_memory")
 
 # -- the settings: a field is a flag, its class the title under which --help shows it; where a class
 # changes the default alone, the help is that of the class below
@@ -2048,7 +2066,7 @@ class Data:
     """What is asked, and who answers."""
 
     model: str = flag("toy", "Directory or hub name; NAME@URL of a server, but to train.")
-    data: str = flag("rar-science", "Data set's name, hub id or file.")
+    data: str = flag("rar-science", "Data set's name, hub id or file; toy has defaults of its own.")
     split: str = flag("test", "Split of the data set.")
     limit: int = flag(0, "Rows of the data, at most; 0 is all.")
     prompts: str = flag(str(HERE / "prompts"), "Directory of the prompt files.")
@@ -2065,14 +2083,7 @@ class Sampling:
     top_p: float = flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
     top_k: int = flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
     batch_size: int = flag(64, "Completions that are sampled at a time.")
-
-
-@dataclass
-class Engine:
-    """What draws them."""
-
-    engine: Literal["transformers", "vllm"] = flag("transformers", "What writes.")
-    engine_memory: float = flag(0.3, "Share of the GPU's memory that vllm takes.")
+    engine: Literal["transformers", "vllm"] = flag("transformers", "What draws them.")
     compile: Literal["auto", "on", "off"] = flag("auto", "Compile; auto: where it pays.")
 
 
@@ -2088,7 +2099,7 @@ class Teacher:
 
 
 @dataclass
-class Eval(Engine, Sampling, Data):
+class Eval(Sampling, Data):
     """python rsd.py eval --model runs/train --data gpqa-diamond --out runs/answers.jsonl"""
 
     writer: str = flag("student", "Prompt file that the writing model sees.")
@@ -2097,7 +2108,7 @@ class Eval(Engine, Sampling, Data):
 
 
 @dataclass
-class Generate(Engine, Sampling, Data):
+class Generate(Sampling, Data):
     """python rsd.py generate --model Qwen2.5-7B-Instruct --limit 3200"""
 
     split: str = "train"
@@ -2123,8 +2134,7 @@ class Inspect(Teacher, Sampling, Data):
     n: int = flag(5, "Held-out questions; 0 is none, for the curves alone.")
     compare: str = flag("", "A trained model to show beside the student.")
     run: str = flag("", "Directory of a run whose curves are drawn.")
-    out: str = flag("runs/credit.html", "The page; its figures go to .json beside it.")
-    engine, compile = "transformers", "off"  # no flags
+    out: str = flag("runs/credit.html", "The page.")
 
 
 @dataclass
@@ -2139,9 +2149,9 @@ class Learning:
     clip: Literal["none", "entry", "token"] = flag("none", "Cap entries or the sum at .05.")
     loss_temperature: float = flag(1.0, "Divides both logits in the divergence.")
     teacher: Literal["fixed", "ema", "live"] = flag("fixed", "Its weights; ema: decay .99.")
+    judge: str = flag("", "Model, or NAME@URL, that scores rubrics without checks for a reward.")
     kl: float = flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
     rollouts: int = flag(1, "Completions of each prompt; GRPO needs 2 or more.")
-    skip_thinking: bool = flag(False, "No loss on the tokens up to </think>.")
 
 
 @dataclass
@@ -2154,7 +2164,7 @@ class Memory:
 
 
 @dataclass
-class Train(Memory, Learning, Teacher, Engine, Sampling, Data):
+class Train(Memory, Learning, Teacher, Sampling, Data):
     """python rsd.py train --model Qwen2.5-1.5B --rubrics runs/rubrics.jsonl"""
 
     split: str = "train"
@@ -2177,6 +2187,8 @@ class Train(Memory, Learning, Teacher, Engine, Sampling, Data):
         on_policy = method.writer == "student" and drawn_as_they_are
         if method.reward and not on_policy:
             say("warning: a policy gradient is right on samples at temperature 1 of all tokens")
+        if self.warmup > self.steps:
+            say("warning: --warmup is longer than the run, which never reaches --lr")
         mistakes = {
             "--divergence sampled: only on the student's samples at temperature 1, of all tokens.":
                 self.divergence == "sampled" and not on_policy,
@@ -2208,15 +2220,14 @@ class Demo:
 def refuse_unused(args, given):
     """UserError: a flag was given that a run with these settings does not use."""
     cases = [
-        (SERVER.search(args.model), "a server", "top_k thinking engine engine_memory compile"),
-        (isinstance(args, Inspect), "inspect", "limit"),
-        (args.engine != "vllm", "--engine transformers", "engine_memory"),
+        ("@http" in args.model, "a server", "top_k thinking engine compile"),
+        (isinstance(args, Inspect), "inspect", "limit engine compile"),
     ]
     if isinstance(args, Train):
         method, named = METHODS[args.method], f"method {args.method}"
         has_divergence = method.signal == "divergence"
         is_sampled = args.divergence == "sampled"
-        drawing = "rollouts temperature top_p top_k batch_size engine engine_memory"
+        drawing = "rollouts temperature top_p top_k batch_size engine"
         shape = "support tail clip loss_temperature"
         cases += [
             (method.writer == "reference", named, drawing),
@@ -2224,6 +2235,7 @@ def refuse_unused(args, given):
             (has_divergence and not is_sampled, named, "kl"),
             (method.sees != "rubric", named, "teacher_context"),
             (not method.sees and not args.kl, named, "teacher"),
+            (method.reward != "rubric_score", named, "judge"),
             (is_sampled, "--divergence sampled", shape),
             (args.support == 0, "--support 0", "tail"),
             (args.stage != "reason", f"--stage {args.stage}", "teacher_context"),
@@ -2238,7 +2250,7 @@ def settle(kind, **given):
     """Settings of this kind with these flags given; where the data are the toy's, so are the
     defaults. UserError: a number is out of range, or a flag would change nothing."""
     for name, value in given.items():
-        low, high = int(name in COUNTS), 1 if name in SHARES else 10**9
+        low, high = int(name in COUNTS), 1 if name == "top_p" else 10**9
         fits = isinstance(value, str) or low <= value <= high
         require(fits, f"{as_flag(name)} {value}: it has to be from {low} to {high}.")
     if kind is Demo:
@@ -2263,19 +2275,16 @@ def as_flag(name):
 def prompt_files(args, *names):
     """The texts of these prompt files. UserError: there is none of that name, it is no UTF-8, it
     lacks the question, or it has a placeholder that no row can fill."""
-    texts = []
+    texts = load_prompts(args.prompts)
     for name in names:
-        path = Path(args.prompts) / f"{name}.txt"
-        require(path.is_file(), f"{path}: there is no such prompt file.")
-        try:
-            texts.append(path.read_text(encoding="utf-8").strip())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: it is no UTF-8 ({error}).") from error
-        found = set(PLACEHOLDER.findall(texts[-1]))
+        path = f"{args.prompts}/{name}.txt"
+        require(name in texts, f"{path}: there is no such prompt file.")
+        require("\ufffd" not in texts[name], f"{path}: it is no UTF-8.")
+        found = set(PLACEHOLDER.findall(texts[name]))
         require("question" in found, f"{path}: it has no {{question}}.")
         unknown = sorted(found - PLACEHOLDERS)
         require(not unknown, f"{path}: nothing fills {unknown}; known: {sorted(PLACEHOLDERS)}.")
-    return texts
+    return [texts[name] for name in names]
 
 
 def load_questions(args):
@@ -2305,28 +2314,38 @@ def is_compiled(args, completions):
     return pays if args.compile == "auto" else args.compile == "on"
 
 
+def say_next(args, command, **flags):
+    """Say the command that comes next, for the data of this one; the toy's brings the rest."""
+    carried = {"data": args.data, "prompts": args.prompts, "thinking": args.thinking} | flags
+    words = [f"{as_flag(name)} {shlex.quote(str(value))}" for name, value in carried.items()]
+    say("next: python rsd.py", command, *words)
+
+
 def model_writer(args, model, tokenizer, completions=0):
     """The writer that samples so many completions from this model, each process a share."""
+    on, off = (context_ids(tokenizer, "@", {}, thinking) for thinking in (True, False))
+    if args.thinking == "on" and on == off:
+        say("warning: --thinking on changes nothing in this model's chat template")
     stop, engine = stop_ids(model, tokenizer), None
     longest = setting_of(model, "max_position_embeddings") or math.inf
     sampling = sampling_of(args)
     sample = functools.partial(sample_completions, model, stop=stop, **sampling)
     if args.engine == "vllm":
         launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
-        engine = VllmSampler(model, stop, args.engine_memory, launcher=launcher, **sampling)
+        engine = VllmSampler(model, stop, launcher=launcher, **sampling)
         longest = engine.llm.llm_engine.model_config.max_model_len
     elif is_compiled(args, completions):
         engine = StaticSampler(model, stop, is_trained=isinstance(args, Train), **sampling)
         memory = sum(p.nbytes for p in engine.copy.parameters()) / 1e9
         say(f"compiling the sampler, once, takes 2 minutes; its weights take {memory:.1f} GB")
     sample = functools.partial(sample_together, engine or sample)
-    room = longest - args.max_new_tokens
-    return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine)
+    room, size = longest - args.max_new_tokens, 2 * args.batch_size * WORLD_SIZE
+    return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine, size)
 
 
 def open_writer(args, completions):
     """The writer that --model names: a server's model, or one that is loaded here."""
-    if SERVER.search(args.model) and WORLD_SIZE == 1:
+    if "@http" in args.model and WORLD_SIZE == 1:
         return ServerWriter(args.model, sampling_of(args))
     return model_writer(args, *load_from_flags(args, half=True), completions)
 
@@ -2360,8 +2379,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     }
     del origin["batch_size"]  # it shapes nothing
     seed_process(args.seed)
-    size = 2 * args.batch_size * WORLD_SIZE
-    lines = remember(args.out, jobs, functools.partial(ask, writer), size, name, origin)
+    lines = remember(args.out, jobs, functools.partial(ask, writer), name, origin)
     row_of = {(row["question"], row["reference_answer"]): row for row in rows}
     return report(lines, name, row_of, rate)
 
@@ -2371,7 +2389,7 @@ def report(lines, name, row_of, rate):
     error (NAME_se) and the number of questions that have it (NAME_n)."""
     lost = Counter(line["reason"] for line in lines if line[name] is None)
     if lost:
-        say(f"{name}: none for {lost.total()} of {len(lines)}, because: {dict(lost)}")
+        say(name, "is missing for", lost.total(), "of", len(lines), "because:", dict(lost))
     samples = []
     for line in lines:
         if line["text"] is not None:  # the server did not refuse it
@@ -2385,7 +2403,7 @@ def report(lines, name, row_of, rate):
     for figure in figures[0] if figures else ():
         mean, se, n = mean_se([f[figure] for f in figures])
         summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
-        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a"
+        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a, or for a judge"
         say(f"{figure:18s} {shown}")
     return summary
 
@@ -2399,14 +2417,19 @@ def cmd_generate(args):
     """Write a rubric for every question."""
     ask = functools.partial(generate_rubrics, parse=parse_rubric, tries=tries_of(args))
     columns = ("question", "reference_answer", "solution")
-    return write_lines(args, "rubric", columns, ask, score_rubric)
+    summary = write_lines(args, "rubric", columns, ask, score_rubric)
+    say_next(args, "train", model="Qwen2.5-1.5B", rubrics=args.out)
+    return summary
 
 
 def cmd_eval(args):
     """Answer held-out questions and grade the answers."""
     ask = functools.partial(write_until_read, read=lambda text, row: (text, ""), name="text")
     columns = ("question", "reference_answer", "rubric")
-    return write_lines(args, "text", columns, ask, score, args.k)
+    summary = write_lines(args, "text", columns, ask, score, args.k)
+    if not summary.get("rubric_score_n"):
+        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=args.out or "FILE-OF-EVAL'S-OUT")
+    return summary
 
 
 def cmd_judge(args):
@@ -2419,56 +2442,76 @@ def cmd_judge(args):
 # -- train
 
 
-def training_prompts(args):
-    """The prompt files of student and teacher. UserError: a rubric's teacher would not see it."""
-    templates = prompt_files(args, args.student_context, args.teacher_context)
-    needs_rubric = METHODS[args.method].sees == "rubric" and args.stage == "reason"
-    is_told = re.search(r"\{(rubric|feedback)", templates[1])
-    file = f"{args.prompts}/{args.teacher_context}.txt"
-    require(is_told or not needs_rubric, f"{file}: a teacher of rsd needs a {{rubric}}.")
-    return templates
+def rewards_of_judge(args):
+    """A function that gives episodes, with these texts, the rubric_score of --judge."""
+    how = settle(Judge, model=args.judge, prompts=args.prompts, batch_size=args.batch_size)
+    (template,) = prompt_files(how, how.writer)
+    writer = open_writer(how, 0)
+    asks = RANK == 0 or isinstance(writer, ModelWriter)  # a server is asked by one process
+
+    def judge_them(episodes, texts):
+        begun, asked = time.perf_counter(), []
+        for e, text in zip(episodes, texts):
+            row = e.row | {"response": after_thinking(text) or "(no answer)"}
+            asked.append((row, writer.prompt(template, row_fields(row))))
+        verdicts = list(judge(writer, asked, tries_of(how))) if asks else []
+        for i, said in all_gather(verdicts)[0]:
+            episodes[i].scores |= judge_scores(said["judge"], episodes[i].row)
+            episodes[i].scores["unread"] = float(said["judge"] is None)
+        episodes[0].scores["judge_seconds"] = time.perf_counter() - begun
+
+    return judge_them
 
 
-def training_writer(args, writer, author):
+def reason_first(args, reader, teacher):
+    """A function that gives examples a teacher's context with an {analysis} in it, which its own
+    weights write, greedily, by the prompt file analysis.txt. A fixed teacher writes it once."""
+    context, analysis = prompt_files(args, args.teacher_context, "analysis")
+    how = copy.copy(args)
+    how.temperature, how.engine, how.compile = 0.0, "transformers", "off"
+    writer, kept = model_writer(how, teacher, reader.tokenizer), {}
+
+    def analyse(examples):
+        rows = [e.row for e in examples]
+        todo = [row for row in rows if args.teacher != "fixed" or id(row) not in kept]
+        for i, written in writer([writer.prompt(analysis, row_fields(row)) for row in todo]):
+            kept[id(todo[i])] = written
+        for e in examples:
+            written = kept[id(e.row)]
+            fields = row_fields(e.row | {"analysis": after_thinking(written.text) or ""})
+            figures = {"analysis_length": written.tokens, "analysis_cut": float(not written.stopped)}
+            yield replace(e, teacher_ids=reader.prompt(context, fields), scores=figures)
+
+    return analyse
+
+
+def training_writer(args, writer, author, teacher=None):
     """Step 1 of `train_step` for this method: examples -> episodes, written by the model `author`,
-    graded and masked."""
+    and graded."""
     method = METHODS[args.method]
     tokenizer, engine = writer.tokenizer, writer.engine
-    (teacher_template,) = prompt_files(args, args.teacher_context)
-    end_thinking = tokenizer.convert_tokens_to_ids("</think>")
-    known = end_thinking not in (None, tokenizer.unk_token_id)
-    require(known or not args.skip_thinking, "--skip-thinking: the model has no token </think>.")
-
-    def let_write(examples):
-        if method.writer == "reference":
-            return reference_writes(tokenizer, examples)
-        if engine:
-            engine.load(author)
-        if method.writer == "student":
-            return model_writes(writer.sample, examples, args.rollouts)
-        episodes = model_writes(writer.sample, examples, args.rollouts, "teacher_ids")
-        return [replace(e, writer_log_probs=()) for e in episodes]  # they are of another context
-
-    def look_at(e):
-        seen = e.teacher_ids if method.writer == "teacher" else e.prompt_ids
-        text = written_text(tokenizer, seen, e.completion_ids)
-        e.scores = {"leak": float(bool(LEAK.search(text)))}
-        if args.stage == "reason":
-            e.scores |= score(text, e.row)
-        else:
-            e.scores |= score_rubric(parse_rubric(text)[0], e.row)
-        if "{feedback}" in teacher_template:
-            met = [check_criterion(c, text) for c in e.row["rubric"]]
-            e.teacher_ids = writer.prompt(teacher_template, row_fields(e.row | {"met": met}))
-        if args.skip_thinking:  # all of it, where it is unfinished
-            e.train_from = [*e.completion_ids[:-1], end_thinking].index(end_thinking) + 1
+    seen = "teacher_ids" if method.writer == "teacher" else "prompt_ids"
+    judge_them = rewards_of_judge(args) if args.judge else None
+    (context,) = prompt_files(args, args.teacher_context)
+    analyse = reason_first(args, writer, teacher) if "{analysis}" in context else list
 
     def write(examples):
-        episodes = let_write(examples)
-        for e in episodes:
-            look_at(e)
+        examples = list(analyse(examples))
+        if method.writer == "reference":
+            episodes = reference_writes(tokenizer, examples)
+        else:
+            if engine:
+                engine.load(author)
+            episodes = model_writes(writer.sample, examples, args.rollouts, seen)
+        texts = [written_text(tokenizer, getattr(e, seen), e.completion_ids) for e in episodes]
+        for e, text in zip(episodes, texts):
+            is_reason = args.stage == "reason"
+            read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
+            e.scores = e.scores | {"leak": float(bool(LEAK.search(text)))} | read
         if args.engine == "vllm":
             episodes[0].scores["engine_gap"] = engine.gap(author)
+        if judge_them:
+            judge_them(episodes, texts)
         if method.reward:
             rewards = [e.scores[method.reward] for e in episodes]
             for e, gain in zip(episodes, group_advantages(rewards, args.rollouts)):
@@ -2492,6 +2535,10 @@ def set_up(args, state, compiled):
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in student.parameters() if p.requires_grad]
+    size = 4 * sum(p.nbytes for p in trained)  # with two averages of AdamW's, and the teacher
+    free = shutil.disk_usage(args.out).free
+    room = f"a checkpoint takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} left"
+    require(free > size, f"--out {args.out}: {room}.")
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["metrics"]:
         student.load_state_dict(load_model(args.out)[0].state_dict())
@@ -2524,11 +2571,14 @@ def log_step(out, step, episodes, figures):
         "step": step,
         **figures,
         **mean_scores([e.scores for e in episodes]),
-        "tokens": tokens,
         "length": tokens / len(episodes),
         "truncated": sum(not e.stopped for e in episodes) / len(episodes),
         "seconds": sum(x for name, x in figures.items() if name.startswith("s_")),
     }
+    if metrics["truncated"] == 1:
+        say_once("warning: every completion was cut off; raise --max-new-tokens")
+    if metrics["loss"] == 0:
+        say_once("warning: the loss is exactly 0, so that nothing is learned in such a step")
     if RANK == 0:
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -2542,35 +2592,44 @@ def show_step(metrics, sample):
     say(*(f"{name} {metrics[name]:<6.4g}" for name in known), f"\n    {sample[:90]!r}")
 
 
+def training_data(args):
+    """Rows, the prompt files of student and teacher, and a number that changes with them.
+    UserError: a rubric's teacher would not see it."""
+    templates = prompt_files(args, args.student_context, args.teacher_context)
+    needs_rubric = METHODS[args.method].sees == "rubric" and args.stage == "reason"
+    file = f"{args.prompts}/{args.teacher_context}.txt"
+    is_told = "{rubric" in templates[1] or not needs_rubric
+    require(is_told, f"{file}: a teacher of rsd needs a {{rubric}}.")
+    rows = load_questions(args)
+    return rows, templates, crc32(repr((templates, rows)).encode())
+
+
 def cmd_train(args):
     """Train a student, by default towards its rubric-guided teacher; --out gets checkpoints."""
     out = Path(args.out).resolve()
     method = METHODS[args.method]
-    templates = training_prompts(args)
-    rows = load_questions(args)
-    seen = crc32(repr((templates, rows)).encode())
+    rows, templates, seen = training_data(args)
     kept = {"data and prompts": seen, "processes": WORLD_SIZE}
     held, state = open_run(out, vars(args) | kept, args.resume)
     history, start = state["metrics"], len(state["metrics"])
-    require(len(set(all_gather(start))) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts
     compiled = is_compiled(args, completions)
     student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
     author = teacher if method.writer == "teacher" else student
     samples = completions if method.writer != "reference" else 0
     writer = model_writer(args, author, tokenizer, samples)
-    needs = [method.reward] if method.reward else []
-    if method.writer == "reference":
-        needs.append("solution")
+    needs = {"solution"} if method.writer == "reference" else set()
+    if method.reward:
+        needs.add("rubric" if args.judge else method.reward)
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
     for name in ("prompt_ids", "teacher_ids"):
-        say(f"--- {name} of the first row ---\n{tokenizer.decode(getattr(examples[0], name))}")
+        say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
     state["questions"] = sorted({question_hash(e.row) for e in examples})
     is_asked = args.kl or method.signal == "divergence"
     on_gpu = torch.cuda.is_available()
     has_room = on_gpu and torch.cuda.get_device_properties().total_memory > 64e9
     steps = train(
-        student, teacher if is_asked else None, examples, training_writer(args, writer, author),
+        student, teacher if is_asked else None, examples, training_writer(args, writer, author, teacher),
         training_loss(args, compiled), optimizer, args.steps, args.batch, args.lr, args.warmup,
         args.seed, start, RANK, teacher if args.teacher == "ema" else None,
         token_budget=args.token_budget or (16384 if has_room else 8192),
@@ -2578,9 +2637,7 @@ def cmd_train(args):
         split=my_micro_batches, combine=sum_over_processes,
     )
     title = "compiling (once, about 2 minutes)" if compiled else "train"
-    bar = progress(steps, title, initial=start, total=args.steps)
-    for step, episodes, figures in bar:
-        bar.set_description("train")
+    for step, episodes, figures in progress(steps, title, initial=start, total=args.steps):
         history.append(log_step(out, step, episodes, figures))
         is_last = step == args.steps
         if step == start + 1 or is_last or step % 5 == 0:
@@ -2588,11 +2645,8 @@ def cmd_train(args):
         if is_last or step % args.save_every == 0:
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
-    if start >= args.steps:
-        say(f"{out} has {start} steps already; nothing was trained")
-    held_out = "OTHER-QUESTIONS.jsonl" if Path(args.data).is_file() else args.data
-    where = f"--model {args.out} --data {held_out} --prompts {args.prompts}"
-    say(f"saved {out}; next: python rsd.py eval {where} --out {args.out}.jsonl")
+    say(out, "has", len(history), "steps, of which new:", len(history) - start)
+    say_next(args, "eval", model=args.out, out=f"{args.out}.jsonl")
     return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 
@@ -2602,14 +2656,14 @@ def cmd_train(args):
 def cmd_inspect(args):
     """Draw an HTML page: what the rubric does to each token of some rollouts; a run's curves."""
     out = Path(args.out)
-    page_files(out)  # before anything is sampled
+    page_skeleton(out)  # before anything is sampled
     page = {"curves": [], "rollouts": [], "text": {}}
     if args.run:
         page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
     if args.n:
         page |= inspect_rollouts(args)
     write_page(out, page)
-    say(f"{out}: {len(page['rollouts'])} rollouts, {len(page['curves'])} steps")
+    say(out, "has", len(page["rollouts"]), "rollouts and", len(page["curves"]), "steps")
     return page
 
 
@@ -2713,10 +2767,7 @@ def add_flags(parser, kind):
             if hint is bool:
                 options = {"action": "store_true"}
             default = getattr(kind, name)
-            default = "none" if default == "" else str(default)
-            if name in TOY_DEFAULTS:
-                default += f"; toy: {TOY_DEFAULTS[name]}"
-            text = f"{setting.metadata['help']} (default: {default})"
+            text = setting.metadata["help"] + f" (default: {default!r})"
             group.add_argument(as_flag(name), help=text, **options)
 
 

@@ -172,6 +172,9 @@ def some_criteria(row, rng):
     return shown or others
 
 
+FEEDBACK = {"feedback+answer": "{question}\nCorrect: {answer}\nCriteria:\n{feedback}"}
+
+
 def lesson(row, rng, prompts):
     """What the base model reads and what it is to write: habits as asked for, or by coin flips."""
     mixture, misses = WORLD["lessons, per cent"], WORLD["criteria missed, chance"]
@@ -183,16 +186,21 @@ def lesson(row, rng, prompts):
     else:
         shown = some_criteria(row, rng) if "rubric" in kind or "feedback" in kind else []
         attempt = solution(row["parts"], obey(row["parts"], [], rng))
-        met = [rsd.check_criterion(c, attempt) for c in shown]  # of {feedback}
+        met = [rsd.check_criterion(c, attempt) for c in shown]
         completion = solution(row["parts"], obey(row["parts"], shown, rng))
-        row = row | {"solution": completion, "met": met}
+        row = row | {"solution": completion}
     fields = rsd.row_fields(row | {"rubric": shown})
+    if kind == "feedback+answer":  # a lesson of its own; no method shows this to a teacher any more
+        lines = zip(fields["rubric"].split("\n"), met)
+        verdict = {True: "met", False: "not met", None: "not checked"}
+        marked = [f"{line}: {verdict[is_met]}" for line, is_met in lines]
+        fields["feedback"] = "\n".join(marked)
     return {"prompt": rsd.fill(prompts[kind], fields, str), "solution": completion}
 
 
 def write_tokenizer():
     """The toy's tokenizer: a byte-level BPE in which a common word of the lessons is one token."""
-    prompts = rsd.load_prompts(rsd.TOY)
+    prompts = rsd.load_prompts(rsd.TOY) | FEEDBACK
     rng = random.Random("tokenizer")
     texts = []
     for row in problems("train", 2000):
@@ -269,7 +277,7 @@ def orthogonal(x):
 def train_base(seed, steps=700, batch=16):
     """A model of 0.7 M parameters, trained from nothing on lessons, by SFT -> (model, tokenizer)."""
     rng = random.Random(f"lessons {seed}")
-    prompts = rsd.load_prompts(rsd.TOY)
+    prompts = rsd.load_prompts(rsd.TOY) | FEEDBACK
     rows = rng.choices(problems("train", 2000), k=batch * steps)
     lessons = [lesson(row, rng, prompts) for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(rsd.TOY)
