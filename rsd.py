@@ -67,7 +67,7 @@ import regex
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.utils import http_backoff
+from huggingface_hub.utils import get_session
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -174,6 +174,7 @@ def context_ids(tokenizer, template, fields, thinking=False):
     """
     chat = [{"role": "user", "content": fill(template, fields)}]
     switches = dict.fromkeys(("enable_thinking", "thinking", "reasoning"), thinking)
+    switches["skip_reasoning"] = not thinking  # HyperCLOVA's
     return chat_ids(tokenizer, chat, add_generation_prompt=True, **switches)
 
 
@@ -195,7 +196,7 @@ def sample_completions(
     config = GenerationConfig(
         eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens, **options
     )
-    if temperature > 0:
+    if temperature > 1e-6:
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     sampler = copy.copy(model.eval())  # the same weights, without the model's own defaults
     sampler.generation_config = GenerationConfig()
@@ -232,7 +233,8 @@ def rescore(model, contexts, completions):
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = torch.is_grad_enabled()
     ids = pad_sequence(ids, batch_first=True)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
+    body = getattr(model, "model", model.base_model)  # Llama 4 names another as its base
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
     parts = [h[len(p) - 1 : len(p) - 1 + len(c)] for h, p, c in zip(hidden, contexts, completions)]
     return torch.cat(parts)
 
@@ -570,6 +572,8 @@ def as_text(cell):
     a list all parts; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
+    if isinstance(cell, bytes):
+        cell = cell.decode()
     if isinstance(cell, dict):  # a turn, or a part of one
         speaker = f"{cell['role'].capitalize()}: " if "role" in cell else ""
         return speaker + as_text(cell.get("text", cell.get("content", str(cell))))
@@ -582,7 +586,7 @@ def as_text(cell):
 THOUGHT = r"(?=[\w:/]*(?:think|thought|reason|analysis|scratchpad))[\w:/]+"
 THINKING_TAG = re.compile(
     rf"(?ix) (?P<closes> <\|?(?=/|end_|\w+_end){THOUGHT}\|?>"  # </think>, <|end_of_thought|>
-    r"  | \[/THINK\] | ◁/think▷"
+    r"  | \[/THINK\] | ◁/think▷ | \[BEGIN\ FINAL\ RESPONSE\]"
     r"  | <\|channel\|>\s*final(?:<\|message\|>)? | <channel\|> | assistantfinal )"
     rf"| <\|?{THOUGHT}(?:\s[^<>]*)?\|?> | \[THINK\] | ◁think▷"  # <think>, <seed:think>
     r"| <\|?channel\|?>\s*(?:analysis|thought|commentary) | \A\s*analysis(?-i:[A-Z])"
@@ -700,7 +704,7 @@ def row_fields(row):
         "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
     }
     filled = {name: text for name, text in fields.items() if text and isinstance(text, str)}
-    return dict.fromkeys(("box", "reference", "analysis"), "") | filled
+    return {"box": "", "reference": "", "analysis": "(none so far)"} | filled
 
 
 class Written(NamedTuple):
@@ -1055,7 +1059,8 @@ def turn_end(tokenizer):
     behind = tokenizer.decode(chat_ids(tokenizer, chat)).rpartition("@")[2]
     first = tokenizer.encode(behind.strip(), add_special_tokens=False)[:1]
     is_control = set(first) & set(control_tokens(tokenizer).values())
-    return first[0] if is_control else tokenizer.eos_token_id
+    has_eos = chat_ids(tokenizer, chat * 2).count(tokenizer.eos_token_id) > 1  # in every turn
+    return first[0] if is_control and not has_eos else tokenizer.eos_token_id
 
 
 JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is no chat
@@ -1246,6 +1251,7 @@ class VllmSampler:
 
 
 CUT_OFF = ("length", "max_tokens", "model_length", "content_filter")  # of reasons to end
+FOR_GOOD = re.compile("(?!200|408|429|5)[1-5][0-9][0-9] |.*(HF_HUB_OFFLINE|refused|not known)")
 UNKNOWN_OPTION = re.compile("Unsupported (?:parameter|value): '(max_tokens|temperature|top_p)'")
 
 
@@ -1283,30 +1289,33 @@ class ServerWriter:
                 require(goes_on, f"--model {self.server} answers no prompt: {written.refused}")
                 yield i, written
 
-    def request(self, prompt, tries=8):
-        """One prompt. What may pass is tried again, after as long as Retry-After says; before the
-        first answer, a connection is tried once."""
+    def request(self, prompt):
+        """One prompt. What may pass is tried again after 1, 2, 4 ... 64 s, or what Retry-After
+        says."""
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # not the hub's
-        said = ""
-        try:
-            response = http_backoff(
-                "POST", f"{self.url}/v1/chat/completions", timeout=self.timeout,
-                headers={"Authorization": f"Bearer {key}"}, follow_redirects=False,
-                json=self.options | {"messages": [{"role": "user", "content": prompt}]},
-                retry_on_exceptions=(Exception,) * self.answered, max_wait_time=64,
-                retry_on_status_codes=(408, 429, 500, 502, 503, 504), max_retries=tries - 1,
-            )
-            said = f"{response.status_code} {' '.join(response.text.split())[:200]}"
-            return self.read(response.json())
-        except Exception as error:  # of the connection, or of JSON of another form
-            said = said or f"{error!s:.200}"
-        unknown = UNKNOWN_OPTION.search(said)
-        if unknown:  # to OpenAI's newer models
-            value = self.options.pop(unknown[1], None)
-            if unknown[1] == "max_tokens" and value:
-                self.options["max_completion_tokens"] = value
-        if tries > 1 and (unknown or said.startswith("200")):
-            return self.request(prompt, tries - 1)
+        pause = 0
+        for wait in (1, 2, 4, 8, 16, 32, 64, 64):
+            time.sleep(pause)
+            pause, said = wait, ""
+            try:
+                response = get_session().post(
+                    f"{self.url}/v1/chat/completions", headers={"Authorization": f"Bearer {key}"},
+                    json=self.options | {"messages": [{"role": "user", "content": prompt}]},
+                    timeout=self.timeout, follow_redirects=False,
+                )
+                said = f"{response.status_code} {' '.join(response.text.split())[:200]}"
+                pause = float(response.headers.get("Retry-After", wait))
+                if response.status_code == 200:
+                    return self.read(response.json())
+            except Exception as error:  # of the connection, or of JSON of another form
+                said = said or f"{str(error)!r:.200}"
+            unknown = UNKNOWN_OPTION.search(said)
+            if unknown:  # to OpenAI's newer models
+                pause, value = 0, self.options.pop(unknown[1], None)
+                if unknown[1] == "max_tokens" and value:
+                    self.options["max_completion_tokens"] = value
+            elif FOR_GOOD.match(said):
+                break
         return Written(None, None, False, f"the server says {said}")
 
     def read(self, reply):
@@ -1315,7 +1324,7 @@ class ServerWriter:
         reason = str(choice.get("finish_reason")).lower()
         require(not re.search("error|resource", reason), reason)
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        tokens = tokens if tokens in range(10**9) else None
+        tokens = tokens if isinstance(tokens, int) and tokens < 10**9 else None
         content = choice["message"].get("content")
         if isinstance(content, list):  # parts, some of them a thinking
             content = [part for part in content if "text" in part]
@@ -1324,8 +1333,9 @@ class ServerWriter:
 
 # ---- 8. Many processes: all that knows of torchrun's ranks ---------------------------------------
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LAUNCHED = os.environ if torch.distributed.is_torchelastic_launched() else {}  # by torchrun
+RANK = int(LAUNCHED.get("RANK", 0))
+WORLD_SIZE = int(LAUNCHED.get("WORLD_SIZE", 1))
 
 
 def start_processes():
@@ -1423,10 +1433,9 @@ def lock(path):
 # gets the hidden name again. So checkpoint-N is whole, at whichever moment the process is killed.
 
 LOCK = "rsd.lock"  # the folder that holds this file is a run's
-MAY_CHANGE = ("out", "resume", "steps", "save_every")  # settings, where a run goes on
+MAY_CHANGE = ("out", "resume", "steps", "save_every", "given")  # settings, where a run goes on
 NOT_TO_THE_BIT = (  # these may, too, but sums and samples then differ in their last digits or more
-    "token_budget", "batch_size", "gradient_checkpointing", "engine", "engine_memory", "compile",
-    "processes",
+    "token_budget", "batch_size", "gradient_checkpointing", "engine", "compile", "processes",
 )
 
 
@@ -1501,7 +1510,7 @@ def open_run(out, settings, resume):
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
         try:
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
-            was = state["settings"]
+            was, *_ = [state[x] for x in "settings metrics saved optimizer teacher".split()]
         except Exception as error:  # of torch and pickle
             message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
             raise UserError(message) from error
@@ -1648,13 +1657,18 @@ def hub_name(name):
 def check_model(model, tokenizer, name):
     """UserError: its weights are damaged, its head is not `logits_of`, or its template drops
     text."""
-    own = model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device)).logits[0]
-    ours = logits_of(model, rescore(model, [[1]], [[2, 3, 4, 0]]))
+    ids = torch.tensor([[0] * 9 + [1, 2, 3]], device=model.device)
+    (own,) = model.generate(  # padded, as in `sample_completions`
+        ids, attention_mask=ids.clamp(max=1), max_new_tokens=1, num_beams=1, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    ).logits
+    ours = logits_of(model, rescore(model, [[1, 2, 3]], [[0]]))
     bound = 2e-2 if torch.cuda.is_available() else 1e-3  # a GPU rounds to bfloat16
     same = (own - ours).abs().max() <= bound * own.abs().max()  # false for NaN, too
-    require(same, f"--model {name}: it gives NaN, or its head is not one that `logits_of` knows.")
+    mistake = "it gives NaN, padding changes what it says, or its head is none of `logits_of`'s"
+    require(same, f"--model {name}: {mistake}.")
     shown = tokenizer.decode(chat_ids(tokenizer, [{"role": "user", "content": "@@"}]))
-    require("@@" in shown, f"--model {name}: its chat template drops the text of the question.")
+    require("@@" in shown, f"--model {name}: tokenizer or template drops the text of the question.")
 
 
 def switch_off_dropout(model):
@@ -1665,9 +1679,11 @@ def switch_off_dropout(model):
                 setattr(layer, name, 0.0)
 
 
-def load_model(name, dtype=torch.float32):
+def load_model(name, half=False):
     """(model, tokenizer) of a directory, of a run's last checkpoint or of the hub, from safetensors
-    only. UserError: it is not found, it lacks weights, or `check_model` refuses it."""
+    only; with half on a GPU in bfloat16. UserError: it is not found, it lacks weights, or
+    `check_model` refuses it."""
+    dtype = torch.bfloat16 if half and torch.cuda.is_available() else torch.float32
     require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
     source = last_checkpoint(name) or hub_name(name)
     may_be_on_hub = re.fullmatch(r"(?!runs/)[\w.-]+(/[\w.-]+)?", source)
@@ -1680,8 +1696,8 @@ def load_model(name, dtype=torch.float32):
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
-        message = f"--model {name}: looked for {source} here and on the hub, in vain; pass the"
-        raise UserError(f"{message} directory of a downloaded copy ({error!s:.150})") from error
+        message = f"--model {name}: {source} is neither here nor on the hub, or no causal model"
+        raise UserError(f"{message} ({str(error)!r:.150})") from error
     lacking = sorted(found["missing_keys"])
     require(not lacking, f"--model {name}: its files lack weights, such as {lacking[:3]}.")
     if tokenizer.chat_template is None:
@@ -1694,7 +1710,8 @@ def load_model(name, dtype=torch.float32):
 
 
 def add_lora(model, rank):
-    """Freeze the model; float32 adapters on all its linear layers, with alpha 2 x rank, train."""
+    """Freeze the model; float32 adapters on its linear layers (a mixture's fused experts are none),
+    with alpha 2 x rank, train."""
     from peft import LoraConfig  # optional; main says how to get it
 
     model.requires_grad_(False)
@@ -1704,7 +1721,7 @@ def add_lora(model, rank):
         )
         model.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
+        raise UserError(f"--lora-rank: this model takes no adapters ({str(error)!r:.150}).") from error
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -1892,7 +1909,7 @@ def cell_of(raw, meaning):
     """The cell that has this meaning, or ""; which column is taken for it is said once."""
     for name in COLUMNS[meaning].split():
         if raw.get(name) not in (None, ""):
-            if name != meaning:
+            if name not in (meaning, "text"):
                 say_once(f"note: the column {name} is read as the {meaning}")
             return raw[name]
     return ""
@@ -1932,7 +1949,7 @@ def read_table(data, split, limit=0):
         message = f"--data {data}: looked for {source.hub} and could not read it; give a .jsonl, "
         message += ".json, .csv or .parquet file, a hub id (owner/name or owner/name:config; where "
         message += f"its page asks for consent, hf auth login) or one of {list(DATA_SETS)}"
-        raise UserError(f"{message} ({error!s:.150})") from error
+        raise UserError(f"{message} ({str(error)!r:.150})") from error
 
 
 def read_row(raw, source):
@@ -1943,6 +1960,8 @@ def read_row(raw, source):
     rubric = read_rubric(row["rubric"])
     row = {name: as_text(cell) for name, cell in row.items()}
     require(row["question"], f"it needs a column question, filled; it has {', '.join(raw)}")
+    if cells.get("text") is not None:
+        row["response"] = row["response"] or "(no answer)"
     row |= {"rubric": rubric, "grading": source.grading}
     is_gradable = accuracy("", row) is not None
     return row | {"box": BOX_REQUEST if is_gradable else ""}
@@ -1960,8 +1979,8 @@ def load_rows(data, split, limit=0, seed=0):
         try:
             rows.append(read_row(raw, source))
         except Exception as error:  # of many kinds: a column is missing, a weight is unclear
-            said = f"{data}, row {number} cannot be read, {type(error).__name__}: {error!s:.250}"
-            raise UserError(f"{said} in {raw!r:.150}") from error
+            message = f"{data}, row {number} cannot be read, {str(error)!r:.250}, in {raw!r:.150}"
+            raise UserError(message) from error
     require(rows, f"{data} has no rows.")
     if source.overlap and split == "test":
         seen = {row["question"] for row in load_rows(data, "train")}
@@ -2029,7 +2048,8 @@ def make_examples(rows, templates, readers, needs=()):
             dropped["context too long for the model"] += 1
     if dropped:
         say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
-    require(examples, f"no row is left of all that were read: {dict(dropped)}")
+    hint = "a score takes a reference that can be graded, checks in the rubric, or --judge"
+    require(examples, f"no row is left of all that were read: {dict(dropped)} ({hint})")
     return examples
 
 
@@ -2094,7 +2114,7 @@ class Teacher:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    rubrics: str = flag("data", "data, or a .jsonl file of generate.")
+    rubrics: str = flag("data", "data, a .jsonl of generate, or one .json list.")
     teacher_context: str = flag("rubric", "Prompt file that a teacher with rubric sees.")
 
 
@@ -2264,6 +2284,7 @@ def settle(kind, **given):
     if is_toy:
         args.model = f"{TOY}/base-{args.seed % 2}"  # there are two
     refuse_unused(args, given)
+    args.given = given
     return args
 
 
@@ -2293,15 +2314,6 @@ def load_questions(args):
     return with_rubrics(rows, getattr(args, "rubrics", "data"))
 
 
-def load_from_flags(args, half=False):
-    """(model, tokenizer) of --model, with half on a GPU in bfloat16; then the random state is that
-    of --seed."""
-    dtype = torch.bfloat16 if half and torch.cuda.is_available() else torch.float32
-    loaded = load_model(args.model, dtype)
-    torch.manual_seed(args.seed)
-    return loaded
-
-
 def sampling_of(args):
     """The flags that say how completions are sampled."""
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")
@@ -2315,9 +2327,10 @@ def is_compiled(args, completions):
 
 
 def say_next(args, command, **flags):
-    """Say the command that comes next, for the data of this one; the toy's brings the rest."""
-    carried = {"data": args.data, "prompts": args.prompts, "thinking": args.thinking} | flags
-    words = [f"{as_flag(name)} {shlex.quote(str(value))}" for name, value in carried.items()]
+    """Say the command that comes next, for the data of this one and as that was asked."""
+    kept = ("prompts", "seed", "thinking", "max_new_tokens")
+    carried = {"data": args.data} | {name: args.given[name] for name in kept if name in args.given}
+    words = [f"{as_flag(name)} {shlex.quote(str(x))}" for name, x in (carried | flags).items()]
     say("next: python rsd.py", command, *words)
 
 
@@ -2327,7 +2340,8 @@ def model_writer(args, model, tokenizer, completions=0):
     if args.thinking == "on" and on == off:
         say("warning: --thinking on changes nothing in this model's chat template")
     stop, engine = stop_ids(model, tokenizer), None
-    longest = setting_of(model, "max_position_embeddings") or math.inf
+    names = "original_max_position_embeddings", "max_position_embeddings"  # longrope's change
+    longest = setting_of(model, *names) or math.inf
     sampling = sampling_of(args)
     sample = functools.partial(sample_completions, model, stop=stop, **sampling)
     if args.engine == "vllm":
@@ -2347,7 +2361,7 @@ def open_writer(args, completions):
     """The writer that --model names: a server's model, or one that is loaded here."""
     if "@http" in args.model and WORLD_SIZE == 1:
         return ServerWriter(args.model, sampling_of(args))
-    return model_writer(args, *load_from_flags(args, half=True), completions)
+    return model_writer(args, *load_model(args.model, half=True), completions)
 
 
 # -- generate, eval, judge
@@ -2392,10 +2406,10 @@ def report(lines, name, row_of, rate):
         say(name, "is missing for", lost.total(), "of", len(lines), "because:", dict(lost))
     samples = []
     for line in lines:
-        if line["text"] is not None:  # the server did not refuse it
+        if line.get("text") is not None:  # the server did not refuse it
             row = line["question"], line["reference_answer"]
             scores = rate(line[name], row_of[row] | line)
-            scores |= {"tokens": line["tokens"], "truncated": line["truncated"]}
+            scores |= {name: line.get(name) for name in ("tokens", "truncated")}
             samples.append((row, scores))
     figures = evaluate(samples)
     has_math_verify = importlib.util.find_spec("math_verify") is not None  # or formulas are n/a
@@ -2403,7 +2417,7 @@ def report(lines, name, row_of, rate):
     for figure in figures[0] if figures else ():
         mean, se, n = mean_se([f[figure] for f in figures])
         summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
-        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a, or for a judge"
+        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a (a judge may tell)"
         say(f"{figure:18s} {shown}")
     return summary
 
@@ -2428,7 +2442,7 @@ def cmd_eval(args):
     columns = ("question", "reference_answer", "rubric")
     summary = write_lines(args, "text", columns, ask, score, args.k)
     if not summary.get("rubric_score_n"):
-        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=args.out or "FILE-OF-EVAL'S-OUT")
+        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=args.out or "ITS-OUT.jsonl")
     return summary
 
 
@@ -2458,7 +2472,7 @@ def rewards_of_judge(args):
         for i, said in all_gather(verdicts)[0]:
             episodes[i].scores |= judge_scores(said["judge"], episodes[i].row)
             episodes[i].scores["unread"] = float(said["judge"] is None)
-        episodes[0].scores["judge_seconds"] = time.perf_counter() - begun
+        episodes[0].scores["s_judge"] = time.perf_counter() - begun
 
     return judge_them
 
@@ -2524,7 +2538,8 @@ def training_writer(args, writer, author, teacher=None):
 def set_up(args, state, compiled):
     """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its
     start or as the last checkpoint in --out has them."""
-    student, tokenizer = load_from_flags(args, half=args.lora_rank > 0)
+    student, tokenizer = load_model(args.model, half=args.lora_rank > 0)
+    torch.manual_seed(args.seed)
     is_whole = not hasattr(student, "peft_config")
     require(is_whole, f"--model {args.model}: merge the adapter into its base; README says how.")
     if args.lora_rank:
@@ -2543,6 +2558,8 @@ def set_up(args, state, compiled):
     if state["metrics"]:
         student.load_state_dict(load_model(args.out)[0].state_dict())
         optimizer.load_state_dict(state["optimizer"])
+        fits = all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
+        require(fits, f"--out {args.out}: its optimizer's state is of another model.")
         if state["teacher"]:
             teacher.load_state_dict(state["teacher"], strict=False)
     for model in [m for m in (student, teacher) if m and compiled]:
@@ -2587,7 +2604,7 @@ def log_step(out, step, episodes, figures):
 
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
-    names = "step loss entropy length rubric_score recall accuracy seconds".split()
+    names = "step loss entropy length rubric_score unread recall accuracy seconds".split()
     known = [name for name in names if metrics.get(name) is not None]
     say(*(f"{name} {metrics[name]:<6.4g}" for name in known), f"\n    {sample[:90]!r}")
 
@@ -2598,7 +2615,7 @@ def training_data(args):
     templates = prompt_files(args, args.student_context, args.teacher_context)
     needs_rubric = METHODS[args.method].sees == "rubric" and args.stage == "reason"
     file = f"{args.prompts}/{args.teacher_context}.txt"
-    is_told = "{rubric" in templates[1] or not needs_rubric
+    is_told = re.search("{(rubric|statements)", templates[1]) or not needs_rubric
     require(is_told, f"{file}: a teacher of rsd needs a {{rubric}}.")
     rows = load_questions(args)
     return rows, templates, crc32(repr((templates, rows)).encode())
@@ -2612,6 +2629,7 @@ def cmd_train(args):
     kept = {"data and prompts": seen, "processes": WORLD_SIZE}
     held, state = open_run(out, vars(args) | kept, args.resume)
     history, start = state["metrics"], len(state["metrics"])
+    require(len({*all_gather(start)}) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts
     compiled = is_compiled(args, completions)
     student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
@@ -2646,7 +2664,10 @@ def cmd_train(args):
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     all_gather("the others wait for the last save")
     say(out, "has", len(history), "steps, of which new:", len(history) - start)
-    say_next(args, "eval", model=args.out, out=f"{args.out}.jsonl")
+    is_all = Path(args.data).is_file() and not args.limit  # of it, eval would leave out every row
+    held_out = "OTHER-QUESTIONS.jsonl" if is_all else args.data
+    command = "eval" if args.stage == "reason" else "generate"
+    say_next(args, command, model=args.out, data=held_out, out=f"{args.out}.jsonl")
     return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 
@@ -2673,10 +2694,10 @@ def inspect_rollouts(args):
     args.limit = args.n
     templates = prompt_files(args, "student", args.teacher_context)
     rows = load_questions(args)
-    teacher, tokenizer = load_from_flags(args, half=True)
+    teacher, tokenizer = load_model(args.model, half=True)
     students = {"the student": teacher}
     if args.compare:
-        students[args.compare], _ = load_model(args.compare, teacher.dtype)
+        students[args.compare], _ = load_model(args.compare, half=True)
     reader = model_writer(args, teacher, tokenizer)
     examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, ["rubric"])]
     nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")  # no criterion may be left
