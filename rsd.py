@@ -2178,7 +2178,7 @@ class Learning:
 class Memory:
     """What trades memory for time."""
 
-    token_budget: int = flag(0, "Padded tokens of a micro-batch; 0: 8,192 or 16,384.")
+    token_budget: int = flag(8192, "Padded tokens of a micro-batch; 16,384 suit a large GPU.")
     lora_rank: int = flag(0, "Train adapters of this rank (by peft); 0 is all weights.")
     gradient_checkpointing: bool = flag(False, "Take less memory and more time.")
 
@@ -2301,10 +2301,10 @@ def prompt_files(args, *names):
         path = f"{args.prompts}/{name}.txt"
         require(name in texts, f"{path}: there is no such prompt file.")
         require("\ufffd" not in texts[name], f"{path}: it is no UTF-8.")
-        found = set(PLACEHOLDER.findall(texts[name]))
-        require("question" in found, f"{path}: it has no {{question}}.")
-        unknown = sorted(found - PLACEHOLDERS)
-        require(not unknown, f"{path}: nothing fills {unknown}; known: {sorted(PLACEHOLDERS)}.")
+        require("{question}" in texts[name], path + ": it has no {question}.")
+        unknown = sorted(set(PLACEHOLDER.findall(texts[name])) - PLACEHOLDERS)
+        known = ", ".join(sorted(PLACEHOLDERS))
+        require(not unknown, f"{path}: nothing fills {unknown}; what a row can fill is {known}.")
     return [texts[name] for name in names]
 
 
@@ -2314,10 +2314,13 @@ def load_questions(args):
     return with_rubrics(rows, getattr(args, "rubrics", "data"))
 
 
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")
+SHAPING = ("model", "writer", "seed", "thinking", *SAMPLING)  # what a written line depends on
+
+
 def sampling_of(args):
     """The flags that say how completions are sampled."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (*SAMPLING, "batch_size")}
 
 
 def is_compiled(args, completions):
@@ -2350,8 +2353,7 @@ def model_writer(args, model, tokenizer, completions=0):
         longest = engine.llm.llm_engine.model_config.max_model_len
     elif is_compiled(args, completions):
         engine = StaticSampler(model, stop, is_trained=isinstance(args, Train), **sampling)
-        memory = sum(p.nbytes for p in engine.copy.parameters()) / 1e9
-        say(f"compiling the sampler, once, takes 2 minutes; its weights take {memory:.1f} GB")
+        say("the sampler has a copy of the weights, and is compiled, once, in about 2 minutes")
     sample = functools.partial(sample_together, engine or sample)
     room, size = longest - args.max_new_tokens, 2 * args.batch_size * WORLD_SIZE
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine, size)
@@ -2381,17 +2383,10 @@ def write_lines(args, name, columns, ask, rate, k=1):
         item = {column: row.get(column) for column in columns}
         for number in range(k):
             jobs.append((item | {"sample": item.get("sample") or number}, (row, prompt)))
+    origin = {name: getattr(args, name) for name in SHAPING}
     weights = Path(last_checkpoint(args.model) or args.model).glob("*.safetensors")
-    origin = {
-        "model": args.model,
-        "saved": max((file.stat().st_mtime for file in weights), default=0.0),
-        "writer": args.writer,
-        "seed": args.seed,
-        "prompt": crc32(template.encode()),
-        "thinking": args.thinking,
-        **sampling_of(args),
-    }
-    del origin["batch_size"]  # it shapes nothing
+    origin["saved"] = max((file.stat().st_mtime for file in weights), default=0.0)
+    origin["prompt"] = crc32(template.encode())
     seed_process(args.seed)
     lines = remember(args.out, jobs, functools.partial(ask, writer), name, origin)
     row_of = {(row["question"], row["reference_answer"]): row for row in rows}
@@ -2406,19 +2401,18 @@ def report(lines, name, row_of, rate):
         say(name, "is missing for", lost.total(), "of", len(lines), "because:", dict(lost))
     samples = []
     for line in lines:
-        if line.get("text") is not None:  # the server did not refuse it
-            row = line["question"], line["reference_answer"]
-            scores = rate(line[name], row_of[row] | line)
-            scores |= {name: line.get(name) for name in ("tokens", "truncated")}
-            samples.append((row, scores))
+        if line.get("text") is not None:  # it was not refused
+            question = line["question"], line["reference_answer"]
+            own = {figure: line.get(figure) for figure in ("tokens", "truncated")}
+            samples.append((question, rate(line[name], row_of[question] | line) | own))
     figures = evaluate(samples)
     has_math_verify = importlib.util.find_spec("math_verify") is not None  # or formulas are n/a
     summary = {"n": len(figures), "math_verify": has_math_verify}
     for figure in figures[0] if figures else ():
         mean, se, n = mean_se([f[figure] for f in figures])
-        summary |= {figure: mean, f"{figure}_se": se, f"{figure}_n": n}
+        summary |= {figure: mean, figure + "_se": se, figure + "_n": n}
         shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a (a judge may tell)"
-        say(f"{figure:18s} {shown}")
+        say(figure.ljust(18), shown)
     return summary
 
 
@@ -2550,10 +2544,9 @@ def set_up(args, state, compiled):
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in student.parameters() if p.requires_grad]
-    size = 4 * sum(p.nbytes for p in trained)  # with two averages of AdamW's, and the teacher
-    free = shutil.disk_usage(args.out).free
-    room = f"a checkpoint takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} left"
-    require(free > size, f"--out {args.out}: {room}.")
+    size = 4e-9 * sum(p.nbytes for p in trained)  # with two averages of AdamW's, and the teacher
+    free = shutil.disk_usage(args.out).free / 1e9
+    require(free > size, f"--out: a checkpoint takes {size:.2g} GB, and {free:.2g} are free.")
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["metrics"]:
         student.load_state_dict(load_model(args.out)[0].state_dict())
@@ -2614,9 +2607,8 @@ def training_data(args):
     UserError: a rubric's teacher would not see it."""
     templates = prompt_files(args, args.student_context, args.teacher_context)
     needs_rubric = METHODS[args.method].sees == "rubric" and args.stage == "reason"
-    file = f"{args.prompts}/{args.teacher_context}.txt"
     is_told = re.search("{(rubric|statements)", templates[1]) or not needs_rubric
-    require(is_told, f"{file}: a teacher of rsd needs a {{rubric}}.")
+    require(is_told, args.teacher_context + ".txt: a teacher of rsd needs a {rubric}.")
     rows = load_questions(args)
     return rows, templates, crc32(repr((templates, rows)).encode())
 
@@ -2634,7 +2626,7 @@ def cmd_train(args):
     compiled = is_compiled(args, completions)
     student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
     author = teacher if method.writer == "teacher" else student
-    samples = completions if method.writer != "reference" else 0
+    samples = completions * (method.writer != "reference")
     writer = model_writer(args, author, tokenizer, samples)
     needs = {"solution"} if method.writer == "reference" else set()
     if method.reward:
@@ -2643,19 +2635,16 @@ def cmd_train(args):
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
     state["questions"] = sorted({question_hash(e.row) for e in examples})
+    write = training_writer(args, writer, author, teacher)
     is_asked = args.kl or method.signal == "divergence"
-    on_gpu = torch.cuda.is_available()
-    has_room = on_gpu and torch.cuda.get_device_properties().total_memory > 64e9
     steps = train(
-        student, teacher if is_asked else None, examples, training_writer(args, writer, author, teacher),
-        training_loss(args, compiled), optimizer, args.steps, args.batch, args.lr, args.warmup,
-        args.seed, start, RANK, teacher if args.teacher == "ema" else None,
-        token_budget=args.token_budget or (16384 if has_room else 8192),
-        chunk=192_000_000 if on_gpu else 24_000_000,
+        student, teacher if is_asked else None, examples, write, training_loss(args, compiled),
+        optimizer, args.steps, args.batch, args.lr, args.warmup, args.seed, start, RANK,
+        ema_teacher=teacher if args.teacher == "ema" else None, token_budget=args.token_budget,
+        chunk=192_000_000 if torch.cuda.is_available() else 24_000_000,
         split=my_micro_batches, combine=sum_over_processes,
     )
-    title = "compiling (once, about 2 minutes)" if compiled else "train"
-    for step, episodes, figures in progress(steps, title, initial=start, total=args.steps):
+    for step, episodes, figures in progress(steps, "train", initial=start, total=args.steps):
         history.append(log_step(out, step, episodes, figures))
         is_last = step == args.steps
         if step == start + 1 or is_last or step % 5 == 0:
