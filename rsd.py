@@ -326,8 +326,8 @@ def token_loss(
 
     Logits [N, V] of student and teacher; ids, advantage and the log-probs that the engine gave the
     ids, all [N] -> loss, entropy and other figures, each [N]. forward, reverse and jsd are
-    `divergence` with these options. The other two are policy gradients and take no option but kl, the
-    weight of the reverse KL to the teacher. sampled: with the advantage log p_T - log p_S.
+    `divergence` with these options. The other two are policy gradients and take no option but kl,
+    the weight of the reverse KL to the teacher. sampled: with the advantage log p_T - log p_S.
     advantage: with the given one; 1 makes it SFT's cross-entropy. Where the engine's log-probs are
     known, they are weighted by the student's probability over the engine's, cut at 2 (truncated
     importance sampling). KeyError: an unknown signal.
@@ -1721,7 +1721,7 @@ def add_lora(model, rank):
         )
         model.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"--lora-rank: this model takes no adapters ({str(error)!r:.150}).") from error
+        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -2487,7 +2487,7 @@ def reason_first(args, reader, teacher):
         for e in examples:
             written = kept[id(e.row)]
             fields = row_fields(e.row | {"analysis": after_thinking(written.text) or ""})
-            figures = {"analysis_length": written.tokens, "analysis_cut": float(not written.stopped)}
+            figures = {"analysis": written.tokens, "analysis_cut": float(not written.stopped)}
             yield replace(e, teacher_ids=reader.prompt(context, fields), scores=figures)
 
     return analyse
@@ -2504,10 +2504,8 @@ def training_writer(args, writer, author, teacher=None):
     analyse = reason_first(args, writer, teacher) if "{analysis}" in context else list
 
     def write(examples):
-        examples = list(analyse(examples))
-        if method.writer == "reference":
-            episodes = reference_writes(tokenizer, examples)
-        else:
+        episodes = examples = list(analyse(examples))
+        if method.writer != "reference":
             if engine:
                 engine.load(author)
             episodes = model_writes(writer.sample, examples, args.rollouts, seen)
@@ -2613,6 +2611,15 @@ def training_data(args):
     return rows, templates, crc32(repr((templates, rows)).encode())
 
 
+def with_references(tokenizer, examples, longest):
+    """Examples with their references, less those that are too long; they are counted."""
+    written = reference_writes(tokenizer, examples)
+    fitting = [e for e in written if len(e.prompt_ids + e.completion_ids) <= longest]
+    say("left out", len(written) - len(fitting), "references that are too long for the model")
+    require(fitting, "no reference is short enough for the model.")
+    return fitting
+
+
 def cmd_train(args):
     """Train a student, by default towards its rubric-guided teacher; --out gets checkpoints."""
     out = Path(args.out).resolve()
@@ -2632,6 +2639,8 @@ def cmd_train(args):
     if method.reward:
         needs.add("rubric" if args.judge else method.reward)
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
+    if method.writer == "reference":
+        examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
     state["questions"] = sorted({question_hash(e.row) for e in examples})
