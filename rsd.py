@@ -162,8 +162,8 @@ def chat_ids(tokenizer, chat, template=None, **options):
         raise UserError(f"the chat template fails ({error!r:.200}) on {chat!r:.200}.") from error
     known = set(control.values())
     written, expected = ([i for i in ids if i in known] for ids in both)
-    same = written == expected
-    require(same, f"this tokenizer makes a control token of plain text: {chat!r:.200}.")
+    message = f"this tokenizer makes a control token of plain text in this chat, {chat!r:.200}"
+    require(written == expected, message)
     return both[0]
 
 
@@ -436,8 +436,8 @@ def flatten(episodes, device):
     """The N trained tokens -> ids, advantage and the writer's log-probs (unknown: NaN), all [N]."""
     tokens = []
     for e in episodes:
-        log_probs = e.writer_log_probs or [math.nan] * len(e.completion_ids)
-        tokens += [(i, e.advantage, log_prob) for i, log_prob in zip(e.completion_ids, log_probs)]
+        log_probs = e.writer_log_probs or itertools.repeat(math.nan)
+        tokens += zip(e.completion_ids, itertools.repeat(e.advantage), log_probs)
     tokens = torch.tensor(tokens, dtype=torch.float64, device=device)
     ids, advantage, log_probs = tokens.view(-1, 3).T
     return ids.long(), advantage.float(), log_probs.float()
@@ -518,7 +518,7 @@ def ema_update(teacher, student, decay):
     """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
     for t, s in zip(teacher.parameters(), student.parameters()):
         if s.requires_grad:
-            t.lerp_(s.to(t.dtype), 1 - decay)
+            t.lerp_(s, 1 - decay)
 
 
 def batches(items, size, seed):
