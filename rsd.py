@@ -562,14 +562,10 @@ def load_prompts(folder):
     return {path.stem: path.read_text("utf-8", errors="replace").strip() for path in files}
 
 
-def valid_unicode(text):
-    """The text with U+FFFD for each half of a surrogate pair, which no file or tokenizer takes."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
 def as_text(cell):
     """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of
-    a list all parts; nothing, and NaN, are empty."""
+    a list all parts; nothing, and NaN, are empty. U+FFFD stands for each half of a surrogate pair,
+    which no file or tokenizer takes."""
     if cell is None or cell != cell:
         return ""
     if isinstance(cell, bytes):
@@ -580,16 +576,14 @@ def as_text(cell):
     if isinstance(cell, list):
         text = "\n\n".join(map(as_text, cell))
         return text.removeprefix("User: ") if len(cell) == 1 else text
-    return valid_unicode(str(cell)).strip()
+    return re.sub("[\ud800-\udfff]", "\ufffd", str(cell)).strip()
 
 
-THOUGHT = r"(?=[\w:/]*(?:think|thought|reason|analysis|scratchpad))[\w:/]+"
-THINKING_TAG = re.compile(
-    rf"(?ix) (?P<closes> <\|?(?=/|end_|\w+_end){THOUGHT}\|?>"  # </think>, <|end_of_thought|>
-    r"  | \[/THINK\] | ◁/think▷ | \[BEGIN\ FINAL\ RESPONSE\]"
-    r"  | <\|channel\|>\s*final(?:<\|message\|>)? | <channel\|> | assistantfinal )"
-    rf"| <\|?{THOUGHT}(?:\s[^<>]*)?\|?> | \[THINK\] | ◁think▷"  # <think>, <seed:think>
-    r"| <\|?channel\|?>\s*(?:analysis|thought|commentary) | \A\s*analysis(?-i:[A-Z])"
+THINKING_TAG = re.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
+    r"(?i)(?=(?P<closes>.\|?/|<\|\w{0,20}end[_|]|<channel\|>|<\|channel\|>\s*final|assistant)?)"
+    r"(?:<\|?[\w:/]{0,20}(?:think|thought|reason|analysis|scratchpad)\w{0,20}(?:\s[^<>]*)?\|?>"
+    r"|\[/?THINK\]|◁/?think▷|<channel\|>|<\|?channel\|?>\s*(?:analysis|thought|commentary)"
+    r"|<\|channel\|>\s*final(?:<\|message\|>)?|assistantfinal|\A\s*analysis(?-i:[A-Z]))"
 )
 
 
@@ -616,18 +610,18 @@ def make_criterion(title="", description="", weight=None, **_):
     if not re.search(r"[^\W_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
     return {
-        "title": valid_unicode(title).strip(),
-        "description": valid_unicode(description).strip(),
+        "title": as_text(title),
+        "description": as_text(description),
         "weight": int(number) if number.is_integer() else number,
     }
 
 
 def read_array(text, at):
-    """The objects of the JSON array whose first one begins at `at`; where the reading stops."""
+    """The values of the JSON array whose first one begins at `at`; where the reading stops."""
     decoder = json.JSONDecoder(strict=False)
     objects = []
     with contextlib.suppress(ValueError, RecursionError):
-        while text.startswith("{", at):
+        while True:
             item, end = decoder.raw_decode(text, at)
             objects.append(item)
             at = re.compile(r"[\s,]*").match(text, end).end()
@@ -662,11 +656,9 @@ def parse_rubric(text, row=None):
 
 
 AVOIDS = re.compile(
-    r"(?ix) \s* (?:(?:pitfall|negative)[^:]{0,20}:\s*)?"  # a label
-    r"(?:(?:(?:the|an?|any)\s+\w+|this|it|response|answer)\s+)?"  # a subject
-    r"(?: (?:avoid|refrain)s?\b | do(?:\ not|n['’]t) | (?:warn|caution)s?\ against"
-    r"  | (?:should|must|can|may)(?:\ ?not|n['’]t)"
-    r"  | (?:should|must)\s+ (?:\w+ly\s+|try\ to\s+)? (?:avoid|refrain)\b )"
+    r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it|response) )?"  # label, subject
+    r"(?:(?:(?:should|must) (?:\w+ly )?)?(?:avoid|refrain)s?\b|warns? against"
+    r"|(?:do|should|must|can|may)(?: ?not|n['’]t))"
 )
 
 
@@ -682,18 +674,18 @@ def signed_weight(criterion):
     return weight
 
 
-PLACEHOLDERS = {  # of prompt files
-    "question", "box", "answer", "reference", "solution", "rubric", "rubric_json", "response",
-    "statements", "fence", "analysis",
-}
+PLACEHOLDERS = set(  # of prompt files
+    "question box answer reference solution rubric rubric_json response statements fence analysis"
+    .split()
+)
 
 
 def row_fields(row):
     """What a row can put into the placeholders of a prompt file; what it lacks is left out."""
     rubric = row.get("rubric") or []
-    titled = [": ".join(filter(None, (c["title"], c["description"]))) for c in rubric]
+    titled = [f"{c['title']}: {c['description']}".removeprefix(": ") for c in rubric]
     lines = [f"- {text} ({signed_weight(c):g})" for text, c in zip(titled, rubric)]
-    plain = [{name: c[name] for name in ("title", "description", "weight")} for c in rubric]
+    plain = [make_criterion(**c) for c in rubric]  # without its check
     answer = row.get("reference_answer")
     fields = row | {
         "answer": answer,
@@ -703,7 +695,7 @@ def row_fields(row):
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
         "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
     }
-    filled = {name: text for name, text in fields.items() if text and isinstance(text, str)}
+    filled = {name: text for name, text in fields.items() if text}
     return {"box": "", "reference": "", "analysis": "(none so far)"} | filled
 
 
@@ -764,31 +756,23 @@ def generate_rubrics(write, asked, parse, tries=3):
 # Of the text that is graded only what stands behind the thinking counts, and of that the
 # last \boxed{}; without one, what the last "answer is" names; else the last line.
 
-BOX = re.compile(r"(?:boxed|fbox|framebox)\b *(?=\{ *[^} ]|\d)")  # an empty one is none
+IN_BRACES = r"[^{}]*"
+for _ in range(6):  # as deep as boxes nest, in linear time
+    IN_BRACES = rf"(?:[^{{}}]|\{{{IN_BRACES}\}})*"
+BOX = re.compile(r"(?:boxed|fbox|framebox)\b *(?!\{ *\})(?:\{(" + IN_BRACES + r")|(\d))")
 NAMED_ANSWER = re.compile(
-    r"""(?imx) ^.* (?<!/) \b(?:answers?|choice|option)\b  # the word
-    (?: [^.\n]{0,60}? (?:\b(?:is|are|be)\b | [:=>]) | \W*\n )
-    [\s:*]* (\S.*?)  # the answer, up to where the sentence goes on
-    (?= </ | \.?$ | \.[ ]+[A-Z] | ,?[ ](?:because|since|as)\b | [ ]\([a-z]{2} )"""
+    r"(?im)^.*(?<!/)\b(?:answers?|choice|option)\b"
+    r"(?:[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=>])|\W*\n)[\s:*]*"
+    r"(\S.*?)(?=</|\.?$|\. +[A-Z]|,? (?:because|since|as)\b| \([a-z]{2})"  # the sentence goes on
 )
-
-
-def box_content(rest):
-    """What the box holds that opened just before `rest`, nested braces included."""
-    depth = 0
-    for place, sign in enumerate(rest):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0:
-            return rest[1:place].strip() if place else sign
-    return rest
 
 
 def extract_answer(text):
     r"""The last \boxed{}; without one, the last named answer; or the last line."""
     text = after_thinking(text) or ""
-    _, *boxes = BOX.split(text)
+    boxes = BOX.findall(text)
     if boxes:
-        return box_content(boxes[-1])
+        return "".join(boxes[-1]).strip()
 
     lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
     answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
@@ -813,22 +797,20 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
     r"(?<=[\d.]) ?[×·*] ?10\^": "e",
-    r"^ ?10\^": "1e",
+    r"\b10\^(?=-?\d)": "1e",
     r" ?\bmillion\b": "e6",
-    r"(?<!\\)\b(?!(?i:(?:([a-z])\1)+)\b)(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b":
-        lambda word: word[0].lower(),  # no genotype (Ddgg), formula (NaCl) or unit (Hz)
+    r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
 }
-LETTER = re.compile(r"(?<!\d )\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
-OPTION = re.compile(r"(?:\W|option|choice|answer)*\w(?:[)\]]|\W*$)")
-UNIT = r"(?![a-cefi-kn-rt-z]\b|[xyz]+\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
-NUMBER = re.compile(rf"""(?x)
-    (?:[^\W\d][\w'^().\\ ]*[=:][ ]?)* (?:[^,;:=≈]*≈[ ]? | about[ ])?  # x = 2√3 ≈
-    (?P<size>[-+]?(?=\.?\d)\d{{0,4000}}(?:\.\d{{1,4000}} | /[1-9]\d{{0,99}})?(?!\d))
-    (?:(?:e | (?P<apart>[ ]10\^)) (?P<power>-?\d{{1,4}}(?!\d)))?
-    [ ]?
-    (?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?) [ .]*""")
-COUNTED = re.compile(r"[°%]|(?!m?mol|rad|min|bar|atm|torr|k?cal)[a-z]{3,}")
-FORMULA = re.compile(r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d|→)).*[-\\^=+*/π∞√\d]")
+LETTER = re.compile(r"\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
+OPTION = re.compile(r"(?:\W|option|answer)*\w(?:[)\]]|\W*$)")
+UNIT = r"(?![a-cefi-kn-rt-z]\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
+NUMBER = re.compile(
+    r"(?:[^\W\d][\w'^().\\ ]*[=:] ?)*(?:[^,;:=≈]*≈ ?)?"  # x = 2√3 ≈
+    r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:e-?\d{1,4})?)(?!\d))"
+    rf"(?: (?P<factor>1e-?\d{{1,4}}(?!\d)))? ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
+)
+COUNTED = re.compile(r"[°%]|(?!mmol|kcal)[a-z]{4,}")
+FORMULA = re.compile(r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞√\d]")
 
 
 def ascii_signs(text):
@@ -864,15 +846,13 @@ def same_number(given, wanted, tolerance, need_unit):
         return False
     if need_unit and wanted_unit - unit and not any(map(COUNTED.fullmatch, wanted_unit)):
         return False
-    power, given_power = wanted["power"], given["power"]
-    if wanted["apart"] and not (unit or need_unit):
-        given_power = given_power or power  # 3 in units of 10^-19 J
-    x = Fraction(given["size"]) * Fraction(10) ** int(given_power or 0)
-    y = Fraction(wanted["size"]) * Fraction(10) ** int(power or 0)
-
+    x = Fraction(given["size"]) * Fraction(given["factor"] or 1)
+    y = Fraction(wanted["size"])
+    if unit or need_unit or "e" in given["size"]:  # else 3 may stand in units of 10^-19 J
+        y *= Fraction(wanted["factor"] or 1)
     if tolerance is None:
         is_counted = re.search("%|dollar|cent", wanted["unit"])
-        is_measured = power or "." in wanted["size"]
+        is_measured = re.search("[.e]", wanted["size"])
         tolerance = 0.01 if is_measured and not is_counted else 0
     return abs(x - y) <= Fraction(tolerance) * abs(y)
 
@@ -921,7 +901,7 @@ def rubric_score(rubric, met):
     """Points of the criteria met over the positive points, in [0, 1] (HealthBench); of a rubric of
     faults only, the share of them that is absent. None without a rubric, or without a verdict on
     each criterion."""
-    if not met or None in met or len(met) != len(rubric or ()):
+    if not met or None in met:
         return None
     weights = [signed_weight(c) for c in rubric]
     earned = sum(itertools.compress(weights, met))
@@ -973,10 +953,10 @@ def score_rubric(rubric, row):
 
 
 QUOTED = r'"\s*(true|false|yes|no)\s*"|"[^"\n]*"'  # a verdict, or a remark
-VERDICT = r"""(?mx)  # a word that stands as a value: met, not met, or neither
-    (?: ^[^a-z\n]* | [\[{(,.:;=|>→–—)-] ) [\s"'“”*`_]{0,20}
-    (true|yes|false|no|maybe|null|none|unclear|\.{3}) (?!\w|[ ](?!because|since|as\b)\w)"""
-TRUTH = {"true": True, "yes": True, "false": False, "no": False}
+VERDICT = re.compile(  # a word that stands as a value
+    r"(?m)(?:^[^a-z\n]*|[\[{(,.:;=|>→–—)-])[\s\"'“”*`_]{0,20}"
+    r"(true|yes|false|no)(?!\w| (?!because|since)\w)"
+)
 
 
 def read_verdicts(text, row):
@@ -991,9 +971,9 @@ def read_verdicts(text, row):
         return None, "unfinished thinking"
 
     text = re.sub(QUOTED, r"\1", text.lower())
-    for run in (*re.split(r"[\[\]]|\n\s*\n", text)[::-1], text):
-        verdicts = [TRUTH.get(word) for word in re.findall(VERDICT, run)]
-        if len(verdicts) == len(row["rubric"]) and None not in verdicts:
+    for run in reversed([text, *re.split(r"[\[\]]|\n\s*\n", text)]):
+        verdicts = [word in ("true", "yes") for word in VERDICT.findall(run)]
+        if len(verdicts) == len(row["rubric"]):
             return verdicts, ""
     return None, "not a verdict for each one"
 
@@ -1033,12 +1013,13 @@ def evaluate(samples):
 def group_advantages(rewards, group, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0, and
     so does None, which counts in no mean."""
-    known = [math.nan if r is None else r for r in rewards]
-    r = torch.tensor(known, dtype=torch.float64).view(-1, group)
-    r = r - r.nan_to_num(math.inf).amin(1, keepdim=True)  # equal ones are 0 before their mean is
-    r = r - r.nanmean(1, keepdim=True)
-    std = r.square().nanmean(1, keepdim=True).sqrt()
-    return (r / (std + eps)).nan_to_num(0.0).flatten().tolist()
+    advantages = []
+    for start in range(0, len(rewards), group):
+        run = rewards[start : start + group]
+        known = [r for r in run if r is not None] or [0.0]
+        mean, std = statistics.mean(known), statistics.pstdev(known)  # both are exact
+        advantages += [0.0 if r is None else (r - mean) / (std + eps) for r in run]
+    return advantages
 
 
 # ---- 7. Who writes: this process's model or a server's, behind one call --------------------------
@@ -1109,10 +1090,10 @@ class ModelWriter:
     def __call__(self, prompts):
         """Yields (index, Written) for each prompt."""
         for start in range(0, len(prompts), self.size):
-            some = prompts[start : start + self.size]
-            for i, (ids, stopped, *_) in enumerate(self.sample(some)):
-                text = written_text(self.tokenizer, some[i], ids)
-                yield start + i, Written(text, len(ids), stopped)
+            completions = self.sample(prompts[start : start + self.size])
+            for i, (ids, stopped, *_) in enumerate(completions, start):
+                text = written_text(self.tokenizer, prompts[i], ids)
+                yield i, Written(text, len(ids), stopped)
 
 
 @torch.no_grad()
@@ -1147,7 +1128,7 @@ class StaticSampler:
         if is_trained:
             dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
             with model.device:
-                self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+                self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
             self.load(model)
 
     @torch.no_grad()
@@ -1162,11 +1143,11 @@ class StaticSampler:
         for done in range(0, self.max_new_tokens, self.stage):
             unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
             begun = [prompts[i] + written[i][0] for i in unfinished]
-            fill_up = -len(begun) % min(8, self.sampling.get("batch_size", 8))
+            fill_up = -len(begun) % 8  # few sizes, since each is compiled
             more = sample_completions(
                 self.copy, begun + begun[:1] * fill_up, self.stop,
                 min(self.stage, self.max_new_tokens - done), **self.sampling,
-                multiple=128, cache_implementation="static",  # few sizes, since each is compiled
+                multiple=128, cache_implementation="static",
             )
             for i, (ids, stopped) in zip(unfinished, more):
                 written[i] = written[i][0] + ids, stopped
@@ -1181,29 +1162,30 @@ class VllmSampler:
     engine with old or other weights would spoil every on-policy method in silence.
     """
 
-    def __init__(
-        self, model, stop, max_new_tokens, batch_size, launcher=None, memory=0.3, **sampling
-    ):
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    def __init__(self, model, stop, max_new_tokens, batch_size, launcher=None, **sampling):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it takes the weights in this process
         import vllm  # optional; main says how to get it
 
-        self.sampling = {"max_tokens": max_new_tokens, "stop_token_ids": sorted(stop), **sampling}
+        self.sampling = sampling | {
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": sorted(stop),
+            "logprobs": 0,  # those of the sampled tokens alone
+            "detokenize": False,
+        }
         self.dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-        config = copy.deepcopy(model.config)
-        config.tie_word_embeddings = False  # vLLM (0.32, on CPUs) reloads the head only if apart
         with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
+            model.config.save_pretrained(folder)
             self.llm = vllm.LLM(
                 folder,
                 load_format="dummy",
+                hf_overrides={"tie_word_embeddings": False},  # or 0.32 does not reload the head
                 distributed_executor_backend=launcher,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # the model's own defaults are set aside
                 dtype=self.dtype,
                 max_model_len=-1,  # as much as the memory holds
                 max_num_seqs=batch_size,
-                gpu_memory_utilization=memory,
+                gpu_memory_utilization=0.3,
                 enforce_eager=self.dtype == torch.float32,
             )
         self.load(model)
@@ -1217,13 +1199,11 @@ class VllmSampler:
         self.llm.reset_prefix_cache()
 
     def __call__(self, prompts):
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
-        seed = torch.randint(2**31, ()).item()  # it follows torch's
-        asked, how = [], []
-        for i, ids in enumerate(prompts):
-            asked.append(TokensPrompt(prompt_token_ids=ids))
-            how.append(SamplingParams(seed=seed + i, logprobs=0, detokenize=False, **self.sampling))
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        seeds = torch.randint(2**31, (len(prompts),)).tolist()  # they follow torch's
+        how = [SamplingParams(seed=seed, **self.sampling) for seed in seeds]
         written = []
         for answer in self.llm.generate(asked, how, use_tqdm=False):
             out = answer.outputs[0]
@@ -1243,16 +1223,10 @@ class VllmSampler:
             logits = logits_of(model, rescore(model, contexts, completions))
         ids = torch.tensor(sum(completions, []), device=model.device)
         own = log_prob(logits, ids).cpu()
-        require(own.isfinite().all(), "the model's log-probs are not finite; stopped.")
         gap = (own - torch.tensor(sum(theirs, []))).abs().mean().item()
         bound = 1e-4 if self.dtype == torch.float32 else 0.1
         require(gap < bound, f"--engine vllm: it is {gap:.3g} nats a token off; stopped.")
         return gap
-
-
-CUT_OFF = ("length", "max_tokens", "model_length", "content_filter")  # of reasons to end
-FOR_GOOD = re.compile("(?!200|408|429|5)[1-5][0-9][0-9] |.*(HF_HUB_OFFLINE|refused|not known)")
-UNKNOWN_OPTION = re.compile("Unsupported (?:parameter|value): '(max_tokens|temperature|top_p)'")
 
 
 @dataclass
@@ -1268,9 +1242,11 @@ class ServerWriter:
 
     def __post_init__(self):
         model, _, address = self.server.partition("@http")
-        self.url = "http" + re.sub("(/v1)?(/chat/completions)?/?$", "", address, count=1)
-        self.options = {name: self.sampling[name] for name in ("temperature", "top_p")}
-        self.options |= {"model": model, "max_tokens": self.sampling["max_new_tokens"]}
+        self.url = "http" + address.partition("/v1")[0].rstrip("/")
+        longest = self.sampling["max_new_tokens"]
+        drawn = {name: self.sampling[name] for name in ("temperature", "top_p")}
+        self.options = {"model": model, "max_tokens": longest} | drawn
+        self.newer = {"model": model, "max_completion_tokens": longest}
 
     def prompt(self, template, fields):
         """The text of one prompt; a space inside breaks what may be a control token in the data."""
@@ -1280,55 +1256,53 @@ class ServerWriter:
     def __call__(self, prompts):
         """Yields (index, Written) for each prompt, as they come. UserError: of the first ones, none
         is answered."""
-        numbered = enumerate(prompts)
         with ThreadPool(self.sampling["batch_size"]) as pool:  # its threads die with the process
-            answers = pool.imap_unordered(lambda job: (job[0], self.request(job[1])), numbered)
+            answers = pool.imap_unordered(self.request, enumerate(prompts))
             for count, (i, written) in enumerate(answers, 1):
                 self.answered |= not written.refused
                 goes_on = self.answered or count < min(10, len(prompts))
                 require(goes_on, f"--model {self.server} answers no prompt: {written.refused}")
                 yield i, written
 
-    def request(self, prompt):
-        """One prompt. What may pass is tried again after 1, 2, 4 ... 64 s, or what Retry-After
-        says."""
+    def request(self, numbered):
+        """(index, prompt) -> (index, Written). What may pass is tried again after 1, 2, 4 ... 64 s,
+        or as many as Retry-After says. OpenAI's newer models take another set of options."""
+        i, prompt = numbered
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # not the hub's
         pause = 0
-        for wait in (1, 2, 4, 8, 16, 32, 64, 64):
+        for attempt in range(8):
             time.sleep(pause)
-            pause, said = wait, ""
+            pause, said = 2**attempt, ""
             try:
                 response = get_session().post(
                     f"{self.url}/v1/chat/completions", headers={"Authorization": f"Bearer {key}"},
                     json=self.options | {"messages": [{"role": "user", "content": prompt}]},
                     timeout=self.timeout, follow_redirects=False,
                 )
-                said = f"{response.status_code} {' '.join(response.text.split())[:200]}"
-                pause = float(response.headers.get("Retry-After", wait))
+                said = f"{response.status_code} {response.text!r:.200}"
+                pause = float(response.headers.get("Retry-After", pause))
                 if response.status_code == 200:
-                    return self.read(response.json())
+                    return i, self.read(response.json())
             except Exception as error:  # of the connection, or of JSON of another form
-                said = said or f"{str(error)!r:.200}"
-            unknown = UNKNOWN_OPTION.search(said)
-            if unknown:  # to OpenAI's newer models
-                pause, value = 0, self.options.pop(unknown[1], None)
-                if unknown[1] == "max_tokens" and value:
-                    self.options["max_completion_tokens"] = value
-            elif FOR_GOOD.match(said):
-                break
-        return Written(None, None, False, f"the server says {said}")
+                said += f" {error!r:.200}"
+            if "Unsupported parameter" in said:
+                self.options = self.newer
+            elif re.match("3|4(?!08|29)| .*(OFFLINE|refused|not known)", said):
+                break  # these do not pass
+        return i, Written(None, None, False, f"the server says {said}")
 
     def read(self, reply):
         """A server's reply -> Written. Errors of many kinds: it has no answer."""
-        choice, usage = reply["choices"][0], reply.get("usage")
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
         reason = str(choice.get("finish_reason")).lower()
         require(not re.search("error|resource", reason), reason)
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        tokens = tokens if isinstance(tokens, int) and tokens < 10**9 else None
         content = choice["message"].get("content")
         if isinstance(content, list):  # parts, some of them a thinking
             content = [part for part in content if "text" in part]
-        return Written(as_text(content), tokens, reason not in CUT_OFF)
+        tokens = usage.get("completion_tokens", 10**9)
+        known = tokens if isinstance(tokens, int) and tokens < 10**9 else None
+        is_cut_off = re.search("length|max_tokens|filter", reason)
+        return Written(as_text(content), known, not is_cut_off)
 
 
 # ---- 8. Many processes: all that knows of torchrun's ranks ---------------------------------------
@@ -1383,13 +1357,8 @@ def seed_process(seed):
 
 def sample_together(sample, prompts):
     """Every process samples its share of the prompts -> all completions, on each, in order."""
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    mine = longest_first[RANK::WORLD_SIZE]
-    outputs = sample([prompts[i] for i in mine])
-    everyones = {}
-    for share in all_gather(dict(zip(mine, outputs))):
-        everyones |= share
-    return [everyones[i] for i in range(len(prompts))]
+    shares = all_gather(sample(prompts[RANK::WORLD_SIZE]))
+    return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
 
 
 def my_micro_batches(episodes, token_budget):
@@ -1443,8 +1412,7 @@ def last_checkpoint(folder):
     """The last checkpoint-N of the run in this folder; None if there is none."""
     from transformers.trainer_utils import get_last_checkpoint  # this import takes a second
 
-    is_run = Path(folder, LOCK).exists()
-    return get_last_checkpoint(folder) if is_run else None
+    return get_last_checkpoint(folder) if Path(folder, LOCK).exists() else None
 
 
 def to_disk(path):
@@ -1459,9 +1427,9 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     last two; every process calls it. UserError: it cannot be written."""
     if RANK > 0:
         return
-    shared = {id(p) for p in student.parameters()}
+    shared = set(student.parameters())
     theirs = (teacher or student).named_parameters()
-    state["teacher"] = {name: p for name, p in theirs if id(p) not in shared}
+    state["teacher"] = {name: p for name, p in theirs if p not in shared}
     state["optimizer"] = optimizer.state_dict()
     state["saved"].append(len(state["metrics"]))
     is_finite = all(p.isfinite().all() for p in student.parameters())
@@ -1502,9 +1470,8 @@ def open_run(out, settings, resume):
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
     last = last_checkpoint(out)
     held = lock(out / LOCK) if RANK == 0 else None
-    now = {}
-    for name in sorted(settings.keys() - MAY_CHANGE):
-        now[name] = Path(str(settings[name])).name  # a file may move
+    asked = sorted(settings.keys() - MAY_CHANGE)
+    now = {name: Path(str(settings[name])).name for name in asked}  # since a file may move
     state = {"settings": now, "metrics": [], "saved": []}
     if last:
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
@@ -1567,13 +1534,13 @@ def remember(path, jobs, work, description, origin):
     file, old = None, []
     if path and RANK == 0:
         file, old = open_lines(Path(path), origin)
-    names = list(jobs[0][0])
+    columns, _ = jobs[0]
 
     def key(line):
-        return json.dumps([line.get(name) for name in names])
+        return json.dumps([line.get(name) for name in columns])
 
     done = {key(line): line for line in all_gather(old)[0]}
-    wanted = {key(item): (item, asked) for item, asked in jobs}  # equal ones are asked once
+    wanted = {key(job[0]): job for job in jobs}  # equal ones are asked once
     todo = [job for k, job in wanted.items() if k not in done]
     say(len(todo), "of", len(jobs), "are still to do (others repeat, or are done)")
     torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
