@@ -790,6 +790,7 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
     "mole mol, minute min, hr hour, h hour, hour hour, kilometer km, centimeter cm, "
     "millimeter mm, kilogram kg, percent %").split(", "))
 DRESS = {  # what changes no answer -> its plain spelling, in this order
+    r"\*\*(?=-?\d)": "^",
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
     r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
@@ -886,6 +887,8 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     if OPTION.match(wanted) and len(letters) == 1:
         return letters_in(given) == letters
 
+    if wanted in ("yes", "no", "true", "false"):  # whatever is said behind it
+        return re.match(r"\w*", given)[0] == wanted
     texts = {re.sub(r"[ \\_]", "", text).strip("().") for text in (given, wanted)}
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
     if wanted_number and number:
