@@ -1286,7 +1286,8 @@ RIGHT = r"""
     90 | 90^\circ ; 45 | 45° ; 75 | 75\% ; 75 percent | 75% ; 12 | $12 ; 8 | 8 hours
     12 | 12\text{ apples} ; 30 | 30 cubic inches ; 9 kg | 9 ; y = 12 | 12 ; 12 | n=12
     v_{\max} = 3 \text{ m/s} | 3 m/s ; \approx 12.1\text{ s} | 12.1 s
-    ~12 s | 12 s ; x ≈ 0.33 | 0.33 ; Yes, it is | yes ; 1.6*10**-19 C | 1.6e-19 C ; E = mc^2 = 9 J | 9 J ; Yes | yes ; PARIS | Paris
+    ~12 s | 12 s ; x ≈ 0.33 | 0.33 ; Yes, it is | yes
+    1.6*10**-19 C | 1.6e-19 C ; E = mc^2 = 9 J | 9 J ; Yes | yes ; PARIS | Paris
     Carbon Dioxide | carbon dioxide ; In the cell | in the cell ; \lnot Q | ~Q
     (d) | D ; D) 5 m | D ; D. the lamp | D ; D: lamp | D ; [D] | D ; Option D | (D) ; **D** | D
     \text{D } 2.1\times10^{-6} | D ; d | Answer. (d) ; answer (D) | D ; D | (d)"""
@@ -1297,7 +1298,8 @@ WRONG = r"""
     91 | 90^\circ ; 12 pears | 12 apples ; 5 cents | 5 dollars ; 9 | 9 kg ; 9 | 9 meters
     9 | 9 °C ; 9 x | 9 ; 9! | 9 ; 9 or 10 | 9 ; 9π | 9 ; 9i | 9 ; x=5, y=6 | 6 ; 12 = x | 12
     x > 12 | 12 ; x \neq 12 | 12 ; listen | silent ; NO2 | N2O ; aabb | AaBb
-    No, it is not. | yes ; 1 | 1 \pm \sqrt{2} ; Rr | RR ; CS | Cs ; NACL | NaCl ; \sigma | \Sigma ; ω | Ω ; Q | ~Q ; ~(P ∧ Q) | ~P ∧ Q
+    No, it is not. | yes ; Rr | RR ; CS | Cs ; NACL | NaCl ; \sigma | \Sigma
+    ω | Ω ; Q | ~Q ; ~(P ∧ Q) | ~P ∧ Q
     D or E | D ; D, E | D ; (D)(E) | D ; D lamp | D ; E | D ; D | I ; k | K ; (b), (d) | (b)
     C. albicans | C. elegans"""
 FORMULAS_RIGHT = r"""
