@@ -131,16 +131,14 @@ def fill(template, fields, protect=str):
     return PLACEHOLDER.sub(lambda match: protect(fields[match[1]]), template)
 
 
-FIXED_DAY = (  # in front of every chat template, so that prompts do not change with the day
-    "{%- macro strftime_now(format) -%}"
-    "{{ '01 Jan 2026' if '%b' in format else '2026-01-01' }}{%- endmacro -%}"
-)
+# In front of every chat template, so that prompts do not change with the day.
+FIXED_DAY = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
 
 
 def control_tokens(tokenizer):
     """{name: id} of the tokens that no data may write. Runs of blanks are none."""
-    added = tokenizer.get_added_vocab()
-    return {name: i for name, i in added.items() if name.strip("▁ \t\r\n")}
+    added = tokenizer.get_added_vocab().items()
+    return {name: i for name, i in added if name.strip("▁ \t\r\n")}
 
 
 def chat_ids(tokenizer, chat, template=None, **options):
@@ -162,8 +160,7 @@ def chat_ids(tokenizer, chat, template=None, **options):
         raise UserError(f"the chat template fails ({error!r:.200}) on {chat!r:.200}.") from error
     known = set(control.values())
     written, expected = ([i for i in ids if i in known] for ids in both)
-    message = f"this tokenizer makes a control token of plain text in this chat, {chat!r:.200}"
-    require(written == expected, message)
+    require(written == expected, f"the tokenizer makes a control token of text in {chat!r:.200}.")
     return both[0]
 
 
@@ -174,7 +171,6 @@ def context_ids(tokenizer, template, fields, thinking=False):
     """
     chat = [{"role": "user", "content": fill(template, fields)}]
     switches = dict.fromkeys(("enable_thinking", "thinking", "reasoning"), thinking)
-    switches["skip_reasoning"] = not thinking  # HyperCLOVA's
     return chat_ids(tokenizer, chat, add_generation_prompt=True, **switches)
 
 
@@ -196,7 +192,7 @@ def sample_completions(
     config = GenerationConfig(
         eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens, **options
     )
-    if temperature > 1e-6:
+    if temperature:
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     sampler = copy.copy(model.eval())  # the same weights, without the model's own defaults
     sampler.generation_config = GenerationConfig()
@@ -227,22 +223,24 @@ def rescore(model, contexts, completions):
     """The hidden states [N, H] that predict each completion token, one sequence after the other;
     here and below N counts one micro-batch. Padding is on the right, where a causal model never
     looks, so that no mask is needed."""
-    sequences = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token predicts none
-    ids = [torch.tensor(s, device=model.device) for s in sequences]
+    ids = [  # without the last token, which predicts none
+        torch.tensor(p + c[:-1], device=model.device) for p, c in zip(contexts, completions)
+    ]
     for layer in model.modules():  # checkpointing works in training mode only; dropout stays off
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = torch.is_grad_enabled()
     ids = pad_sequence(ids, batch_first=True)
     body = getattr(model, "model", model.base_model)  # Llama 4 names another as its base
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
-    parts = [h[len(p) - 1 : len(p) - 1 + len(c)] for h, p, c in zip(hidden, contexts, completions)]
+    parts = [h[len(p) - 1 :][: len(c)] for h, p, c in zip(hidden, contexts, completions)]
     return torch.cat(parts)
 
 
 def setting_of(model, *names):
     """The first of these settings that the model's configuration for text has; else None."""
     config = model.config.get_text_config()
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    values = (getattr(config, name, None) for name in names)
+    return next(filter(None, values), None)
 
 
 def logits_of(model, hidden):
@@ -312,8 +310,9 @@ def divergence(
         m = torch.where(s == t, t.lerp(s, 1 - beta), m)  # equal ones without rounding
         terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
     if clip == "entry":
-        return terms.clamp(max=clip_at).sum(-1)
-    return terms.sum(-1).clamp(max=clip_at if clip == "token" else math.inf)
+        terms = terms.clamp(max=clip_at)
+    total = terms.sum(-1)
+    return total.clamp(max=clip_at) if clip == "token" else total
 
 
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
@@ -343,7 +342,7 @@ def token_loss(
             advantage = figures["ratio"] * advantage
         loss = -advantage * logp
         if kl:
-            loss = loss + kl * divergence(student, teacher, beta=1.0)
+            loss += kl * divergence(student, teacher, beta=1.0)
     else:
         loss = divergence(student, teacher, BETAS[signal], **options)
     return {"loss": loss, **figures}
@@ -370,16 +369,15 @@ def backward_in_chunks(
         h = hidden[some].detach().requires_grad_()
         target = None
         if teacher_hidden is not None:
-            with torch.no_grad():
-                target = logits_of(teacher, teacher_hidden[some])
+            target = logits_of(teacher, teacher_hidden[some]).detach()
         figures = loss(logits_of(student, h), target, *(x[some] for x in per_token))
         (figures["loss"].sum() / denominator).backward()  # into the head, and down to h
         gradient[some] = h.grad
         for name, values in figures.items():
-            sums[name] += values.detach().sum()
+            sums[name] += values.sum().item()
     if hidden.requires_grad:  # or the head alone is trained
         hidden.backward(gradient)  # through the rest of the model
-    return {name: total.item() for name, total in sums.items()}
+    return sums
 
 
 # ---- 4. One step, and the loop: methods as choices in one pipeline -------------------------------
@@ -429,7 +427,7 @@ def micro_batches(episodes, token_budget, devices=1):
     while remaining:
         rows = max(1, token_budget // width(remaining[0])) * devices
         yield remaining[:rows]
-        remaining = remaining[rows:]
+        del remaining[:rows]
 
 
 def flatten(episodes, device):
@@ -472,7 +470,7 @@ def train_step(
     trained = sum(len(e.completion_ids) for e in episodes)
     count = max(1, trained)  # N of the whole step
     sums = Counter()
-    on_gpu = student.device.type == "cuda"
+    on_gpu = torch.cuda.is_available()
     for batch in split(episodes, token_budget):
         columns = ((e.prompt_ids, e.teacher_ids, e.completion_ids) for e in batch)
         contexts, views, completions = zip(*columns)
@@ -491,7 +489,8 @@ def train_step(
                 )
             )
             watch.lap("s_update")
-    sums = combine(student, sums) if combine else sums
+    if combine:
+        sums = combine(student, sums)
     norm = optimizer_step(student, optimizer, lr, max_grad_norm)  # 5. one step
     watch.lap("s_update")
     figures = {name: total / count for name, total in sums.items()}
@@ -517,8 +516,7 @@ def make_teacher(model, kind):
 def ema_update(teacher, student, decay):
     """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
     for t, s in zip(teacher.parameters(), student.parameters()):
-        if s.requires_grad:
-            t.lerp_(s, 1 - decay)
+        t.lerp_(s, 1 - decay)
 
 
 def batches(items, size, seed):
@@ -528,7 +526,7 @@ def batches(items, size, seed):
         ordered += random.Random(f"{seed} {epoch}").sample(items, len(items))
         while len(ordered) >= size:
             yield ordered[:size]
-            ordered = ordered[size:]
+            del ordered[:size]
 
 
 def train(

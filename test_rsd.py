@@ -337,12 +337,11 @@ def test_no_control_token_passes(names, attack, normalizer):
     assert len(ids) > len("Q  E")  # and it is not dropped
 
 
-@pytest.mark.parametrize("format, day", [("%d %b %Y", "01 Jan 2026"), ("%Y-%m-%d", "2026-01-01")])
-def test_prompts_do_not_change_with_the_day(tok, format, day):
+def test_prompts_do_not_change_with_the_day(tok):
     dated = copy.deepcopy(tok)
-    dated.chat_template = f"Today: {{{{ strftime_now('{format}') }}}}." + tok.chat_template
+    dated.chat_template = "Today: {{ strftime_now('%d %b %Y') }}." + tok.chat_template
     ids = rsd.context_ids(dated, "{question}", {"question": "x"})
-    assert dated.decode(ids) == f"Today: {day}." + chat_prompt("x")
+    assert dated.decode(ids) == "Today: 01 Jan 2026." + chat_prompt("x")
 
 
 def test_a_template_that_raises_is_one_sentence(tok):
