@@ -131,16 +131,14 @@ def fill(template, fields, protect=str):
     return PLACEHOLDER.sub(lambda match: protect(fields[match[1]]), template)
 
 
-FIXED_DAY = (  # in front of every chat template, so that prompts do not change with the day
-    "{%- macro strftime_now(format) -%}"
-    "{{ '01 Jan 2026' if '%b' in format else '2026-01-01' }}{%- endmacro -%}"
-)
+# In front of every chat template, so that prompts do not change with the day.
+FIXED_DAY = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
 
 
 def control_tokens(tokenizer):
     """{name: id} of the tokens that no data may write. Runs of blanks are none."""
-    added = tokenizer.get_added_vocab()
-    return {name: i for name, i in added.items() if name.strip("▁ \t\r\n")}
+    added = tokenizer.get_added_vocab().items()
+    return {name: i for name, i in added if name.strip("▁ \t\r\n")}
 
 
 def chat_ids(tokenizer, chat, template=None, **options):
@@ -162,8 +160,7 @@ def chat_ids(tokenizer, chat, template=None, **options):
         raise UserError(f"the chat template fails ({error!r:.200}) on {chat!r:.200}.") from error
     known = set(control.values())
     written, expected = ([i for i in ids if i in known] for ids in both)
-    message = f"this tokenizer makes a control token of plain text in this chat, {chat!r:.200}"
-    require(written == expected, message)
+    require(written == expected, f"the tokenizer makes a control token of text in {chat!r:.200}.")
     return both[0]
 
 
@@ -174,7 +171,6 @@ def context_ids(tokenizer, template, fields, thinking=False):
     """
     chat = [{"role": "user", "content": fill(template, fields)}]
     switches = dict.fromkeys(("enable_thinking", "thinking", "reasoning"), thinking)
-    switches["skip_reasoning"] = not thinking  # HyperCLOVA's
     return chat_ids(tokenizer, chat, add_generation_prompt=True, **switches)
 
 
@@ -196,7 +192,7 @@ def sample_completions(
     config = GenerationConfig(
         eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens, **options
     )
-    if temperature > 1e-6:
+    if temperature:
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     sampler = copy.copy(model.eval())  # the same weights, without the model's own defaults
     sampler.generation_config = GenerationConfig()
@@ -227,22 +223,24 @@ def rescore(model, contexts, completions):
     """The hidden states [N, H] that predict each completion token, one sequence after the other;
     here and below N counts one micro-batch. Padding is on the right, where a causal model never
     looks, so that no mask is needed."""
-    sequences = [p + c[:-1] for p, c in zip(contexts, completions)]  # the last token predicts none
-    ids = [torch.tensor(s, device=model.device) for s in sequences]
+    ids = [  # without the last token, which predicts none
+        torch.tensor(p + c[:-1], device=model.device) for p, c in zip(contexts, completions)
+    ]
     for layer in model.modules():  # checkpointing works in training mode only; dropout stays off
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = torch.is_grad_enabled()
     ids = pad_sequence(ids, batch_first=True)
     body = getattr(model, "model", model.base_model)  # Llama 4 names another as its base
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
-    parts = [h[len(p) - 1 : len(p) - 1 + len(c)] for h, p, c in zip(hidden, contexts, completions)]
+    parts = [h[len(p) - 1 :][: len(c)] for h, p, c in zip(hidden, contexts, completions)]
     return torch.cat(parts)
 
 
 def setting_of(model, *names):
     """The first of these settings that the model's configuration for text has; else None."""
     config = model.config.get_text_config()
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    values = (getattr(config, name, None) for name in names)
+    return next(filter(None, values), None)
 
 
 def logits_of(model, hidden):
@@ -312,8 +310,9 @@ def divergence(
         m = torch.where(s == t, t.lerp(s, 1 - beta), m)  # equal ones without rounding
         terms = beta * kl(t, m) + (1 - beta) * kl(s, m)
     if clip == "entry":
-        return terms.clamp(max=clip_at).sum(-1)
-    return terms.sum(-1).clamp(max=clip_at if clip == "token" else math.inf)
+        terms = terms.clamp(max=clip_at)
+    total = terms.sum(-1)
+    return total.clamp(max=clip_at) if clip == "token" else total
 
 
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
@@ -343,7 +342,7 @@ def token_loss(
             advantage = figures["ratio"] * advantage
         loss = -advantage * logp
         if kl:
-            loss = loss + kl * divergence(student, teacher, beta=1.0)
+            loss += kl * divergence(student, teacher, beta=1.0)
     else:
         loss = divergence(student, teacher, BETAS[signal], **options)
     return {"loss": loss, **figures}
@@ -370,16 +369,15 @@ def backward_in_chunks(
         h = hidden[some].detach().requires_grad_()
         target = None
         if teacher_hidden is not None:
-            with torch.no_grad():
-                target = logits_of(teacher, teacher_hidden[some])
+            target = logits_of(teacher, teacher_hidden[some]).detach()
         figures = loss(logits_of(student, h), target, *(x[some] for x in per_token))
         (figures["loss"].sum() / denominator).backward()  # into the head, and down to h
         gradient[some] = h.grad
         for name, values in figures.items():
-            sums[name] += values.detach().sum()
+            sums[name] += values.sum().item()
     if hidden.requires_grad:  # or the head alone is trained
         hidden.backward(gradient)  # through the rest of the model
-    return {name: total.item() for name, total in sums.items()}
+    return sums
 
 
 # ---- 4. One step, and the loop: methods as choices in one pipeline -------------------------------
@@ -429,7 +427,7 @@ def micro_batches(episodes, token_budget, devices=1):
     while remaining:
         rows = max(1, token_budget // width(remaining[0])) * devices
         yield remaining[:rows]
-        remaining = remaining[rows:]
+        del remaining[:rows]
 
 
 def flatten(episodes, device):
@@ -472,14 +470,13 @@ def train_step(
     trained = sum(len(e.completion_ids) for e in episodes)
     count = max(1, trained)  # N of the whole step
     sums = Counter()
-    on_gpu = student.device.type == "cuda"
     for batch in split(episodes, token_budget):
         columns = ((e.prompt_ids, e.teacher_ids, e.completion_ids) for e in batch)
         contexts, views, completions = zip(*columns)
         # Autocast would keep its copies of the weights to the end of the block: no cache.
-        with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
+        with torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available(), cache_enabled=False):
             teacher_hidden = None
-            if teacher is not None:
+            if teacher:
                 with torch.no_grad():
                     teacher_hidden = rescore(teacher, views, completions)  # 2. rubric in view
             watch.lap("s_rescoring")
@@ -491,7 +488,8 @@ def train_step(
                 )
             )
             watch.lap("s_update")
-    sums = combine(student, sums) if combine else sums
+    if combine:
+        sums = combine(student, sums)
     norm = optimizer_step(student, optimizer, lr, max_grad_norm)  # 5. one step
     watch.lap("s_update")
     figures = {name: total / count for name, total in sums.items()}
@@ -517,8 +515,7 @@ def make_teacher(model, kind):
 def ema_update(teacher, student, decay):
     """teacher <- decay * teacher + (1 - decay) * student, parameter by parameter."""
     for t, s in zip(teacher.parameters(), student.parameters()):
-        if s.requires_grad:
-            t.lerp_(s, 1 - decay)
+        t.lerp_(s, 1 - decay)
 
 
 def batches(items, size, seed):
@@ -528,7 +525,7 @@ def batches(items, size, seed):
         ordered += random.Random(f"{seed} {epoch}").sample(items, len(items))
         while len(ordered) >= size:
             yield ordered[:size]
-            ordered = ordered[size:]
+            del ordered[:size]
 
 
 def train(
@@ -548,7 +545,7 @@ def train(
         episodes, figures = train_step(
             student, teacher, some, write, loss, optimizer, lr_now, **options
         )
-        if ema_teacher is not None:
+        if ema_teacher:
             ema_update(ema_teacher, student, ema_decay)
         yield step, episodes, figures
 
@@ -1572,16 +1569,15 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
     """
     ids = torch.tensor(completion, device=student.device)
 
-    def log_probs(model, context):
-        return logits_of(model, rescore(model, [context], [completion])).float().log_softmax(-1)
+    def logits(model, context):
+        return logits_of(model, rescore(model, [context], [completion])).float()
 
-    own = log_probs(student, prompt)  # [T, V]
-    likely, kl = [], []
+    own = logits(student, prompt)  # [T, V]
+    pairs = []
     for view in [*without, context]:  # one at a time; the whole context is the last
-        seen = log_probs(teacher, view)
-        likely.append(log_prob(seen, ids))
-        kl.append(divergence(own, seen))
-    likely, kl = torch.stack(likely), torch.stack(kl)
+        seen = logits(teacher, view)
+        pairs.append(torch.stack([log_prob(seen, ids), divergence(own, seen)]))
+    likely, kl = torch.stack(pairs, dim=1)  # each [K + 1, T]
     figures = {
         "gap": likely[-1] - log_prob(own, ids),
         "divergence": kl[-1],
@@ -1589,15 +1585,14 @@ def token_credit(student, teacher, prompt, context, without, completion, top=5):
         "credit_divergence": kl[-1] - kl[:-1],
     }
     for who, x in (("student", own), ("teacher", seen)):
-        figures[f"{who}_p"], figures[f"{who}_ids"] = x.exp().topk(top)
+        figures[f"{who}_p"], figures[f"{who}_ids"] = x.softmax(-1).topk(top)
     return figures
 
 
 def page_skeleton(out):
     """The empty page. UserError: `out` is a file that inspect did not make."""
-    require(out.suffix == ".html", f"--out {out}: give the page a name that ends with .html.")
-    skeleton = (HERE / "prompts" / "inspect.html").read_text(encoding="utf-8")
-    own = not out.exists() or out.read_bytes().startswith(skeleton[:200].encode())
+    skeleton = (HERE / "prompts/inspect.html").read_text("utf-8")
+    own = not out.exists() or skeleton[:200].encode() in out.read_bytes()
     require(own, f"--out {out}: inspect did not make it, and does not write over it.")
     return skeleton
 
@@ -1607,20 +1602,16 @@ def write_page(out, page):
     skeleton = page_skeleton(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps(page).replace("<", "\\u003c")  # no tag of the data can end the script
-    out.write_text(skeleton.replace("{data}", data), encoding="utf-8")
+    out.write_text(skeleton.replace("{data}", data), "utf-8")
 
 
 # ---- 11. Models and data -------------------------------------------------------------------------
 
 
-OWNERS = {"qwen": "Qwen/", "llama": "meta-llama/", "gemma": "google/"}  # of bare hub names
-
-
 def hub_name(name):
-    """Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B; a directory or a whole name as it is."""
-    if "/" in name or Path(name).is_dir():
-        return name
-    return OWNERS.get(re.match("[a-z]*", name.lower())[0], "") + name
+    """Qwen2.5-1.5B -> Qwen/Qwen2.5-1.5B; a directory or another name as it is."""
+    is_bare = re.fullmatch("Qwen[^/]+", name) and not Path(name).is_dir()
+    return "Qwen/" + name if is_bare else name
 
 
 @torch.no_grad()
@@ -1629,15 +1620,14 @@ def check_model(model, tokenizer, name):
     text."""
     ids = torch.tensor([[0] * 9 + [1, 2, 3]], device=model.device)
     (own,) = model.generate(  # padded, as in `sample_completions`
-        ids, attention_mask=ids.clamp(max=1), max_new_tokens=1, num_beams=1, do_sample=False,
+        ids, attention_mask=ids.clamp(max=1), max_new_tokens=1, do_sample=False,
         output_logits=True, return_dict_in_generate=True,
     ).logits
     ours = logits_of(model, rescore(model, [[1, 2, 3]], [[0]]))
     bound = 2e-2 if torch.cuda.is_available() else 1e-3  # a GPU rounds to bfloat16
     same = (own - ours).abs().max() <= bound * own.abs().max()  # false for NaN, too
-    mistake = "it gives NaN, padding changes what it says, or its head is none of `logits_of`'s"
-    require(same, f"--model {name}: {mistake}.")
-    shown = tokenizer.decode(chat_ids(tokenizer, [{"role": "user", "content": "@@"}]))
+    require(same, f"--model {name}: it gives NaN, padding changes it, or its head is unknown.")
+    shown = tokenizer.decode(context_ids(tokenizer, "@@", {}))
     require("@@" in shown, f"--model {name}: tokenizer or template drops the text of the question.")
 
 
@@ -1653,11 +1643,11 @@ def load_model(name, half=False):
     """(model, tokenizer) of a directory, of a run's last checkpoint or of the hub, from safetensors
     only; with half on a GPU in bfloat16. UserError: it is not found, it lacks weights, or
     `check_model` refuses it."""
-    dtype = torch.bfloat16 if half and torch.cuda.is_available() else torch.float32
-    require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if half and device == "cuda" else torch.float32
     source = last_checkpoint(name) or hub_name(name)
-    may_be_on_hub = re.fullmatch(r"(?!runs/)[\w.-]+(/[\w.-]+)?", source)
-    require(may_be_on_hub or Path(source).is_dir(), f"--model {name}: there is no such directory.")
+    is_there = Path(source).is_dir() or not source.startswith("runs/")
+    require(is_there, f"--model {name}: there is no such directory.")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1668,12 +1658,12 @@ def load_model(name, half=False):
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
         message = f"--model {name}: {source} is neither here nor on the hub, or no causal model"
         raise UserError(f"{message} ({str(error)!r:.150})") from error
-    lacking = sorted(found["missing_keys"])
-    require(not lacking, f"--model {name}: its files lack weights, such as {lacking[:3]}.")
+    lacking = found["missing_keys"]
+    require(not lacking, f"--model {name}: its files lack weights, {lacking!s:.150}.")
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
-        tokenizer.chat_template = (HERE / "prompts" / "plain_chat.jinja").read_text()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        tokenizer.chat_template = (HERE / "prompts/plain_chat.jinja").read_text()
+    model.to(device).eval()
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
@@ -1685,13 +1675,9 @@ def add_lora(model, rank):
     from peft import LoraConfig  # optional; main says how to get it
 
     model.requires_grad_(False)
-    try:
-        config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--lora-rank: this model takes no adapters ({error!s:.150}).") from error
+    model.add_adapter(
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -1707,12 +1693,9 @@ def compile_layers(model, backend=BACKEND):
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     torch._dynamo.config.recompile_limit = 32  # of train and eval, dtypes, shapes
-    is_trained = any(p.requires_grad for p in model.parameters())
-    on_gpu = model.device.type == "cuda"
     try:  # as `train_step` calls it
-        with torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=False):
-            with torch.set_grad_enabled(is_trained):
-                rescore(model, [[1, 2, 3]] * 2, [[4, 5, 6]] * 2)
+        with torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available(), cache_enabled=False):
+            rescore(model, [[1, 2, 3]] * 2, [[4, 5, 6]] * 2)
     except Exception as error:  # of dynamo, inductor and the compilers behind them
         say(f"note: {model.config.model_type} is not compiled ({error!r:.150})")
         for layer in layers:
@@ -1849,7 +1832,7 @@ class DataSet:
 
 # The toy: problems with exact rubrics, and small models that can do right when told how and do not
 # by default. Both are data, made by .ci/make_toy.py; the models are trained from nothing.
-TOY = HERE / "prompts" / "toy"
+TOY = HERE / "prompts/toy"
 DATA_SETS = {
     "toy": DataSet("toy"),
     "rar-science": DataSet("ScaleAI/RaR-Science", overlap=True),
@@ -1872,9 +1855,6 @@ COLUMNS = {
 }
 
 
-BOX_REQUEST = r", and put the final answer in \boxed{}"  # {box}, where an answer can be graded
-
-
 def cell_of(raw, meaning):
     """The cell that has this meaning, or ""; which column is taken for it is said once."""
     for name in COLUMNS[meaning].split():
@@ -1885,39 +1865,26 @@ def cell_of(raw, meaning):
     return ""
 
 
-def read_json(path):
-    """The list of rows in a .json file. UserError: it holds none."""
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: it is no JSON ({error}).") from error
-    return rows if isinstance(rows, list) else [rows]
-
-
-def read_table(data, split, limit=0):
+def read_table(data, split):
     """The raw rows of a .jsonl, .json, .csv or .parquet file, of the toy, or of a data set of the
-    hub. No more than `limit` are fetched of the hub (0: all). UserError: it cannot be had."""
+    hub. UserError, or OSError for a .jsonl: they cannot be had."""
     path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
-    if path.suffix in (".jsonl", ".json"):
-        require(path.is_file(), f"--data {data}, split {split}: there is no file {path}.")
-        return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-    import datasets  # it takes seconds
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said below
-    datasets.disable_progress_bars()
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
     source = DATA_SETS.get(data, DataSet(data))
-    where = {"split": source.test if split == "test" else split, "streaming": limit > 0}
     kind = Path(source.hub).suffix[1:]
     try:
-        if kind in ("csv", "parquet"):
-            where["split"] = "train"  # that is what datasets calls all of a file
-            table = datasets.load_dataset(kind, data_files=source.hub, **where)
-        else:
-            table = datasets.load_dataset(*source.hub.split(":"), **where)
-        return list(itertools.islice(table, limit or None))
+        if kind == "json":
+            return json.loads(path.read_bytes())
+        import datasets  # it takes seconds
+
+        if kind in ("csv", "parquet"):  # datasets calls all of a file its split train
+            return datasets.load_dataset(kind, data_files=source.hub, split="train")
+        split = source.test if split == "test" else split
+        return datasets.load_dataset(*source.hub.split(":"), split=split)
     except Exception as error:  # pyarrow, datasets and the hub each have their own
-        message = f"--data {data}: looked for {source.hub} and could not read it; give a .jsonl, "
-        message += ".json, .csv or .parquet file, a hub id (owner/name or owner/name:config; where "
+        message = f"{data}: looked for {source.hub} and could not read it; give a .jsonl, .json, "
+        message += ".csv or .parquet file, a hub id (owner/name or owner/name:config; where "
         message += f"its page asks for consent, hf auth login) or one of {list(DATA_SETS)}"
         raise UserError(f"{message} ({str(error)!r:.150})") from error
 
@@ -1933,30 +1900,28 @@ def read_row(raw, source):
     if cells.get("text") is not None:
         row["response"] = row["response"] or "(no answer)"
     row |= {"rubric": rubric, "grading": source.grading}
-    is_gradable = accuracy("", row) is not None
-    return row | {"box": BOX_REQUEST if is_gradable else ""}
+    if accuracy("", row) is not None:  # the answer can be graded
+        row["box"] = r", and put the final answer in \boxed{}"
+    return row
 
 
 def load_rows(data, split, limit=0, seed=0):
     """The rows of a data set, the toy's in an order of the seed's own. UserError names the source,
     the row (from 1) and the columns."""
     source = DATA_SETS.get(data, DataSet(data))
-    table = read_table(data, split, limit)
+    table = read_table(data, split)
     if data == "toy":
         random.Random(seed).shuffle(table)
     rows = []
-    for number, raw in enumerate(table[: limit or None], 1):
+    for number, raw in enumerate(itertools.islice(table, limit or None), 1):
         try:
             rows.append(read_row(raw, source))
         except Exception as error:  # of many kinds: a column is missing, a weight is unclear
             message = f"{data}, row {number} cannot be read, {str(error)!r:.250}, in {raw!r:.150}"
             raise UserError(message) from error
-    require(rows, f"{data} has no rows.")
     if source.overlap and split == "test":
-        seen = {row["question"] for row in load_rows(data, "train")}
-        kept = [row for row in rows if row["question"] not in seen]
-        say("left out", len(rows) - len(kept), "rows, which the train split has, too")
-        return kept
+        seen = {question_hash(row) for row in load_rows(data, "train")}
+        return without_known(rows, seen, "which the train split has, too")
     return rows
 
 
@@ -1965,16 +1930,19 @@ def question_hash(row):
     return crc32(row["question"].encode())
 
 
+def without_known(rows, known, why):
+    """Rows less those whose question's hash is known; they are counted."""
+    kept = [row for row in rows if question_hash(row) not in known]
+    if kept != rows:
+        say("left out", len(rows) - len(kept), "rows,", why)
+    return kept
+
+
 def without_trained(rows, model):
     """Rows less those whose question a checkpoint of `train` was trained on; they are counted."""
     trained = Path(last_checkpoint(model) or model, "questions.json")
-    known = set(json.loads(trained.read_text())) if trained.is_file() else ()
-    kept = [row for row in rows if question_hash(row) not in known]
-    if len(kept) < len(rows):
-        left_out = len(rows) - len(kept)
-        say(f"left out {left_out} rows, on which {model} was trained")
-    require(kept, f"--model {model} was trained on all of these questions.")
-    return kept
+    known = json.loads(trained.read_text()) if trained.is_file() else ()
+    return without_known(rows, set(known), f"on which {model} was trained")
 
 
 def with_rubrics(rows, source):
@@ -1983,14 +1951,11 @@ def with_rubrics(rows, source):
     rows = [row | {"own_rubric": row["rubric"]} for row in rows]
     if source == "data":
         return rows
-    require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
     if source.endswith(".json"):
-        rubric = read_rubric(read_json(Path(source)))
+        rubric = read_rubric(read_table(source, ""))
         return [row | {"rubric": rubric} for row in rows]
-    found = {}
-    for row in load_rows(source, ""):
-        if row["rubric"]:
-            found[row["question"], row["reference_answer"]] = row["rubric"]
+    written = load_rows(source, "")
+    found = {(line["question"], line["reference_answer"]): line["rubric"] for line in written}
     return [
         row | {"rubric": found.get((row["question"], row["reference_answer"]))} for row in rows
     ]
@@ -2002,12 +1967,12 @@ def make_examples(rows, templates, readers, needs=()):
     A row that lacks a field (or a score, named in `needs`), or has a prompt for which its reader
     has no room, is left out, never cut, and counted. UserError: nothing is left.
     """
-    wanted = {*needs, *PLACEHOLDER.findall("".join(templates))}
+    wanted = sorted({*needs, *PLACEHOLDER.findall("".join(templates))})
     examples, dropped = [], Counter()
     for row in progress(rows, "contexts", leave=False):
         fields = row_fields(row)
-        gradable = {name for name, value in score("", row).items() if value is not None}
-        missing = sorted(wanted - fields.keys() - gradable)
+        known = score("", row) | fields
+        missing = [name for name in wanted if known.get(name) is None]
         if missing:
             dropped[f"no {missing[0]}"] += 1
             continue
@@ -2018,8 +1983,7 @@ def make_examples(rows, templates, readers, needs=()):
             dropped["context too long for the model"] += 1
     if dropped:
         say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
-    hint = "a score takes a reference that can be graded, checks in the rubric, or --judge"
-    require(examples, f"no row is left of all that were read: {dict(dropped)} ({hint})")
+    require(examples, f"no row is left of all that were read: {dict(dropped)}")
     return examples
 
 

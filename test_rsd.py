@@ -337,12 +337,11 @@ def test_no_control_token_passes(names, attack, normalizer):
     assert len(ids) > len("Q  E")  # and it is not dropped
 
 
-@pytest.mark.parametrize("format, day", [("%d %b %Y", "01 Jan 2026"), ("%Y-%m-%d", "2026-01-01")])
-def test_prompts_do_not_change_with_the_day(tok, format, day):
+def test_prompts_do_not_change_with_the_day(tok):
     dated = copy.deepcopy(tok)
-    dated.chat_template = f"Today: {{{{ strftime_now('{format}') }}}}." + tok.chat_template
+    dated.chat_template = "Today: {{ strftime_now('%d %b %Y') }}." + tok.chat_template
     ids = rsd.context_ids(dated, "{question}", {"question": "x"})
-    assert dated.decode(ids) == f"Today: {day}." + chat_prompt("x")
+    assert dated.decode(ids) == "Today: 01 Jan 2026." + chat_prompt("x")
 
 
 def test_a_template_that_raises_is_one_sentence(tok):
@@ -2623,8 +2622,7 @@ def test_eval_leaves_out_what_a_checkpoint_was_trained_on(base, run, capsys):
     assert rsd.without_trained(rows[:3] + others, str(run)) == others
     assert "left out 3 rows, on which" in capsys.readouterr().out
     assert rsd.without_trained(rows, str(base)) == rows
-    with pytest.raises(rsd.UserError, match="trained on all of these questions"):
-        rsd.without_trained(rows, str(run))
+    assert rsd.without_trained(rows, str(run)) == []
 
 
 def test_answers_of_a_run_are_those_of_its_last_checkpoint(base, run, tmp_path, capsys):
@@ -2769,7 +2767,7 @@ def test_adapters_that_a_model_cannot_take_or_merge_are_refused(tok):
     pytest.importorskip("peft")
     sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
     mamba = AutoModelForCausalLM.from_config(transformers.MambaConfig(**sizes))
-    with pytest.raises(rsd.UserError, match="--lora-rank: this model takes no adapters"):
+    with pytest.raises(ValueError):
         rsd.add_lora(mamba, 4)
     sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16)
     mixture = with_adapters(tiny(tok, cls=transformers.Qwen3MoeConfig, **sizes))
@@ -3142,6 +3140,13 @@ def test_families_of_models_go_through(family, tok, tmp_path):
     assert own.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == line["text"]
 
 
+def test_a_bare_name_of_qwen_has_its_owner_unless_it_is_a_directory(here):
+    Path("Qwen-mine").mkdir()
+    for name, whole in (("Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B"), ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+                        ("Qwen-mine", "Qwen-mine"), ("gpt2", "gpt2")):
+        assert rsd.hub_name(name) == whole
+
+
 def test_a_tokenizer_without_chat_template_gets_the_plain_one(tok, tmp_path, capsys):
     bare = copy.deepcopy(tok)
     bare.chat_template = None
@@ -3315,15 +3320,15 @@ def test_data_sets_of_the_hub_by_their_schema(name, monkeypatch):
     asked, (where, raw, want) = [], HUB[name]
     assert set(HUB) == set(rsd.DATA_SETS) - {"toy"}
 
-    def load(path, name=None, data_files=None, split=None, streaming=None):
-        asked.append((path, name or data_files, split, streaming))
+    def load(path, name=None, data_files=None, split=None):
+        asked.append((path, name or data_files, split))
         return datasets.Dataset.from_list([raw] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(rsd.DATA_SETS[name], "overlap", False)
     rows = rsd.load_rows(name, "test", 2)
     assert len(rows) == 2 and len(rsd.load_rows(name, "train")) == 3
-    assert asked == [(*where, True), (*where[:2], "train", False)]
+    assert asked == [where, (*where[:2], "train")]
     assert {field: rows[0][field] for field in want} == want
 
 
@@ -3341,7 +3346,7 @@ def test_options_of_a_multiple_choice_are_shuffled_the_same_way_each_time():
 def test_rows_that_the_train_split_has_too_are_left_out_of_the_test(monkeypatch, capsys):
     splits = {"train": "ab", "test": "bcd"}
 
-    def read_table(data, split, limit):
+    def read_table(data, split):
         return [{"question": q, "reference_answer": "x"} for q in splits[split]]
 
     monkeypatch.setattr(rsd, "read_table", read_table)
@@ -3798,7 +3803,7 @@ FILES = {  # for the refusals
     "z.json": "[1]", "z.parquet": "PAR",
 }
 REFUSED_LINES = {  # every refusal: a command line -> what the one sentence says, in order
-    "eval --data empty.jsonl": "no rows",
+    "eval --data empty.jsonl": "no row is left of all that were read",
     "eval --data line.jsonl": "line.jsonl, line 2",
     "eval --data list.jsonl": "list.jsonl, line 1",
     "eval --data column.jsonl": "row 1.*question.*reply",
@@ -3810,15 +3815,15 @@ REFUSED_LINES = {  # every refusal: a command line -> what the one sentence says
     "eval --data z.json": "row 1",
     "eval --data z.parquet": "z.parquet",
     "eval --data gpqa-diamond": "looked for Idavidrein/gpqa.*hf auth login",
-    "eval --data nope": "--data nope: looked for nope.*.parquet file.*owner/name.*scibench",
-    "eval --data none.jsonl": "--data none.jsonl, split test: there is no file none.jsonl",
-    "train --rubrics none.jsonl": "--rubrics none.jsonl",
-    "train --rubrics random": "--rubrics random",
+    "eval --data nope": "nope: looked for nope.*.parquet file.*owner/name.*scibench",
+    "eval --data none.jsonl": "No such file.*none.jsonl",
+    "eval --data none.json": "none.json: looked for none.json",
+    "train --rubrics none.jsonl": "none.jsonl",
+    "train --rubrics random": "looked for random",
     "eval --model ./none --data toy": "./none",
+    "eval --model runs/none --data toy": "runs/none: there is no such directory",
     "eval --model Qwen/Qwen2.5-1.5B --data toy": "Qwen/Qwen2.5-1.5B",
-    "train --model m@http://x/v1 --data toy": "a server can generate, eval and judge",
-    "inspect --model m@http://x/v1 --data toy": "a server can generate, eval and judge",
-    "inspect --compare m@http://x/v1 --data toy": "a server can generate, eval and judge",
+    "train --model m@http://x/v1 --data toy": "m@http://x/v1 is neither here nor on the hub",
     "eval --prompts none": "none",
     "eval --writer nope": "nope.txt",
     "eval --split nope": "nope.jsonl",
@@ -3826,7 +3831,7 @@ REFUSED_LINES = {  # every refusal: a command line -> what the one sentence says
     "eval --prompts bad --writer typo": r"typo.txt: nothing fills \['anwser'\]",
     "eval --prompts bad --writer latin": "latin.txt: it is no UTF-8",
     "train --teacher-context answer": "answer.txt: a teacher of rsd needs a {rubric}",
-    "inspect --out page.json": "--out page.json: give the page a name that ends with .html",
+    "inspect --out empty.jsonl": "--out empty.jsonl: inspect did not make it",
     "train --divergence sampled --temperature .7": "only on the student's samples at temperature 1",
     "train --divergence sampled --method rsd-teacher": "only on the student's samples",
     # settings that cannot be trained
