@@ -192,7 +192,7 @@ def sample_completions(
     config = GenerationConfig(
         eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens, **options
     )
-    if temperature:
+    if temperature > 1e-6:
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     sampler = copy.copy(model.eval())  # the same weights, without the model's own defaults
     sampler.generation_config = GenerationConfig()
@@ -1648,6 +1648,7 @@ def load_model(name, half=False):
     source = last_checkpoint(name) or hub_name(name)
     is_there = Path(source).is_dir() or not source.startswith("runs/")
     require(is_there, f"--model {name}: there is no such directory.")
+    require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1954,8 +1955,9 @@ def with_rubrics(rows, source):
     if source.endswith(".json"):
         rubric = read_rubric(read_table(source, ""))
         return [row | {"rubric": rubric} for row in rows]
-    written = load_rows(source, "")
-    found = {(line["question"], line["reference_answer"]): line["rubric"] for line in written}
+    require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
+    written = [row for row in load_rows(source, "") if row["rubric"]]
+    found = {(row["question"], row["reference_answer"]): row["rubric"] for row in written}
     return [
         row | {"rubric": found.get((row["question"], row["reference_answer"]))} for row in rows
     ]
@@ -1983,7 +1985,8 @@ def make_examples(rows, templates, readers, needs=()):
             dropped["context too long for the model"] += 1
     if dropped:
         say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
-    require(examples, f"no row is left of all that were read: {dict(dropped)}")
+    hint = "a score takes a reference that can be graded, checks in the rubric, or --judge"
+    require(examples, f"no row is left of all that were read: {dict(dropped)} ({hint})")
     return examples
 
 
