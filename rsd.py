@@ -58,7 +58,7 @@ from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, get_args, get_type_hints
+from typing import Callable, NamedTuple
 from zlib import crc32
 
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # or threads that wait starve a busy machine
@@ -2013,9 +2013,9 @@ COUNTS = ("k", "steps", "batch", "save_every", "rollouts", "max_new_tokens", "ba
 # changes the default alone, the help is that of the class below
 
 
-def flag(default, text):
-    """A field with its default and its help."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text, choices=None):
+    """A field with its default, its help and, if only these will do, its choices."""
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass
@@ -2034,14 +2034,14 @@ class Data:
 class Sampling:
     """How completions are drawn."""
 
-    thinking: Literal["off", "on"] = flag("off", "What the chat template is told of it.")
+    thinking: str = flag("off", "What the chat template is told of it.", ("off", "on"))
     max_new_tokens: int = flag(4096, "Tokens of a completion, at most.")
     temperature: float = flag(0.7, "Sampling temperature; 0 takes the likeliest token.")
     top_p: float = flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
     top_k: int = flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
     batch_size: int = flag(64, "Completions that are sampled at a time.")
-    engine: Literal["transformers", "vllm"] = flag("transformers", "What draws them.")
-    compile: Literal["auto", "on", "off"] = flag("auto", "Compile; auto: where it pays.")
+    engine: str = flag("transformers", "What draws them.", ("transformers", "vllm"))
+    compile: str = flag("auto", "Compile; auto: where it pays.", ("auto", "on", "off"))
 
 
 @dataclass
@@ -2098,14 +2098,14 @@ class Inspect(Teacher, Sampling, Data):
 class Learning:
     """What is learned, and how."""
 
-    method: Literal[tuple(METHODS)] = flag("rsd", "Who writes, who looks on, which signal.")
-    stage: Literal[tuple(STAGES)] = flag("reason", "Learn to reason, or to write rubrics.")
-    divergence: Literal[(*BETAS, "sampled")] = flag("forward", "Per-token signal.")
+    method: str = flag("rsd", "Who writes, who looks on, which signal.", METHODS)
+    stage: str = flag("reason", "Learn to reason, or to write rubrics.", STAGES)
+    divergence: str = flag("forward", "Per-token signal.", (*BETAS, "sampled"))
     support: int = flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
     tail: bool = flag(False, "With --support: one more bucket for the rest; reverse needs it.")
-    clip: Literal["none", "entry", "token"] = flag("none", "Cap entries or the sum at .05.")
+    clip: str = flag("none", "Cap entries or the sum at .05.", ("none", "entry", "token"))
     loss_temperature: float = flag(1.0, "Divides both logits in the divergence.")
-    teacher: Literal["fixed", "ema", "live"] = flag("fixed", "Its weights; ema: decay .99.")
+    teacher: str = flag("fixed", "Its weights; ema: decay .99.", ("fixed", "ema", "live"))
     judge: str = flag("", "Model, or NAME@URL, that scores rubrics without checks for a reward.")
     kl: float = flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
     rollouts: int = flag(1, "Completions of each prompt; GRPO needs 2 or more.")
@@ -2213,12 +2213,11 @@ def settle(kind, **given):
     if kind is Demo:
         return Demo(**given)
 
-    is_toy = given.get("model", "toy") == "toy"
     brought = {}
-    if given.get("data", "toy" if is_toy else "") == "toy":
-        brought = {k: v for k, v in TOY_DEFAULTS.items() if hasattr(kind, k)}
+    if given.get("data", given.get("model", "toy")) == "toy":  # the data decide, else the model
+        brought = {name: x for name, x in TOY_DEFAULTS.items() if hasattr(kind, name)}
     args = kind(**brought | given)
-    if is_toy:
+    if args.model == "toy":
         args.model = f"{TOY}/base-{args.seed % 2}"  # there are two
     refuse_unused(args, given)
     args.given = given
@@ -2255,11 +2254,6 @@ SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")
 SHAPING = ("model", "writer", "seed", "thinking", *SAMPLING)  # what a written line depends on
 
 
-def sampling_of(args):
-    """The flags that say how completions are sampled."""
-    return {name: getattr(args, name) for name in (*SAMPLING, "batch_size")}
-
-
 def is_compiled(args, completions):
     """Does --compile say so, or do so many completions on a GPU pay for two minutes of it?"""
     pays = torch.cuda.is_available() and completions > 250
@@ -2267,10 +2261,10 @@ def is_compiled(args, completions):
 
 
 def say_next(args, command, **flags):
-    """Say the command that comes next, for the data of this one and as that was asked."""
-    kept = ("prompts", "seed", "thinking", "max_new_tokens")
-    carried = {"data": args.data} | {name: args.given[name] for name in kept if name in args.given}
-    words = [f"{as_flag(name)} {shlex.quote(str(x))}" for name, x in (carried | flags).items()]
+    """Say a command that comes next, for the data of this one and as that was asked."""
+    kept = ("data", "prompts", "seed", "thinking", "max_new_tokens", *flags)
+    known = {"data": args.data} | args.given | flags
+    words = [f"{as_flag(name)} {shlex.quote(str(x))}" for name, x in known.items() if name in kept]
     say("next: python rsd.py", command, *words)
 
 
@@ -2282,7 +2276,7 @@ def model_writer(args, model, tokenizer, completions=0):
     stop, engine = stop_ids(model, tokenizer), None
     names = "original_max_position_embeddings", "max_position_embeddings"  # longrope's change
     longest = setting_of(model, *names) or math.inf
-    sampling = sampling_of(args)
+    sampling = {name: getattr(args, name) for name in (*SAMPLING, "batch_size")}
     sample = functools.partial(sample_completions, model, stop=stop, **sampling)
     if args.engine == "vllm":
         launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
@@ -2299,7 +2293,7 @@ def model_writer(args, model, tokenizer, completions=0):
 def open_writer(args, completions):
     """The writer that --model names: a server's model, or one that is loaded here."""
     if "@http" in args.model and WORLD_SIZE == 1:
-        return ServerWriter(args.model, sampling_of(args))
+        return ServerWriter(args.model, vars(args))
     return model_writer(args, *load_model(args.model, half=True), completions)
 
 
@@ -2399,7 +2393,7 @@ def rewards_of_judge(args):
         for e, text in zip(episodes, texts):
             row = e.row | {"response": after_thinking(text) or "(no answer)"}
             asked.append((row, writer.prompt(template, row_fields(row))))
-        verdicts = list(judge(writer, asked, tries_of(how))) if asks else []
+        verdicts = list(judge(writer, asked, tries=1)) if asks else []
         for i, said in all_gather(verdicts)[0]:
             episodes[i].scores |= judge_scores(said["judge"], episodes[i].row)
             episodes[i].scores["unread"] = float(said["judge"] is None)
@@ -2450,7 +2444,8 @@ def training_writer(args, writer, author, teacher=None):
         for e, text in zip(episodes, texts):
             is_reason = args.stage == "reason"
             read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
-            e.scores = e.scores | {"leak": float(bool(LEAK.search(text)))} | read
+            own = {"leak": float(bool(LEAK.search(text))), "length": len(e.completion_ids)}
+            e.scores = e.scores | own | {"truncated": float(not e.stopped)} | read
         if args.engine == "vllm":
             episodes[0].scores["engine_gap"] = engine.gap(author)
         if judge_them:
@@ -2469,13 +2464,12 @@ def set_up(args, state, compiled):
     start or as the last checkpoint in --out has them."""
     student, tokenizer = load_model(args.model, half=args.lora_rank > 0)
     torch.manual_seed(args.seed)
-    is_whole = not hasattr(student, "peft_config")
-    require(is_whole, f"--model {args.model}: merge the adapter into its base; README says how.")
+    message = f"--model {args.model}: merge the adapter into its base; README says how."
+    require(not hasattr(student, "peft_config"), message)
     if args.lora_rank:
         add_lora(student, args.lora_rank)
-    teacher = None
-    if args.kl or METHODS[args.method].sees:
-        teacher = make_teacher(student, args.teacher)
+    needs_teacher = args.kl or METHODS[args.method].sees
+    teacher = make_teacher(student, args.teacher) if needs_teacher else None
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -2511,15 +2505,8 @@ def training_loss(args, compiled=False):
 
 def log_step(out, step, episodes, figures):
     """A step's line of metrics.jsonl; README says what each figure means and what is healthy."""
-    tokens = sum(len(e.completion_ids) for e in episodes)
-    metrics = {
-        "step": step,
-        **figures,
-        **mean_scores([e.scores for e in episodes]),
-        "length": tokens / len(episodes),
-        "truncated": sum(not e.stopped for e in episodes) / len(episodes),
-        "seconds": sum(x for name, x in figures.items() if name.startswith("s_")),
-    }
+    metrics = {"step": step, **figures, **mean_scores([e.scores for e in episodes])}
+    metrics["seconds"] = sum(x for name, x in figures.items() if name.startswith("s_"))
     if metrics["truncated"] == 1:
         say_once("warning: every completion was cut off; raise --max-new-tokens")
     if metrics["loss"] == 0:
@@ -2603,6 +2590,7 @@ def cmd_train(args):
     held_out = "OTHER-QUESTIONS.jsonl" if is_all else args.data
     command = "eval" if args.stage == "reason" else "generate"
     say_next(args, command, model=args.out, data=held_out, out=f"{args.out}.jsonl")
+    say_next(args, "inspect", model=args.model, data=held_out, compare=args.out, run=args.out)
     return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 
@@ -2642,8 +2630,8 @@ def inspect_rollouts(args):
         sample = model_writer(args, student, tokenizer).sample
         for e in progress(model_writes(sample, examples), "credit"):
             ids, rubric, without = e.completion_ids, e.row["rubric"], []
-            for left_out in range(len(rubric)):
-                others = rubric[:left_out] + rubric[left_out + 1 :]
+            for criterion in rubric:
+                others = [other for other in rubric if other is not criterion]
                 fields = nothing | row_fields(e.row | {"rubric": others})
                 without.append(reader.prompt(templates[1], fields))
             credit = token_credit(student, teacher, e.prompt_ids, e.teacher_ids, without, ids)
@@ -2711,42 +2699,40 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser, kind):
     """A flag for each field of these settings; a bool is a switch."""
-    hints = get_type_hints(kind)
     for part in reversed(kind.__mro__[:-1]):
         group = parser.add_argument_group(part.__name__.lower())
         for setting in fields(part):
-            name, hint = setting.name, hints[setting.name]
-            is_new = setting.metadata and name in part.__annotations__
-            if not is_new:
+            name, about = setting.name, setting.metadata
+            if not about or name not in part.__annotations__:
                 continue
-            options = {"choices": get_args(hint)} if get_args(hint) else {"type": hint}
-            if hint is bool:
-                options = {"action": "store_true"}
             default = getattr(kind, name)
-            text = setting.metadata["help"] + f" (default: {default!r})"
+            options = {"type": type(default), "choices": about["choices"]}
+            if default is False:
+                options = {"action": "store_true"}
+            text = about["help"] + f" (default: {default!r})"
             group.add_argument(as_flag(name), help=text, **options)
 
 
 def parse_args(argv=None):
     """The settings that the command line says. UserError: it says what no command has."""
     parser = Parser(prog="rsd.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(metavar="command", required=True)
     for kind, run_it in COMMANDS.items():
-        about, example = run_it.__doc__, f"example: {kind.__doc__}"
+        about = {"help": run_it.__doc__, "description": run_it.__doc__}
         command = commands.add_parser(
-            kind.__name__.lower(), help=about, description=about, epilog=example,
+            kind.__name__.lower(), **about, epilog="example: " + kind.__doc__,
             argument_default=argparse.SUPPRESS, allow_abbrev=False,
         )
         command.set_defaults(kind=kind)
         add_flags(command, kind)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
-    kind, name = given.pop("kind"), given.pop("command")
+    kind = given.pop("kind")
     if unknown:
         flags = [as_flag(f.name) for f in fields(kind)]
-        close = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.75)
+        close = difflib.get_close_matches(unknown[0], flags, cutoff=0.75)
         hint = f"; did you mean {close[0]}?" if close else ""
-        parser.error(f"{unknown[0]}: {name} has no such flag{hint}")
+        parser.error(f"{unknown[0]}: {kind.__name__.lower()} has no such flag{hint}")
     return settle(kind, **given)
 
 
