@@ -43,6 +43,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -1254,11 +1255,16 @@ class ServerWriter:
         return fill(template, fields, lambda data: re.sub(control_token, r"\g<0> ", data))
 
     def __call__(self, prompts):
-        """Yields (index, Written) for each prompt, as they come. UserError: of the first ones, none
-        is answered."""
+        """Yields (index, Written) for each prompt, as they come. UserError: of the first ones none
+        is answered, or none for twice as long as one may take."""
         with ThreadPool(self.sampling["batch_size"]) as pool:  # its threads die with the process
             answers = pool.imap_unordered(self.request, enumerate(prompts))
-            for count, (i, written) in enumerate(answers, 1):
+            for count in range(1, len(prompts) + 1):
+                try:
+                    i, written = answers.next(2 * self.timeout)
+                except multiprocessing.TimeoutError:
+                    message = f"--model {self.server} has not answered for {2 * self.timeout} s."
+                    raise UserError(message) from None
                 self.answered |= not written.refused
                 goes_on = self.answered or count < min(10, len(prompts))
                 require(goes_on, f"--model {self.server} answers no prompt: {written.refused}")
@@ -1896,6 +1902,8 @@ def read_row(raw, source):
     cells = {name.lower(): cell for name, cell in source.to_row(raw).items()}
     row = {name: cell_of(cells, name) for name in COLUMNS}
     rubric = read_rubric(row["rubric"])
+    if row["question"] == cells.get("instruction"):  # Alpaca's, whose input belongs to it
+        row["question"] += "\n\n" + (cells.get("input") or "")
     row = {name: as_text(cell) for name, cell in row.items()}
     require(row["question"], f"it needs a column question, filled; it has {', '.join(raw)}")
     if cells.get("text") is not None:
@@ -2308,6 +2316,9 @@ def write_lines(args, name, columns, ask, rate, k=1):
     rows = load_questions(args)
     if name == "text":
         rows = without_trained(rows, args.model)
+    open_questions = sum(not row["reference_answer"] for row in rows)
+    if name == "rubric" and open_questions:
+        say(open_questions, "rows have no reference, and so their prompt has none")
     writer = open_writer(args, k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):

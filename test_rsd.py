@@ -1623,6 +1623,12 @@ class Stub(http.server.BaseHTTPRequestHandler):
             server.now -= 1
         if answer == "drop":
             return
+        if answer == "drip":
+            self.send_response(200)
+            self.end_headers()
+            while not server.end.wait(0.05):
+                self.wfile.write(b" ")
+            return
         if answer == "ctrl-c":
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             server.end.wait()
@@ -1734,6 +1740,12 @@ def test_options_that_a_server_does_not_know_are_left_out(stub):
     want = {"model": "some/model", "max_completion_tokens": 7}
     want["messages"] = [{"role": "user", "content": "q"}]
     assert stub.seen[-1][2] == stub.seen[-2][2] == want
+
+
+def test_a_server_that_drips_is_left(stub):
+    stub.answer = lambda prompt: "drip"
+    with pytest.raises(rsd.UserError, match="has not answered for 0.4 s"):
+        list(server_writer(stub, timeout=0.2)(["q"]))
 
 
 @pytest.mark.parametrize("last", [401, "ctrl-c"])
@@ -3623,6 +3635,7 @@ def test_references_that_are_too_long_are_left_out_and_counted(base, tmp_path, c
 
 
 NAMED = [  # a row's columns -> what is read of them
+    ({"instruction": "Sort.", "input": "3 1", "output": "1 3"}, ("Sort.\n\n3 1", "1 3", None)),
     ({"prompt": "q", "answer": "4"}, ("q", "4", None)),
     ({"Question": "q", "Reference_Answer": "4"}, ("q", "4", None)),
     ({"problem": "q", "output": 4, "checklist": ["a b"]}, ("q", "4", "a b")),
