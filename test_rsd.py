@@ -1746,6 +1746,8 @@ def test_a_server_that_drips_is_left(stub):
     stub.answer = lambda prompt: "drip"
     with pytest.raises(rsd.UserError, match="has not answered for 0.4 s"):
         list(server_writer(stub, timeout=0.2)(["q"]))
+    stub.end.set()
+    stub.wait(1)  # until its thread has given up, too
 
 
 @pytest.mark.parametrize("last", [401, "ctrl-c"])
