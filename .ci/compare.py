@@ -70,11 +70,10 @@ SYSTEMS = {
     "rsd, early tokens": {"idea": ("position", "early")},
     "rsd, late tokens": {"idea": ("position", "late")},
 }
-CONTROLS = ("bare question", "another's rubric", "generic rubric")
 for strength in (0.5, 1, 2):
-    for control in CONTROLS:
-        row = {"idea": ("contrast", strength, control)}
-        SYSTEMS[f"rsd, contrast {strength:g}, {control}"] = row
+    for control in ("bare question", "another's rubric", "generic rubric"):
+        idea = ("contrast", strength, control)
+        SYSTEMS[f"rsd, contrast {strength:g}, {control}"] = {"idea": idea}
 RATES = (3e-4, 1e-3, 3e-3)
 GRPO_RATES = (1e-4, 3e-4, 1e-3)
 CHOSEN = {  # row -> the rate that `rates` found best, where it is not 1e-3
@@ -110,8 +109,8 @@ def writer_that(change):
     reads. view(episode, rubric): the teacher's context with this rubric in place of its own."""
     plain = rsd.training_writer
 
-    def training_writer(args, writer, author):
-        write = plain(args, writer, author)
+    def training_writer(args, writer, *more):
+        write = plain(args, writer, *more)
         (template,) = rsd.prompt_files(args, args.teacher_context)
 
         def view(e, rubric):
@@ -334,6 +333,7 @@ REAL_SYSTEMS = {
     "grpo on the rubric score": {"method": "grpo-rubric", "rollouts": 4, "batch": 2},
     "rsd, contrast 0.5": {"idea": ("contrast", 0.5, "bare question")},
     "rsd, contrast 1": {"idea": ("contrast", 1, "bare question")},
+    "rsd, early tokens": {"idea": ("position", "early")},
 }
 
 
@@ -461,7 +461,8 @@ def learning_curve(args, name):
     accuracy is averaged over five steps."""
     runs = []
     for seed in range(args.seeds):
-        file = toy_folder(args, name, CHOSEN.get(name, 1e-3), seed) / "model" / "metrics.jsonl"
+        lr = args.lr or CHOSEN.get(name, 1e-3)
+        file = toy_folder(args, name, lr, seed) / "model" / "metrics.jsonl"
         runs.append(rsd.read_jsonl(file))
     points, sampled = [], 0.0
     for step in range(args.steps):
@@ -529,7 +530,8 @@ def toy(args):
     """The table of the toy and its picture."""
     jobs = []
     for seed in range(args.seeds):
-        jobs += [(args, name, seed, CHOSEN.get(name, 1e-3), "test") for name in args.rows]
+        for name in args.rows:
+            jobs.append((args, name, seed, args.lr or CHOSEN.get(name, 1e-3), "test"))
     done = run_all(args, jobs)
     columns = ("accuracy", "rubric_score", "trained", "seconds")
     text = mean_table(done, columns)
@@ -623,7 +625,7 @@ def main():
     parser.add_argument("--limit", type=int, default=256, help="training problems of the toy")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", nargs="+", default=["rar-science"])
-    parser.add_argument("--lr", type=float, default=3e-5, help="learning rate on a model")
+    parser.add_argument("--lr", type=float, help="default: CHOSEN's on the toy, 3e-5 on a model")
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", help="default: runs/compare-WHAT")
@@ -632,6 +634,7 @@ def main():
     args.seeds = args.seeds or (5 if is_toy and args.what != "price" else 3)
     args.steps = args.steps or (40 if is_toy else 12)
     args.n = args.n or (200 if is_toy else 100)
+    args.lr = args.lr or (None if is_toy else 3e-5)
     args.out = args.out or f"runs/compare-{args.what}"
     known = REAL_SYSTEMS if args.what == "model" else SYSTEMS
     unknown = set(args.rows) - known.keys()
