@@ -3,6 +3,7 @@
     python .ci/compare.py toy               every system of SYSTEMS, 5 seeds (an hour on 2 cores)
     python .ci/compare.py toy rsd grpo      these rows alone
     python .ci/compare.py rates             three learning rates for each, on the validation split
+    python .ci/compare.py price             rubric score against cost elsewhere, at temperature 1
     python .ci/compare.py model --model HuggingFaceTB/SmolLM2-135M-Instruct --data rar-science
     python .ci/compare.py engines           tokens a second of transformers and of vLLM
 
@@ -10,6 +11,7 @@ A run is never done twice: --out holds what is done. Each run is a process of it
 thread; --jobs of them run at a time.
 """
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -20,6 +22,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPO = Path(__file__).resolve().parent.parent
@@ -32,7 +35,7 @@ import rsd  # noqa: E402
 # ---- The systems of the toy: a row of the table -> flags of train -------------------------------
 #
 # 32 completions a step for everyone. "rubrics" may also be learned (a writer is trained first),
-# zero-shot (the base model writes them), or one of ABLATIONS.
+# zero-shot (the base model writes them), or one of ABLATIONS; "idea" is one of IDEAS.
 
 GRPO = {"rollouts": 4, "batch": 8}
 ABLATIONS = ("random", "generic", "noisy", "reduced")
@@ -48,7 +51,6 @@ SYSTEMS = {
     "references under the teacher": {"method": "rsd-reference"},
     "grpo and rsd": {"method": "rsd-grpo", **GRPO, "kl": 1.0},
     "rsd": {"method": "rsd"},
-    "rsd, feedback": {"teacher_context": "feedback+answer"},
     "rsd, learned rubrics": {"rubrics": "learned"},
     "rsd, zero-shot rubrics": {"rubrics": "zero-shot"},
     "rsd, another question's rubric": {"rubrics": "random"},
@@ -63,7 +65,15 @@ SYSTEMS = {
     "rsd, top-20 and tail": {"support": 20, "tail": True},
     "rsd, entry clip": {"clip": "entry"},
     "rsd, token clip": {"clip": "token"},
+    "rsd, rubric dropout .2": {"idea": ("dropout", 0.2)},
+    "rsd, rubric dropout .5": {"idea": ("dropout", 0.5)},
+    "rsd, early tokens": {"idea": ("position", "early")},
+    "rsd, late tokens": {"idea": ("position", "late")},
 }
+for strength in (0.5, 1, 2):
+    for control in ("bare question", "another's rubric", "generic rubric"):
+        idea = ("contrast", strength, control)
+        SYSTEMS[f"rsd, contrast {strength:g}, {control}"] = {"idea": idea}
 RATES = (3e-4, 1e-3, 3e-3)
 GRPO_RATES = (1e-4, 3e-4, 1e-3)
 CHOSEN = {  # row -> the rate that `rates` found best, where it is not 1e-3
@@ -82,6 +92,112 @@ def run(kind, **flags):
         if value is not True:
             words.append(str(value))
     return rsd.run(shlex.join(words))
+
+
+# ---- The field's ideas: RSD with other functions in place of some of rsd.py's --------------------
+#
+# What beats RSD by two standard errors may become a choice there; what does not stays a row here.
+
+
+def generic_rubric():
+    """The rubric that is the same for every question of the toy."""
+    return rsd.read_rubric((rsd.TOY / "generic.json").read_text(encoding="utf-8"))
+
+
+def writer_that(change):
+    """A training_writer that calls change(episodes, view) on what it wrote, before the teacher
+    reads. view(episode, rubric): the teacher's context with this rubric in place of its own."""
+    plain = rsd.training_writer
+
+    def training_writer(args, writer, *more):
+        write = plain(args, writer, *more)
+        (template,) = rsd.prompt_files(args, args.teacher_context)
+
+        def view(e, rubric):
+            return writer.prompt(template, rsd.row_fields(e.row | {"rubric": rubric}))
+
+        def write_and_change(examples):
+            episodes = write(examples)
+            change(episodes, view)
+            return episodes
+
+        return write_and_change
+
+    return training_writer
+
+
+def contrast(a, control):
+    """The target is log-softmax(t + a (t - t_control)): t the teacher's logits, t_control its
+    logits under the bare question, with the rubric of another row of the step, or with a generic
+    rubric. The toy's head and SmolLM2's are linear, so that hidden states stand for logits."""
+    plain, controls = rsd.rescore, {}
+
+    def remember(episodes, view):
+        for e, other in zip(episodes, episodes[1:] + episodes[:1]):
+            ids = e.prompt_ids
+            if control != "bare question":
+                is_generic = control == "generic rubric"
+                ids = view(e, generic_rubric() if is_generic else other.row["rubric"])
+            controls[tuple(e.teacher_ids)] = ids
+
+    def rescore(model, contexts, completions):
+        hidden = plain(model, contexts, completions)
+        without = [controls.get(tuple(ids)) for ids in contexts]
+        if torch.is_grad_enabled() or None in without:  # the student's, or a model's first check
+            return hidden
+        return hidden + a * (hidden - plain(model, without, completions))
+
+    return {"training_writer": writer_that(remember), "rescore": rescore}
+
+
+def dropout(p):
+    """A criterion of the teacher's rubric is left out with probability p, drawn anew for each
+    completion; one always stays."""
+
+    def drop(episodes, view):
+        for e in episodes:
+            rubric = e.row["rubric"]
+            kept = [c for c in rubric if torch.rand(()) >= p]
+            e.teacher_ids = view(e, kept or [rubric[torch.randint(len(rubric), ())]])
+
+    return {"training_writer": writer_that(drop)}
+
+
+def position(where):
+    """A token's loss is weighted by its place in the completion: from 0 to 2 for late, from 2 to 0
+    for early, 1 on average. The weight travels as the advantage, which a divergence does not use."""
+    plain_flatten, plain_loss = rsd.flatten, rsd.token_loss
+
+    def flatten(episodes, device):
+        ids, _, log_probs = plain_flatten(episodes, device)
+        weights = []
+        for e in episodes:
+            length = len(e.completion_ids)
+            rising = (torch.arange(length, device=device) + 0.5) * 2 / length
+            weights.append(rising if where == "late" else rising.flip(0))
+        return ids, torch.cat(weights), log_probs
+
+    def token_loss(student, teacher, ids, weight, *more, **options):
+        figures = plain_loss(student, teacher, ids, weight, *more, **options)
+        return figures | {"loss": weight * figures["loss"]}
+
+    return {"flatten": flatten, "token_loss": token_loss}
+
+
+IDEAS = {"contrast": contrast, "dropout": dropout, "position": position}
+
+
+def train(idea=None, **flags):
+    """Run train with these flags and, if there is one, this idea: (its name, its settings ...)."""
+    changed = contextlib.nullcontext()
+    if idea:
+        name, *settings = idea
+        changed = mock.patch.multiple(rsd, **IDEAS[name](*settings))
+    with changed:
+        return run(rsd.Train, **flags)
+
+
+# ---- Other rubrics -------------------------------------------------------------------------------
 
 
 def ablate(rubrics, source, generic=None, seed=0):
@@ -108,8 +224,7 @@ def ablate(rubrics, source, generic=None, seed=0):
 def write_ablation(file, source, seed, limit):
     """A file for --rubrics with the toy's training questions and the rubrics of an ablation."""
     rows = rsd.load_rows("toy", "train", limit, seed)
-    generic = rsd.read_rubric((rsd.TOY / "generic.json").read_text(encoding="utf-8"))
-    changed = ablate([row["rubric"] for row in rows], source, generic, seed)
+    changed = ablate([row["rubric"] for row in rows], source, generic_rubric(), seed)
     lines = []
     for row, rubric in zip(rows, changed):
         line = {"question": row["question"], "reference_answer": row["reference_answer"]}
@@ -149,11 +264,62 @@ def toy_system(args, name, seed, lr, split):
     if flags.get("rubrics"):
         flags = flags | {"rubrics": toy_rubrics(args, flags["rubrics"], seed, out)}
     model = str(out / "model")
-    trained = run(
-        rsd.Train, data="toy", seed=seed, limit=args.limit, steps=args.steps, lr=lr,
+    trained = train(
+        data="toy", seed=seed, limit=args.limit, steps=args.steps, lr=lr,
         max_new_tokens=100, out=model, resume=True, **flags,
     )
     return trained | run(rsd.Eval, model=model, **test)
+
+
+# ---- The price of a criterion --------------------------------------------------------------------
+
+
+def logits_and_ids(model, tokenizer, template, row, text):
+    """The first 128 tokens of this text as the answer to a prompt file -> logits and ids."""
+    prompt = rsd.context_ids(tokenizer, template, rsd.row_fields(row))
+    chat = [{"role": "assistant", "content": text}]
+    ids = rsd.chat_ids(tokenizer, chat, rsd.JUST_TEXT)[:128]
+    logits = rsd.logits_of(model, rsd.rescore(model, [prompt], [ids]))
+    return logits, torch.tensor(ids, device=model.device)
+
+
+@torch.no_grad()
+def toy_likelihoods(model_name, rows):
+    """Mean log-probabilities, in nats a token: of the references under the bare question, and of
+    the rows' rubrics under the prompt that asks for one, which nobody here trains."""
+    loaded, prompts = rsd.load_model(model_name), rsd.load_prompts(rsd.TOY)
+    found = {}
+    for name, prompt, field in (
+        ("references", "student", "solution"), ("rubrics", "writer+answer", "rubric_json"),
+    ):
+        of_rows = []
+        for row in rows:
+            text = rsd.row_fields(row)[field]
+            of_rows.append(rsd.log_prob(*logits_and_ids(*loaded, prompts[prompt], row, text)))
+        found[name] = torch.cat(of_rows).mean().item()
+    return found
+
+
+def toy_price(args, name, seed, lr, split):
+    """One row with one seed and rate, tested after a quarter, a half and all of the steps at
+    temperature 1 of all tokens: the rubric score, and the nats a token lost elsewhere."""
+    out = toy_folder(args, name, lr, seed)
+    test = {"data": "toy", "seed": seed, "split": split, "limit": args.n, "max_new_tokens": 100}
+    test |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    rows = rsd.load_rows("toy", split, args.n, seed)
+    before = toy_likelihoods(f"{rsd.TOY}/base-{seed % 2}", rows)
+    figures, model = {}, str(out / "model")
+    for steps in (args.steps // 4, args.steps // 2, args.steps):
+        trained = train(
+            data="toy", seed=seed, limit=args.limit, steps=steps, lr=lr, max_new_tokens=100,
+            out=model, resume=True, **SYSTEMS[name],
+        )
+        after = toy_likelihoods(model, rows)
+        lost = {f"{text}_lost": before[text] - after[text] for text in before}
+        entropy = rsd.read_jsonl(out / "model" / "metrics.jsonl")[-1]["entropy"]
+        tested = run(rsd.Eval, model=model, **test)
+        figures[steps] = trained | tested | lost | {"entropy": entropy}
+    return figures
 
 
 # ---- A real model: criteria that every answer has to meet ---------------------------------------
@@ -165,6 +331,9 @@ REAL_SYSTEMS = {
     "rsd": {"method": "rsd"},
     "sft on the teacher's answers": {"method": "sft-teacher"},
     "grpo on the rubric score": {"method": "grpo-rubric", "rollouts": 4, "batch": 2},
+    "rsd, contrast 0.5": {"idea": ("contrast", 0.5, "bare question")},
+    "rsd, contrast 1": {"idea": ("contrast", 1, "bare question")},
+    "rsd, early tokens": {"idea": ("position", "early")},
 }
 
 
@@ -192,21 +361,14 @@ def write_brief(args):
 def costs_elsewhere(model_name, rows, answers):
     """What training cost elsewhere, in nats a token under the bare question: the mean
     log-probability of the reference answers, and the model's entropy over its own answers."""
-    model, tokenizer = rsd.load_model(model_name)
+    loaded = rsd.load_model(model_name)
     template = rsd.load_prompts(BRIEF)["student"]
-
-    def logits_and_ids(row, text):
-        prompt = rsd.context_ids(tokenizer, template, rsd.row_fields(row))
-        chat = [{"role": "assistant", "content": text}]
-        ids = rsd.chat_ids(tokenizer, chat, rsd.JUST_TEXT)[:128]
-        logits = rsd.logits_of(model, rsd.rescore(model, [prompt], [ids]))
-        return logits, torch.tensor(ids, device=model.device)
-
     of_references, of_answers = [], []
     for row in rows:
-        of_references.append(rsd.log_prob(*logits_and_ids(row, row["reference_answer"])))
-        if answers[row["question"]]:
-            of_answers.append(rsd.entropy(logits_and_ids(row, answers[row["question"]])[0]))
+        reference, answer = row["reference_answer"], answers[row["question"]]
+        of_references.append(rsd.log_prob(*logits_and_ids(*loaded, template, row, reference)))
+        if answer:
+            of_answers.append(rsd.entropy(logits_and_ids(*loaded, template, row, answer)[0]))
     return {
         "reference_log_prob": torch.cat(of_references).mean().item(),
         "entropy": torch.cat(of_answers).mean().item(),
@@ -222,8 +384,8 @@ def real_system(args, name, seed, lr, split):
     if REAL_SYSTEMS[name]:
         model = f"{out}/model"
         flags = {"batch": 8, "warmup": 2, "lr": lr} | REAL_SYSTEMS[name]
-        figures = run(
-            rsd.Train, model=args.model, data=f"{args.out}/train.jsonl", steps=args.steps,
+        figures = train(
+            model=args.model, data=f"{args.out}/train.jsonl", steps=args.steps,
             out=model, resume=True, **flags, **common,
         )
     writer = "rubric" if name == "teacher" else "student"
@@ -250,8 +412,8 @@ def one_run(job):
     kept = Path(args.out) / "figures" / f"{words}.json"
     if not kept.exists():
         begin = time.time()
-        system = toy_system if args.what != "model" else real_system
-        figures = system(args, name, seed, lr, split)
+        systems = {"model": real_system, "price": toy_price}
+        figures = systems.get(args.what, toy_system)(args, name, seed, lr, split)
         figures |= {"wall": time.time() - begin}
         figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -299,7 +461,8 @@ def learning_curve(args, name):
     accuracy is averaged over five steps."""
     runs = []
     for seed in range(args.seeds):
-        file = toy_folder(args, name, CHOSEN.get(name, 1e-3), seed) / "model" / "metrics.jsonl"
+        lr = args.lr or CHOSEN.get(name, 1e-3)
+        file = toy_folder(args, name, lr, seed) / "model" / "metrics.jsonl"
         runs.append(rsd.read_jsonl(file))
     points, sampled = [], 0.0
     for step in range(args.steps):
@@ -367,7 +530,8 @@ def toy(args):
     """The table of the toy and its picture."""
     jobs = []
     for seed in range(args.seeds):
-        jobs += [(args, name, seed, CHOSEN.get(name, 1e-3), "test") for name in args.rows]
+        for name in args.rows:
+            jobs.append((args, name, seed, args.lr or CHOSEN.get(name, 1e-3), "test"))
     done = run_all(args, jobs)
     columns = ("accuracy", "rubric_score", "trained", "seconds")
     text = mean_table(done, columns)
@@ -378,12 +542,35 @@ def toy(args):
     print(text)
 
 
+PRICED = ("rsd", "the teacher writes, sft", "grpo-rubric")
+
+
+def price(args):
+    """Score against cost elsewhere for RSD, SFT on the teacher's texts and GRPO: three learning
+    rates and three numbers of steps for each."""
+    jobs = []
+    for seed in range(args.seeds):
+        for name in PRICED:
+            tried = GRPO_RATES if SYSTEMS[name].get("rollouts") else RATES
+            jobs += [(args, name, seed, lr, "test") for lr in tried]
+    rows = []
+    for name, seed, lr, figures in sorted(run_all(args, jobs), key=lambda run: (run[0], run[2])):
+        for steps in figures.keys() - {"wall", "peak_mb"}:
+            rows.append((f"{name}, lr {lr:g}, {steps} steps", seed, lr, figures[steps]))
+    rows.sort(key=lambda row: row[0])
+    columns = ("rubric_score", "accuracy", "references_lost", "rubrics_lost", "entropy", "trained")
+    text = mean_table(rows, columns)
+    text += f"\n\n{args.seeds} seeds, temperature 1, n {args.n}, limit {args.limit}\n"
+    (Path(args.out) / "table.md").write_text(text)
+    print(text)
+
+
 def model(args):
     """The table of a real model."""
     write_brief(args)
     jobs = []
     for seed in range(args.seeds):
-        for name in REAL_SYSTEMS:
+        for name in args.rows:
             jobs.append((args, name, seed, args.lr, "test"))
     trained_first = [job for job in jobs if job[2] == 0 or REAL_SYSTEMS[job[1]]]
     jobs = trained_first + [job for job in jobs if job not in trained_first]
@@ -430,29 +617,32 @@ def engines(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["toy", "rates", "model", "engines"])
-    parser.add_argument("rows", nargs="*", help="rows of the toy's table (default: all)")
-    parser.add_argument("--seeds", type=int, help="default: 5 on the toy, 3 on a model")
+    parser.add_argument("what", choices=["toy", "rates", "price", "model", "engines"])
+    parser.add_argument("rows", nargs="*", help="rows of the table (default: all)")
+    parser.add_argument("--seeds", type=int, help="default: 5 on the toy, 3 for price and model")
     parser.add_argument("--steps", type=int, help="default: 40 on the toy, 12 on a model")
     parser.add_argument("--n", type=int, help="held-out questions (default: 200 and 100)")
     parser.add_argument("--limit", type=int, default=256, help="training problems of the toy")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", nargs="+", default=["rar-science"])
-    parser.add_argument("--lr", type=float, default=3e-5, help="learning rate on a model")
+    parser.add_argument("--lr", type=float, help="default: CHOSEN's on the toy, 3e-5 on a model")
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", help="default: runs/compare-WHAT")
     args = parser.parse_args()
-    is_toy = args.what in ("toy", "rates")
-    args.seeds = args.seeds or (5 if is_toy else 3)
+    is_toy = args.what in ("toy", "rates", "price")
+    args.seeds = args.seeds or (5 if is_toy and args.what != "price" else 3)
     args.steps = args.steps or (40 if is_toy else 12)
     args.n = args.n or (200 if is_toy else 100)
+    args.lr = args.lr or (None if is_toy else 3e-5)
     args.out = args.out or f"runs/compare-{args.what}"
-    unknown = set(args.rows) - SYSTEMS.keys()
+    known = REAL_SYSTEMS if args.what == "model" else SYSTEMS
+    unknown = set(args.rows) - known.keys()
     if unknown:
-        parser.error(f"unknown rows {sorted(unknown)}; there are {', '.join(SYSTEMS)}")
-    args.rows = args.rows or list(SYSTEMS)
-    {"toy": toy, "rates": rates, "model": model, "engines": engines}[args.what](args)
+        parser.error(f"unknown rows {sorted(unknown)}; there are {', '.join(known)}")
+    args.rows = args.rows or list(known)
+    whats = {"toy": toy, "rates": rates, "price": price, "model": model, "engines": engines}
+    whats[args.what](args)
 
 
 if __name__ == "__main__":
