@@ -331,6 +331,7 @@ REAL_SYSTEMS = {
     "rsd": {"method": "rsd"},
     "sft on the teacher's answers": {"method": "sft-teacher"},
     "grpo on the rubric score": {"method": "grpo-rubric", "rollouts": 4, "batch": 2},
+    "rsd, reason first": {"teacher_context": "rubric+analysis"},
     "rsd, contrast 0.5": {"idea": ("contrast", 0.5, "bare question")},
     "rsd, contrast 1": {"idea": ("contrast", 1, "bare question")},
     "rsd, early tokens": {"idea": ("position", "early")},
@@ -466,7 +467,7 @@ def learning_curve(args, name):
         runs.append(rsd.read_jsonl(file))
     points, sampled = [], 0.0
     for step in range(args.steps):
-        sampled += sum(run[step]["tokens"] for run in runs) / len(runs)
+        sampled += sum(run[step]["trained"] for run in runs) / len(runs)
         window = [m["accuracy"] for run in runs for m in run[max(0, step - 4) : step + 1]]
         points.append((sampled, sum(window) / len(window)))
     return points
