@@ -560,10 +560,14 @@ def load_prompts(folder):
     return {path.stem: path.read_text("utf-8", errors="replace").strip() for path in files}
 
 
+def valid_unicode(text):
+    """The text, with U+FFFD for each half of a surrogate pair, which no file or tokenizer takes."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).strip()
+
+
 def as_text(cell):
     """A cell of a table, or a message's content, as text. Of a conversation all turns are kept, of
-    a list all parts; nothing, and NaN, are empty. U+FFFD stands for each half of a surrogate pair,
-    which no file or tokenizer takes."""
+    a list all parts; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
     if isinstance(cell, bytes):
@@ -574,7 +578,7 @@ def as_text(cell):
     if isinstance(cell, list):
         text = "\n\n".join(map(as_text, cell))
         return text.removeprefix("User: ") if len(cell) == 1 else text
-    return re.sub("[\ud800-\udfff]", "\ufffd", str(cell)).strip()
+    return valid_unicode(str(cell))
 
 
 THINKING_TAG = re.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
@@ -608,8 +612,8 @@ def make_criterion(title="", description="", weight=None, **_):
     if not re.search(r"[^\W_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
     return {
-        "title": as_text(title),
-        "description": as_text(description),
+        "title": valid_unicode(title),
+        "description": valid_unicode(description),
         "weight": int(number) if number.is_integer() else number,
     }
 
