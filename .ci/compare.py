@@ -341,7 +341,8 @@ REAL_SYSTEMS = {
 def write_brief(args):
     """The short questions of --data with the criteria of prompts/brief, as two files: the last
     args.n questions test, the others train."""
-    rubric = json.loads((BRIEF / "rubric.json").read_text(encoding="utf-8"))
+    file = "by-question.json" if args.by_question else "rubric.json"
+    rubric = json.loads((BRIEF / file).read_text(encoding="utf-8"))
     rows = {}
     for data in args.data:
         for row in rsd.load_rows(data, "train", 0):
@@ -349,7 +350,10 @@ def write_brief(args):
                 rows[row["question"]] = row["reference_answer"]
     lines = []
     for question, answer in rows.items():
-        row = {"question": question, "reference_answer": answer, "rubric": rubric}
+        own = rubric
+        if args.by_question:  # the first criterion where the question has figures, else the second
+            own = rubric[:1] if re.search(r"\d", question) else rubric[1:]
+        row = {"question": question, "reference_answer": answer, "rubric": own}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     random.Random(0).shuffle(lines)
     assert len(lines) > 2 * args.n, f"--data has {len(lines)} short questions, and {args.n} test"
@@ -627,6 +631,7 @@ def main():
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", nargs="+", default=["rar-science"])
     parser.add_argument("--lr", type=float, help="default: CHOSEN's on the toy, 3e-5 on a model")
+    parser.add_argument("--by-question", action="store_true", help="a criterion for each question")
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", help="default: runs/compare-WHAT")
