@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import difflib
 import functools
 import hashlib
@@ -1719,11 +1720,12 @@ FIELD_NAMES = {
     "title": "title name heading label",
     "description": "description criterion criteria requirement requirements item text statement "
     "content rubric question",
-    "weight": "weight points score importance percentage",
-    "polarity": "type polarity",
+    "weight": "weight points score importance priority percentage",
+    "polarity": "type polarity negative",
 }
 WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
 WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
+WORD_WEIGHT |= {"high": 3, "medium": 2, "low": 1}
 WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
 STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
     rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
@@ -1756,7 +1758,7 @@ def read_criterion(item):
     if not number:
         raise ValueError(f"a criterion has no clear weight ({stated!r:.20})")
     weight = re.sub("[−–]", "-", number["weight"])
-    if re.search("(?i)negative|penalty", field_of(item, "polarity")):
+    if re.search("(?i)negative|penalty|true", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
     if item.get("check") is not None:
@@ -1799,7 +1801,7 @@ def read_rubric(value):
         try:
             value = json.loads(value.strip() or "[]")
         except (ValueError, RecursionError) as error:
-            if re.match(r'\s*(?:[{|]|\[\s*["\[{])', value):
+            if re.match(r"\s*(?:[{|]|\[\s*[\"'\[{])", value):
                 raise ValueError(f"it is neither JSON nor lines; a criterion is {FORMS}") from error
             value = re.split(r"(?i)\n(?=[ \t]*(?:[-*•] |\d+[.)] |\[|points:))", value)
     return [read_criterion(item) for item in criteria_in(value or [])] or None
@@ -1887,9 +1889,12 @@ def read_table(data, split):
     try:
         if kind == "json":
             return json.loads(path.read_bytes())
+        if kind == "csv":  # all its cells are text
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file))
         import datasets  # it takes seconds
 
-        if kind in ("csv", "parquet"):  # datasets calls all of a file its split train
+        if kind == "parquet":  # datasets calls all of a file its split train
             return datasets.load_dataset(kind, data_files=source.hub, split="train")
         split = source.test if split == "test" else split
         return datasets.load_dataset(*source.hub.split(":"), split=split)
@@ -1988,7 +1993,7 @@ def make_examples(rows, templates, readers, needs=()):
         known = score("", row) | fields
         missing = [name for name in wanted if known.get(name) is None]
         if missing:
-            dropped[f"no {missing[0]}"] += 1
+            dropped[f"no {missing[0]}"] += 1  # a score takes checks, --judge or a short reference
             continue
         prompts = [reader.prompt(text, fields) for text, reader in zip(templates, readers)]
         if max(map(len, prompts)) <= readers[0].room:
@@ -1997,8 +2002,7 @@ def make_examples(rows, templates, readers, needs=()):
             dropped["context too long for the model"] += 1
     if dropped:
         say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
-    hint = "a score takes a reference that can be graded, checks in the rubric, or --judge"
-    require(examples, f"no row is left of all that were read: {dict(dropped)} ({hint})")
+    require(examples, f"no row is left of all that were read: {dict(dropped)}")
     return examples
 
 
@@ -2316,6 +2320,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     """What generate, eval and judge have in common: they let a model write what --out lacks, k
     times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
     prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
+    require(args.out != args.data, "--out: it is the file of --data; choose another.")
     (template,) = prompt_files(args, args.writer)
     rows = load_questions(args)
     if name == "text":
@@ -2382,7 +2387,8 @@ def cmd_eval(args):
     columns = ("question", "reference_answer", "rubric")
     summary = write_lines(args, "text", columns, ask, score, args.k)
     if not summary.get("rubric_score_n"):
-        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=args.out or "ITS-OUT.jsonl")
+        answers, enough = args.out or "ITS-OUT.jsonl", Judge.max_new_tokens
+        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=answers, max_new_tokens=enough)
     return summary
 
 
@@ -2616,6 +2622,7 @@ def cmd_inspect(args):
     """Draw an HTML page: what the rubric does to each token of some rollouts; a run's curves."""
     out = Path(args.out)
     page_skeleton(out)  # before anything is sampled
+    require(args.n or args.run, "--n 0: with no --run either, there is nothing to show.")
     page = {"curves": [], "rollouts": [], "text": {}}
     if args.run:
         page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
