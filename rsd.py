@@ -1937,6 +1937,10 @@ def load_rows(data, split, limit=0, seed=0):
         except Exception as error:  # of many kinds: a column is missing, a weight is unclear
             message = f"{data}, row {number} cannot be read, {str(error)!r:.250}, in {raw!r:.150}"
             raise UserError(message) from error
+    criteria = [c for row in rows for c in row["rubric"] or ()]
+    turned = sum(signed_weight(c) != c["weight"] for c in criteria)
+    if turned:
+        say(f"note: {turned} of {len(criteria)} criteria change their sign by their words")
     if source.overlap and split == "test":
         seen = {question_hash(row) for row in load_rows(data, "train")}
         return without_known(rows, seen, "which the train split has, too")
@@ -2284,6 +2288,12 @@ def say_next(args, command, **flags):
     say("next: python rsd.py", command, *words)
 
 
+def say_next_judge(args, answers):
+    """Say the command that judges these answers, with its own limit of tokens."""
+    model, limit = "Qwen2.5-7B-Instruct", Judge.max_new_tokens
+    say_next(args, "judge", model=model, data=answers, max_new_tokens=limit)
+
+
 def model_writer(args, model, tokenizer, completions=0):
     """The writer that samples so many completions from this model, each process a share."""
     on, off = (context_ids(tokenizer, "@", {}, thinking) for thinking in (True, False))
@@ -2387,8 +2397,7 @@ def cmd_eval(args):
     columns = ("question", "reference_answer", "rubric")
     summary = write_lines(args, "text", columns, ask, score, args.k)
     if not summary.get("rubric_score_n"):
-        answers, enough = args.out or "ITS-OUT.jsonl", Judge.max_new_tokens
-        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=answers, max_new_tokens=enough)
+        say_next_judge(args, args.out or "ITS-OUT.jsonl")
     return summary
 
 
@@ -2609,9 +2618,11 @@ def cmd_train(args):
     say(out, "has", len(history), "steps, of which new:", len(history) - start)
     is_all = Path(args.data).is_file() and not args.limit  # of it, eval would leave out every row
     held_out = "OTHER-QUESTIONS.jsonl" if is_all else args.data
-    command = "eval" if args.stage == "reason" else "generate"
-    say_next(args, command, model=args.out, data=held_out, out=f"{args.out}.jsonl")
-    say_next(args, "inspect", model=args.model, data=held_out, compare=args.out, run=args.out)
+    command, answers = "eval" if args.stage == "reason" else "generate", f"{args.out}.jsonl"
+    say_next(args, command, model=args.out, data=held_out, out=answers)
+    if args.stage == "reason":
+        say_next_judge(args, answers)
+        say_next(args, "inspect", model=args.model, data=held_out, compare=args.out, run=args.out)
     return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 

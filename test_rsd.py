@@ -445,8 +445,25 @@ def test_teacher_context_too_long_is_dropped_and_counted(tok, capsys):
         rsd.make_examples([without], templates, writers)
 
 
+README = (REPO / "README.md").read_text()
+COMMANDS = re.findall(r"^python rsd\.py (.*?)(?: +#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_readmes_commands_are_read(line):
+    rsd.parse_args(shlex.split(line.replace("$M", "toy")))
+
+
+@pytest.mark.slow
+def test_the_public_recipe_runs_in_small(base, tmp_path):
+    pytest.importorskip("peft", reason="needs: pip install peft")
+    for stage, line in enumerate(line for line in COMMANDS if "--loss-temperature" in line):
+        small = train_line(base, tmp_path / str(stage), f"--lora-rank 2 --prompts {TOY}")
+        finishes(f"{line.partition(' --teacher')[0]} {small.removeprefix('train')} --rubrics data")
+
+
 def test_the_readmes_snippet_runs(tok):
-    code = (REPO / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = README.split("```python\n")[1].split("```")[0]
     episodes, model = random_episodes(tok, 3), tiny(tok)
     prompts, taught = [e.prompt_ids for e in episodes], [e.teacher_ids for e in episodes]
     names = {"model": model, "teacher": tiny(tok, 1), "stop": {2}}
@@ -2804,16 +2821,6 @@ def test_lora_teacher_is_the_base_and_shares_its_memory(tok):
         torch.testing.assert_close(taught, 0.9 * before[name] + 0.1 * p)
 
 
-def test_precision_of_teachers(tok, monkeypatch):  # as on a GPU
-    model = tiny(tok)
-    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
-    fixed, ema = rsd.make_teacher(model, "fixed"), rsd.make_teacher(model, "ema")
-    assert {p.dtype for p in fixed.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in [*ema.parameters(), *model.parameters()]} == {torch.float32}
-    for theirs, own in zip(fixed.buffers(), model.buffers(), strict=True):
-        torch.testing.assert_close(theirs, own, rtol=0, atol=0)  # of the same dtype as well
-
-
 def test_a_lora_checkpoint_holds_adapters_alone_and_loads_in_peft(base, runs, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     folder = runs / "lora" / "checkpoint-4"
@@ -3624,14 +3631,10 @@ NAMED = [  # a row's columns -> what is read of them
 
 
 @pytest.mark.parametrize("row, want", NAMED)
-def test_columns_by_other_names(row, want, tmp_path, capsys):
-    rsd.say_once.cache_clear()
+def test_columns_by_other_names(row, want, tmp_path):
     (got,) = rsd.load_rows(write_lines(tmp_path / "d.jsonl", [row]), "train")
     rubric = got["rubric"] and got["rubric"][0]["description"]
     assert (got["question"], got["reference_answer"], rubric) == want
-    said = capsys.readouterr().out
-    for name in ("prompt", "answer", "problem", "checklist", "messages"):
-        assert (f"column {name} is read as" in said) == (name in row and "question" not in row)
 
 
 def test_only_answers_that_can_be_graded_are_asked_for_in_a_box(base, tmp_path, monkeypatch):
@@ -3694,20 +3697,16 @@ def test_each_command_names_the_next_and_it_runs(base, stub, tmp_path, capsys):
     stub.answer = lambda prompt: json.dumps([GOOD])
     line = f"generate --model {stub.model} --data {data} --prompts {TOY} --out {tmp_path}/r.jsonl"
     (line,) = next_of(line)
-    assert line.startswith("train ")
     sizes = f"--limit 4 --batch 2 --steps 1 {small} --out {tmp_path}/run"
     (line, *_) = next_of(f"{line} --model {base} {sizes} --teacher-context rubric+answer")
-    assert line.startswith("eval ")
     assert next_of(f"{line} {small}") == []  # of the toy's rows, all is graded by checks
     assert len(rsd.read_jsonl(tmp_path / "run.jsonl")) == 2
 
-    rows = [{"question": "q", "rubric": ["States it."]}]
-    line = f"eval --model {base} --data {write_lines(tmp_path / 'open.jsonl', rows)} {small}"
+    line = f"eval --model {base} --data {write_lines(tmp_path / 'o.jsonl', UNCHECKED)} {small}"
     (line,) = next_of(f"{line} --prompts {TOY} --out {tmp_path}/a.jsonl")
     stub.answer = lambda prompt: "[true]"
-    assert line.startswith("judge ")
     finishes(f"{line} --model {stub.model} --out {tmp_path}/v.jsonl")
-    assert rsd.read_jsonl(tmp_path / "v.jsonl")[0]["judge"] == [True]
+    assert [v["judge"] for v in rsd.read_jsonl(tmp_path / "v.jsonl")] == [[True]] * 4
 
 
 def in_place_of_commands(monkeypatch):
