@@ -283,10 +283,9 @@ def divergence(
     """D(T, S) per token: logits or log-probs [N, V] of student and teacher -> [N], in float32.
 
     beta 0: the forward KL(T || S), the paper's choice; 1: the reverse KL(S || T); between them beta
-    KL(T || m) + (1 - beta) KL(S || m), m = beta T + (1 - beta) S (which goes to 0 towards both
-    ends). top_k > 0: on the teacher's top_k tokens, renormalised; with tail, one more bucket holds
-    the rest. temperature divides both logits. clip "token" caps the sum, "entry" every entry before
-    the sum, as the paper's code does; that can turn it negative and invert the training.
+    KL(T || m) + (1 - beta) KL(S || m), m = beta T + (1 - beta) S. top_k > 0: on the teacher's top_k
+    tokens, renormalised; with tail, one more bucket has the rest. temperature divides both logits.
+    clip "token" caps the sum, "entry" every entry, as the paper's code does, which can invert it.
 
     >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.1, .9]]).log()
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
