@@ -1432,6 +1432,11 @@ def to_disk(path):
     os.close(handle)
 
 
+def fingerprint(model):
+    """The sum of all weights without their signs, by which a model is known again."""
+    return sum(p.detach().abs().sum(dtype=torch.float64).item() for p in model.parameters())
+
+
 def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     """Write checkpoint-N after N steps, as state["metrics"] counts them, and remove all but the
     last two; every process calls it. UserError: it cannot be written."""
@@ -1441,6 +1446,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     theirs = (teacher or student).named_parameters()
     state["teacher"] = {name: p for name, p in theirs if p not in shared}
     state["optimizer"] = optimizer.state_dict()
+    state["fingerprint"] = fingerprint(student)
     state["saved"].append(len(state["metrics"]))
     is_finite = all(p.isfinite().all() for p in student.parameters())
     require(is_finite, f"--out {out}: the last step left weights that are no numbers; not saved.")
@@ -1487,7 +1493,7 @@ def open_run(out, settings, resume):
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
         try:
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
-            was, *_ = [state[x] for x in "settings metrics saved optimizer teacher".split()]
+            was, *_ = [state[x] for x in "settings metrics saved optimizer teacher fingerprint".split()]
         except Exception as error:  # of torch and pickle
             message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
             raise UserError(message) from error
@@ -2508,6 +2514,8 @@ def set_up(args, state, compiled):
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["metrics"]:
         student.load_state_dict(load_model(args.out)[0].state_dict())
+        same = math.isclose(fingerprint(student), state["fingerprint"], rel_tol=1e-9)
+        require(same, f"--out {args.out}: other weights than the run left there, or its base's.")
         optimizer.load_state_dict(state["optimizer"])
         fits = all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
         require(fits, f"--out {args.out}: its optimizer's state is of another model.")

@@ -2416,6 +2416,9 @@ def test_memory_may_change_where_a_run_goes_on_and_that_is_said(base, half, runs
     assert said in capsys.readouterr().out
     losses = [[step["loss"] for step in metrics_of(run)] for run in (half, runs / "fixed")]
     assert losses[0][:2] == losses[1][:2] and len(losses[0]) == 4
+    shutil.copy(f"{base}/model.safetensors", half / "checkpoint-4")  # of the same shape
+    line = train_line(base, half, "--resume --steps 5 --token-budget 60 --batch-size 3")
+    assert "other weights than the run left there" in error_of(line, capsys)
 
 
 # -- what a run refuses
@@ -3541,7 +3544,6 @@ UNCHECKED = [{"question": f"q{k}", "rubric": ["States it."]} for k in range(4)]
 def test_a_judge_that_always_says_the_same_gives_no_advantage(
     base, stub, tmp_path, verdict, unread
 ):
-    """One request a completion, and the weights stay where they were."""
     stub.answer = lambda prompt: verdict
     data = write_lines(tmp_path / "d.jsonl", UNCHECKED)
     more = f"--data {data} --prompts {REPO}/prompts --method grpo-rubric --rollouts 2 --batch 2"
@@ -3569,7 +3571,6 @@ def test_a_judges_verdicts_are_the_reward(base, stub, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_bad_judge_of_this_process_is_counted_and_resume_is_to_the_bit(base, tmp_path):
-    """The toy's model as judge can say nothing that is read."""
     data = write_lines(tmp_path / "d.jsonl", UNCHECKED)
     more = f"--data {data} --method rsd-grpo --kl .1 --rollouts 2 --judge {base}"
     more += f" --prompts {TOY} --teacher-context rubric"
@@ -3687,7 +3688,6 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_step(
 
 
 def test_each_command_names_the_next_and_it_runs(base, stub, tmp_path, capsys):
-    """generate -> train -> eval on one file of which a part is held out; eval -> judge."""
     data = write_lines(tmp_path / "d.jsonl", rsd.load_rows("toy", "train", 6))
     small = "--max-new-tokens 12"
 
