@@ -2420,8 +2420,9 @@ def rewards_of_judge(args):
     """A function that gives episodes, with these texts, the rubric_score of --judge."""
     how = settle(Judge, model=args.judge, prompts=args.prompts, batch_size=args.batch_size)
     (template,) = prompt_files(how, how.writer)
-    writer = open_writer(how, 0)
-    asks = RANK == 0 or isinstance(writer, ModelWriter)  # a server is asked by one process
+    is_server = "@http" in args.judge  # which one process asks
+    writer = ServerWriter(args.judge, vars(how)) if is_server else open_writer(how, 0)
+    asks = RANK == 0 or not is_server
 
     def judge_them(episodes, texts):
         begun, asked = time.perf_counter(), []
