@@ -159,7 +159,8 @@ def chat_ids(tokenizer, chat, template=None, **options):
             sanitize_control_tokens=True, return_dict=False, **options,
         )
     except Exception as error:  # jinja's, the template's own, the tokenizer's
-        raise UserError(f"the chat template fails ({error!r:.200}) on {chat!r:.200}.") from error
+        message = f"the chat template fails with {error!r:.200} on the chat {chat!r:.200}"
+        raise UserError(message) from error
     known = set(control.values())
     written, expected = ([i for i in ids if i in known] for ids in both)
     require(written == expected, f"the tokenizer makes a control token of text in {chat!r:.200}.")
@@ -409,13 +410,15 @@ METHODS = {
 def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
     """Choice 1, who writes: the student, or the teacher from its own context "teacher_ids".
     `sample` (prompts of ids -> ids, stopped and, from some engines, the ids' log-probs) writes so
-    many times per example."""
+    many times per example. Log-probs in the teacher's context are not kept: the student's are
+    others."""
     examples = [e for e in examples for _ in range(rollouts)]
     outputs = sample([getattr(e, context) for e in examples])
-    return [
-        replace(e, completion_ids=ids, stopped=stopped, writer_log_probs=sum(log_probs, []))
-        for e, (ids, stopped, *log_probs) in zip(examples, outputs)
-    ]
+    episodes = []
+    for e, (ids, stopped, *log_probs) in zip(examples, outputs):
+        own = log_probs[0] if log_probs and context == "prompt_ids" else ()
+        episodes.append(replace(e, completion_ids=ids, stopped=stopped, writer_log_probs=own))
+    return episodes
 
 
 def micro_batches(episodes, token_budget, devices=1):
@@ -442,7 +445,7 @@ def flatten(episodes, device):
     return ids.long(), advantage.float(), log_probs.float()
 
 
-def optimizer_step(model, optimizer, lr, max_grad_norm=1.0):
+def optimizer_step(model, optimizer, lr, max_grad_norm):
     """Clip, step, clear -> the norm before clipping. UserError: it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm, foreach=False)
     require(norm.isfinite(), f"the gradient's norm is {norm:g}; stopped before the weights moved.")
@@ -476,10 +479,8 @@ def train_step(
         contexts, views, completions = zip(*columns)
         # Autocast would keep its copies of the weights to the end of the block: no cache.
         with torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available(), cache_enabled=False):
-            teacher_hidden = None
-            if teacher:
-                with torch.no_grad():
-                    teacher_hidden = rescore(teacher, views, completions)  # 2. rubric in view
+            with torch.no_grad():  # 2. rubric in view
+                teacher_hidden = rescore(teacher, views, completions) if teacher else None
             watch.lap("s_rescoring")
             hidden = rescore(student, contexts, completions)  # 3. from the question alone
             sums.update(  # 4. the gradient of sum_t D / N
@@ -792,7 +793,7 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
     "mole mol, minute min, hr hour, h hour, hour hour, kilometer km, centimeter cm, "
     "millimeter mm, kilogram kg, percent %").split(", "))
 DRESS = {  # what changes no answer -> its plain spelling, in this order
-    r"\*\*(?=-?\d)": "^",
+    r"(?<=\d)\*\*(?=-?\d)": "^",
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
     r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
@@ -1016,8 +1017,8 @@ def evaluate(samples):
 
 
 def group_advantages(rewards, group, eps=1e-4):
-    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0, and
-    so does None, which counts in no mean."""
+    """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0 (eps
+    above 0), and so does None, which counts in no mean."""
     advantages = []
     for start in range(0, len(rewards), group):
         run = rewards[start : start + group]
@@ -1493,7 +1494,8 @@ def open_run(out, settings, resume):
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
         try:
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
-            was, *_ = [state[x] for x in "settings metrics saved optimizer teacher fingerprint".split()]
+            needed = "settings metrics saved optimizer teacher fingerprint"
+            was, *_ = [state[name] for name in needed.split()]
         except Exception as error:  # of torch and pickle
             message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
             raise UserError(message) from error

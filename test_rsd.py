@@ -823,6 +823,13 @@ def test_nothing_to_train_on_gives_an_exact_zero(tok):
     assert figures["trained"] == len(episodes[1].completion_ids)
 
 
+def test_log_probs_of_the_teachers_context_are_not_the_students():
+    for context, kept in (("prompt_ids", [-0.5]), ("teacher_ids", ())):
+        written = [([7], True, [-0.5])]
+        (e,) = rsd.model_writes(lambda _: written, [rsd.Episode({}, [5], [6])], 1, context)
+        assert e.writer_log_probs == kept
+
+
 def test_the_stop_token_is_trained_on(tok):
     model = tiny(tok)
     (e,) = random_episodes(tok, 1)
@@ -1301,7 +1308,7 @@ RIGHT = r"""
     12 | 12\text{ apples} ; 30 | 30 cubic inches ; 9 kg | 9 ; y = 12 | 12 ; 12 | n=12
     v_{\max} = 3 \text{ m/s} | 3 m/s ; \approx 12.1\text{ s} | 12.1 s
     ~12 s | 12 s ; x ≈ 0.33 | 0.33 ; Yes, it is | yes
-    1.6*10**-19 C | 1.6e-19 C ; E = mc^2 = 9 J | 9 J ; Yes | yes ; PARIS | Paris
+    1.6*10**-19 C | 1.6e-19 C ; x = **12** | 12 ; E = mc^2 = 9 J | 9 J ; Yes | yes ; PARIS | Paris
     Carbon Dioxide | carbon dioxide ; In the cell | in the cell ; \lnot Q | ~Q
     (d) | D ; D) 5 m | D ; D. the lamp | D ; D: lamp | D ; [D] | D ; Option D | (D) ; **D** | D
     \text{D } 2.1\times10^{-6} | D ; d | Answer. (d) ; answer (D) | D ; D | (d)"""
@@ -2455,9 +2462,7 @@ REFUSED_RUNS = [  # a finished run's files that change (None: is lost), flags, w
 
 
 @pytest.mark.parametrize("files, more, word", REFUSED_RUNS, ids=range(len(REFUSED_RUNS)))
-def test_an_out_that_does_not_fit_is_one_sentence_and_left_alone(
-    files, more, word, base, run, here, capsys
-):
+def test_an_out_that_does_not_fit_is_left_alone(files, more, word, base, run, here, capsys):
     for name, content in files.items():
         if content is None:
             (run / name).unlink()
@@ -2627,9 +2632,7 @@ def test_only_what_shapes_a_line_is_its_origin(base, run, tmp_path, capsys, monk
     (["<think>", "</think>"], "", r"<think>Perhaps \boxed{4}? Let me", 0),
     (["<|channel|>", "<|message|>"], "", r"<|channel|>analysis<|message|>Perhaps \boxed{4}?", 0),
 ])
-def test_unfinished_thinking_is_no_answer_wherever_it_was_opened(
-    tok, special, tail, completion, accuracy
-):
+def test_unfinished_thinking_is_no_answer(tok, special, tail, completion, accuracy):
     other = copy.deepcopy(tok)
     other.add_tokens([tokenizers.AddedToken(name, special=True) for name in special])
     prompt = other.encode("<|im_start|>assistant\n" + tail, add_special_tokens=False)
@@ -3541,9 +3544,7 @@ UNCHECKED = [{"question": f"q{k}", "rubric": ["States it."]} for k in range(4)]
 
 
 @pytest.mark.parametrize("verdict, unread", [("[true]", 0), ("[false]", 0), ("perhaps", 1)])
-def test_a_judge_that_always_says_the_same_gives_no_advantage(
-    base, stub, tmp_path, verdict, unread
-):
+def test_a_judge_that_always_says_the_same(base, stub, tmp_path, verdict, unread):
     stub.answer = lambda prompt: verdict
     data = write_lines(tmp_path / "d.jsonl", UNCHECKED)
     more = f"--data {data} --prompts {REPO}/prompts --method grpo-rubric --rollouts 2 --batch 2"
@@ -3677,9 +3678,7 @@ def test_warnings_that_save_an_afternoon(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("free, code", [(10**5, 2), (10**12, 0)])
-def test_a_disk_that_is_too_small_is_said_before_the_first_step(
-    base, tmp_path, capsys, monkeypatch, free, code
-):
+def test_a_disk_that_is_too_small_is_said(base, tmp_path, capsys, monkeypatch, free, code):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     finishes(train_line(base, tmp_path / "run", "--steps 1"), code)
     said = capsys.readouterr()
