@@ -1269,6 +1269,7 @@ YES_NO = [  # texts that say true, false
     "[true, false]\nThe first is [true], the other [false].",
     "Draft:\n1. true\n2. true\n\nFinal:\n1. true\n2. false", "[true, false] [1] [see above]",
     "[true, false]\n\nIt is true that no unit is given.", "thought</think>\n[true, false]",
+    "true false", "Yes, I looked at it. 1: yes\n2: no",
 ]
 NO_VERDICTS = [
     "[true, false, true]", "[true]", "[true, maybe]", "[true, null]", "[1, 0]", "[]", "",
@@ -1304,6 +1305,7 @@ RIGHT = r"""
     25\,^\circ\mathrm{C} | 25 °C ; __12__ | 12 ; `12` | 12 ; \(12\) | 12
     CO₂ | CO_2 ; \mathrm{H_2O} | H2O ; \alpha | α ; a \leq b | a ≤ b ; 5~\mathrm{W} | 5 W
     9.8 m s⁻² | 9.8 m/s^2 ; 4.18 J g^{-1} K^{-1} | 4.18 J/(g·K) ; 10 newtons | 10 N
+    20 mph | 20 mi/h ; 1 M | 1 mol/L ; 5.0 \pm 0.2 | 5 ; A, C | AC ; 1.2 kelvin | 1.2 K
     90 | 90^\circ ; 45 | 45° ; 75 | 75\% ; 75 percent | 75% ; 12 | $12 ; 8 | 8 hours
     12 | 12\text{ apples} ; 30 | 30 cubic inches ; 9 kg | 9 ; y = 12 | 12 ; 12 | n=12
     v_{\max} = 3 \text{ m/s} | 3 m/s ; \approx 12.1\text{ s} | 12.1 s
@@ -1327,7 +1329,8 @@ FORMULAS_RIGHT = r"""
     \frac{x}{2} | \tfrac{x}{2} ; \left[0,1\right) | [0,1) ; √7 | \sqrt{7} ; 9π | 9\pi
     y+4x | 4x+y ; (x-1)(x+1) | x^2-1 ; 2\sqrt3 | \sqrt{12} ; x^{10} | x^10 ; 3/(-4) | 3/(-4)
     \frac{1}{\sqrt{3}} | \frac{\sqrt{3}}{3} ; 2^{2000} | 2^{2000} ; (a, b) = (1, 4) | (1,4)
-    [0, 3] | x \in [0,3] ; \sqrt{2} \approx 1.414 | \sqrt{2} ; 4, -1 | -1, 4"""
+    [0, 3] | x \in [0,3] ; \sqrt{2} \approx 1.414 | \sqrt{2} ; 4, -1 | -1, 4
+    y=cx \text{ for any constant } c | y=cx"""
 FORMULAS_WRONG = r"""
     2x+1 | 2x-1 ; 0 | y'' + 25y = 0 ; 25 | x^2 + y^2 = 25 ; \frac{1}{2a} | \frac{1}{2}a
     A | (a) 1 (b) 2 ; 4 | -1, 4"""
@@ -1351,8 +1354,10 @@ TEXTS_RIGHT = [  # a text, the reference
     (r"\boxed{\textbf{Answer: (B)}}", "B"), (r"\boxed{[B]}", "B"), ("boxed{70}.", "70"),
     ("\\boxed{2}\n\nCheck: \\boxed{}", "2"), (r"\boxed{a}, no: \boxed{\text{a {b}} c}", "a b c"),
     (r"<think>x</think>\boxed{9}", "9"), (r"\boxed{8}</think>\boxed{9}", "9"),
+    (r"They are $\boxed{A}$ and \boxed{C}.", "A, C"), (r"\boxed{7}, so \boxed{9}", "9"),
 ]
 TEXTS_WRONG = [
+    (r"\boxed{A}. And \boxed{C}", "A, C"), (r"\boxed{A}", "A, C"),
     ("Answer: A\nNo: the answer is C.", "B"), ("no idea", "B"), ("", "B"), ("", "9 kg"),
     (r"<think>\boxed{9}</think> Who knows.", "9"), (r"<think> \boxed{9}", "9"),
     (r"<think>a</think> <think>\boxed{9}", "9"), ("<thinking>The answer is B.", "B"),
@@ -3110,6 +3115,19 @@ def test_heads_give_the_models_own_logits(family, settings, tok, monkeypatch):
     monkeypatch.setattr(rsd, "setting_of", lambda model, *names: None)  # a head not known
     with pytest.raises(rsd.UserError, match="its head"):
         rsd.check_model(model, tok, family)
+
+
+def test_models_that_padding_changes_are_refused(tok):
+    """MiniMax's padded state is wrong from its second token on only."""
+    kinds = ["linear_attention", "full_attention"]
+    sizes = {"layer_types": kinds, "head_dim": 16, "num_local_experts": 2, "block_size": 16}
+    model = tiny(tok, cls=transformers.MiniMaxConfig, **sizes)
+    with pytest.raises(rsd.UserError, match="padding changes it"):
+        rsd.check_model(model, tok, "MiniMax")
+    model = tiny(tok)
+    model.resize_token_embeddings(5)
+    with pytest.raises(rsd.UserError, match="fewer embeddings"):
+        rsd.check_model(model, tok, "cut")
 
 
 def tiny_of_family(family, tok):

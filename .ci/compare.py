@@ -382,8 +382,8 @@ def costs_elsewhere(model_name, rows, answers):
 
 def real_system(args, name, seed, lr, split):
     """One row with one seed on a real model."""
-    out = f"{args.out}/{name.replace(' ', '-')}-{lr:g}-{seed}"
-    sampling = {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_new_tokens": 48}
+    out = f"{args.out}/{name.replace(' ', '-')}-{lr:g}-{seed}-{args.temperature:g}"
+    sampling = {"temperature": args.temperature, "top_p": 1.0, "top_k": 0, "max_new_tokens": 48}
     common = {"prompts": str(BRIEF), "seed": seed, "engine": args.engine, **sampling}
     model, figures = args.model, {}
     if REAL_SYSTEMS[name]:
@@ -413,6 +413,8 @@ def one_run(job):
     """A row with one seed, in a process of its own; its figures are kept in --out."""
     args, name, seed, lr, split = job
     settings = [name, lr, seed, split, args.steps, args.n, args.limit, args.model, args.engine]
+    if args.what == "model":
+        settings += [args.temperature, *["by question"] * args.by_question]
     words = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, settings)))
     kept = Path(args.out) / "figures" / f"{words}.json"
     if not kept.exists():
@@ -631,6 +633,7 @@ def main():
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", nargs="+", default=["rar-science"])
     parser.add_argument("--lr", type=float, help="default: CHOSEN's on the toy, 3e-5 on a model")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of all sampling, on a model")
     parser.add_argument("--by-question", action="store_true", help="a criterion for each question")
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
