@@ -1656,7 +1656,7 @@ def check_model(model, tokenizer, name):
     same = (own - ours).abs().max() <= bound * own.abs().max()  # false for NaN, too
     require(same, f"--model {name}: it gives NaN, padding changes it, or its head is unknown.")
     ids = context_ids(tokenizer, "@@", {})
-    has_all = max(ids) < len(model.get_input_embeddings().weight)
+    has_all = max(ids, default=0) < len(model.get_input_embeddings().weight)
     require(has_all, f"--model {name}: it has fewer embeddings than the tokenizer has tokens.")
     require("@@" in tokenizer.decode(ids), f"--model {name}: tokenizer or template drops the text of the question.")
 

@@ -13,6 +13,7 @@ thread; --jobs of them run at a time.
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -70,7 +71,7 @@ SYSTEMS = {
     "rsd, early tokens": {"idea": ("position", "early")},
     "rsd, late tokens": {"idea": ("position", "late")},
 }
-for strength in (0.5, 1, 2):
+for strength in (0.25, 0.5, 1, 2):
     for control in ("bare question", "another's rubric", "generic rubric"):
         idea = ("contrast", strength, control)
         SYSTEMS[f"rsd, contrast {strength:g}, {control}"] = {"idea": idea}
@@ -332,6 +333,7 @@ REAL_SYSTEMS = {
     "sft on the teacher's answers": {"method": "sft-teacher"},
     "grpo on the rubric score": {"method": "grpo-rubric", "rollouts": 4, "batch": 2},
     "rsd, reason first": {"teacher_context": "rubric+analysis"},
+    "rsd, contrast 0.25": {"idea": ("contrast", 0.25, "bare question")},
     "rsd, contrast 0.5": {"idea": ("contrast", 0.5, "bare question")},
     "rsd, contrast 1": {"idea": ("contrast", 1, "bare question")},
     "rsd, early tokens": {"idea": ("position", "early")},
@@ -468,7 +470,7 @@ def learning_curve(args, name):
     accuracy is averaged over five steps."""
     runs = []
     for seed in range(args.seeds):
-        lr = args.lr or CHOSEN.get(name, 1e-3)
+        lr = (args.lr or [CHOSEN.get(name, 1e-3)])[0]
         file = toy_folder(args, name, lr, seed) / "model" / "metrics.jsonl"
         runs.append(rsd.read_jsonl(file))
     points, sampled = [], 0.0
@@ -479,38 +481,81 @@ def learning_curve(args, name):
     return points
 
 
-def picture(args):
-    """Rollout accuracy against sampled tokens, as an SVG that needs no other file."""
-    curves = {name: learning_curve(args, name) for name in SHOWN if name in args.rows}
-    most = max(points[-1][0] for points in curves.values())
+def draw(file, curves, place_x, ticks, label, dots=False):
+    """Curves (name, colour, [(x, y from 0 to 1)]) as an SVG that needs no other file. place_x: x ->
+    0 to 1; ticks: {x: its text}."""
     width, height, left, top = 640, 300, 50, 16
 
-    def place(tokens, accuracy):
-        return left + (width - left - 130) * tokens / most, top + (height - 60) * (1 - accuracy)
+    def place(x, y):
+        return left + (width - left - 130) * place_x(x), top + (height - 60) * (1 - y)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12" '
         'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>'
     ]
+    first, last = min(ticks), max(x for *_, points in curves for x, _ in points)
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        (x, y), (end, _) = place(0, tick), place(most, tick)
+        (x, y), (end, _) = place(first, tick), place(max(last, max(ticks)), tick)
         parts.append(f'<line x1="{x}" x2="{end}" y1="{y}" y2="{y}" stroke="#dfe3e8"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
-    for tick in range(0, int(most) + 1, 10_000):
+    for tick, text in ticks.items():
         x, y = place(tick, 0)
-        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{tick // 1000}k</text>')
-    x, y = place(most / 2, 0)
-    parts.append(f'<text x="{x}" y="{y + 36}" text-anchor="middle">tokens sampled</text>')
-    labels = sorted(curves, key=lambda name: -curves[name][-1][1])
-    heights = []
-    for name in labels:
-        line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curves[name])
-        style = f'fill="none" stroke="{SHOWN[name]}" stroke-width="2"'
+        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{text}</text>')
+    y = place(first, 0)[1] + 36
+    parts.append(f'<text x="{left + (width - left - 130) / 2}" y="{y}" text-anchor="middle">{label}</text>')
+    ends = {}
+    for name, colour, points in curves:
+        line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
+        style = f'fill="none" stroke="{colour}" stroke-width="2"'
         parts.append(f'<polyline points="{line}" {style}/>')
-        x, y = place(most, curves[name][-1][1])
+        for i, point in enumerate(points * dots):  # the larger, the later
+            x, y = place(*point)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 + i}" fill="{colour}"/>')
+        ends.setdefault(name, (points[-1], colour))
+    heights = []
+    for name, ((_, y), colour) in sorted(ends.items(), key=lambda end: -end[1][0][1]):
+        _, y = place(last, y)
+        x, _ = place(max(last, max(ticks)), 0)
         heights.append(max(y + 4, heights[-1] + 15 if heights else 0))  # labels do not overlap
-        parts.append(f'<text x="{x + 8}" y="{heights[-1]:.0f}" fill="{SHOWN[name]}">{name}</text>')
-    (Path(args.out) / "curves.svg").write_text("\n".join([*parts, "</svg>\n"]))
+        parts.append(f'<text x="{x + 8}" y="{heights[-1]:.0f}" fill="{colour}">{name}</text>')
+    Path(file).write_text("\n".join([*parts, "</svg>\n"]))
+
+
+def picture(args):
+    """Rollout accuracy against sampled tokens."""
+    curves = [(name, SHOWN[name], learning_curve(args, name)) for name in SHOWN if name in args.rows]
+    most = max(points[-1][0] for *_, points in curves)
+    ticks = {tick: f"{tick // 1000}k" for tick in range(0, int(most) + 1, 10_000)}
+    draw(Path(args.out) / "curves.svg", curves, lambda x: x / most, ticks, "tokens sampled")
+
+
+PRICED = {  # row of the toy or of a real model -> its name and colour in the picture
+    "rsd": ("RSD", "#005ab5"),
+    "the teacher writes, sft": ("SFT", "#dc3220"),
+    "sft on the teacher's answers": ("SFT", "#dc3220"),
+    "grpo-rubric": ("GRPO", "#1b7837"),
+    "grpo on the rubric score": ("GRPO", "#1b7837"),
+}
+
+
+def price_picture(args, runs, label):
+    """Score against nats lost elsewhere, on a logarithmic scale, means over the seeds. runs: [(row,
+    line, number on the line, score, cost)]; the larger a dot, the higher the number."""
+    lines = {}
+    for name, line, number, *point in runs:
+        lines.setdefault((name, line), {}).setdefault(number, []).append(point)
+    curves = []
+    for (name, _), points in lines.items():
+        means = []
+        for _, found in sorted(points.items()):
+            score, cost = (sum(values) / len(values) for values in zip(*found))
+            means.append((max(cost, 1e-3), score))
+        curves.append((*PRICED[name], means))
+    ticks = {1e-3: "0.001 or less", 1e-2: "0.01", 0.1: "0.1", 1: "1"}
+    draw(
+        Path(args.out) / "price.svg", curves, lambda x: math.log10(x / 1e-3) / 3.6, ticks, label,
+        dots=True,
+    )
 
 
 def rates(args):
@@ -538,7 +583,7 @@ def toy(args):
     jobs = []
     for seed in range(args.seeds):
         for name in args.rows:
-            jobs.append((args, name, seed, args.lr or CHOSEN.get(name, 1e-3), "test"))
+            jobs += [(args, name, seed, lr, "test") for lr in args.lr or [CHOSEN.get(name, 1e-3)]]
     done = run_all(args, jobs)
     columns = ("accuracy", "rubric_score", "trained", "seconds")
     text = mean_table(done, columns)
@@ -549,43 +594,51 @@ def toy(args):
     print(text)
 
 
-PRICED = ("rsd", "the teacher writes, sft", "grpo-rubric")
-
-
 def price(args):
     """Score against cost elsewhere for RSD, SFT on the teacher's texts and GRPO: three learning
     rates and three numbers of steps for each."""
     jobs = []
     for seed in range(args.seeds):
-        for name in PRICED:
+        for name in PRICED.keys() & SYSTEMS:
             tried = GRPO_RATES if SYSTEMS[name].get("rollouts") else RATES
             jobs += [(args, name, seed, lr, "test") for lr in tried]
-    rows = []
+    rows, points = [], []
     for name, seed, lr, figures in sorted(run_all(args, jobs), key=lambda run: (run[0], run[2])):
         for steps in figures.keys() - {"wall", "peak_mb"}:
             rows.append((f"{name}, lr {lr:g}, {steps} steps", seed, lr, figures[steps]))
+            found = figures[steps]
+            points.append((name, lr, int(steps), found["rubric_score"], found["rubrics_lost"]))
     rows.sort(key=lambda row: row[0])
     columns = ("rubric_score", "accuracy", "references_lost", "rubrics_lost", "entropy", "trained")
     text = mean_table(rows, columns)
     text += f"\n\n{args.seeds} seeds, temperature 1, n {args.n}, limit {args.limit}\n"
     (Path(args.out) / "table.md").write_text(text)
+    price_picture(args, points, "nats a token lost on rubric texts, which nobody trains")
     print(text)
 
 
 def model(args):
-    """The table of a real model."""
+    """The table of a real model; with several rates, their picture as well."""
     write_brief(args)
     jobs = []
     for seed in range(args.seeds):
         for name in args.rows:
-            jobs.append((args, name, seed, args.lr, "test"))
+            jobs += [(args, name, seed, lr, "test") for lr in args.lr]
     trained_first = [job for job in jobs if job[2] == 0 or REAL_SYSTEMS[job[1]]]
     jobs = trained_first + [job for job in jobs if job not in trained_first]
     done = run_all(args, jobs)
+    if len(args.lr) > 1:
+        ((*_, untrained),) = run_all(args, [(args, "student before", 0, args.lr[0], "test")])
+        points = []
+        for name, _, lr, figures in done:
+            lost = untrained["reference_log_prob"] - figures["reference_log_prob"]
+            points.append((name, name, lr, figures["rubric_score"], lost))
+        price_picture(args, points, "nats a token lost on the references")
+        done = [(f"{name}, lr {lr:g}", seed, lr, f) for name, seed, lr, f in done]
     columns = ["rubric_score", "tokens", "truncated", "entropy", "reference_log_prob"]
     columns += ["trained", "seconds", "peak_mb"]
     text = mean_table(done, columns)
-    text += f"\n\n{args.model}, {args.seeds} seeds, {args.steps} steps of 8, lr {args.lr:g}, n {args.n}\n"
+    text += f"\n\n{args.model}, {args.seeds} seeds, {args.steps} steps of 8, lr {args.lr}, n {args.n}\n"
     (Path(args.out) / "table.md").write_text(text)
     print(text)
 
@@ -632,7 +685,7 @@ def main():
     parser.add_argument("--limit", type=int, default=256, help="training problems of the toy")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", nargs="+", default=["rar-science"])
-    parser.add_argument("--lr", type=float, help="default: CHOSEN's on the toy, 3e-5 on a model")
+    parser.add_argument("--lr", type=float, nargs="+", help="default: CHOSEN's on the toy, else 3e-5")
     parser.add_argument("--temperature", type=float, default=0.7, help="of all sampling, on a model")
     parser.add_argument("--by-question", action="store_true", help="a criterion for each question")
     parser.add_argument("--engine", default="transformers")
@@ -643,7 +696,7 @@ def main():
     args.seeds = args.seeds or (5 if is_toy and args.what != "price" else 3)
     args.steps = args.steps or (40 if is_toy else 12)
     args.n = args.n or (200 if is_toy else 100)
-    args.lr = args.lr or (None if is_toy else 3e-5)
+    args.lr = args.lr or ([] if is_toy else [3e-5])
     args.out = args.out or f"runs/compare-{args.what}"
     known = REAL_SYSTEMS if args.what == "model" else SYSTEMS
     unknown = set(args.rows) - known.keys()
