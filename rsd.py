@@ -558,7 +558,7 @@ def train(
 def load_prompts(folder):
     """Every prompt file FOLDER/NAME.txt as {NAME: text}; U+FFFD stands for what is no UTF-8."""
     files = Path(folder).glob("*.txt")
-    return {path.stem: path.read_text("utf-8", errors="replace").strip() for path in files}
+    return {path.stem: path.read_text("utf-8-sig", errors="replace").strip() for path in files}
 
 
 def valid_unicode(text):
@@ -763,6 +763,7 @@ IN_BRACES = r"[^{}]*"
 for _ in range(6):  # as deep as boxes nest, in linear time
     IN_BRACES = rf"(?:[^{{}}]|\{{{IN_BRACES}\}})*"
 BOX = re.compile(r"(?:boxed|fbox|framebox)\b *(?!\{ *\})(?:\{(" + IN_BRACES + r")|(\d))")
+BOXES = re.compile(rf"(?:{BOX.pattern}\}}?\$?(?:[,;]|,? ?and)\s*\$?\\?)*{BOX.pattern}")  # a list
 NAMED_ANSWER = re.compile(
     r"(?im)^.*(?<!/)\b(?:answers?|choice|option)\b"
     r"(?:[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=>])|\W*\n)[\s:*]*"
@@ -774,14 +775,10 @@ def extract_answer(text):
     r"""The last \boxed{}, and those before it in the same list; without one, the last named answer;
     or the last line."""
     text = after_thinking(text) or ""
-    boxes, end = [], 0
-    for box in BOX.finditer(text):
-        if not re.fullmatch(r"[^\w\n.=]*(?:and|or)?[^\w\n.=]*", text[end : box.start()]):
-            boxes = []  # of another list
-        boxes.append((box[1] or box[2]).strip())
-        end = box.end()
-    if boxes:
-        return ", ".join(boxes)
+    *_, last = [None, *BOXES.finditer(text)]
+    if last:
+        boxes = ["".join(box).strip() for box in BOX.findall(last[0])]
+        return ", ".join(dict.fromkeys(boxes))
 
     lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
     answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
@@ -796,9 +793,11 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
     "textrm, textnormal, mathrm, mathbf, mathit, rm, bf, mbox, operatorname, left, right, quad, "
     "qquad, thinspace, meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, "
     "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
-    "mole mol, mph mi/hour, M mol/L, pm ±, minute min, hr hour, h hour, hour hour, kilometer km, centimeter cm, "
+    "mole mol, mph mi/hour, mile mi, per /, celsius C, sec s, minute min, hr hour, h hour, hour hour, kilometer km, centimeter cm, "
     "millimeter mm, kilogram kg, percent %").split(", "))
+SIGNS |= {name + "s": sign for name, sign in SIGNS.items() if len(name) > 2}
 DRESS = {  # what changes no answer -> its plain spelling, in this order
+    r"\\pm\b|\+/-": "±",
     r"(?<=\d)\*\*(?=-?\d)": "^",
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
@@ -806,7 +805,7 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
-    r"(?<=[\d.]) ?[×·*] ?10\^": "e",
+    r"(?<=[\d.]) ?[x×·*] ?10\^": "e",
     r"\b10\^(?=-?\d)": "1e",
     r" ?\bmillion\b": "e6",
     r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
@@ -817,10 +816,10 @@ UNIT = r"(?![a-cefi-kn-rt-z]\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variabl
 NUMBER = re.compile(
     r"(?:[^\W\d][\w'^().\\ ]*[=:] ?)*(?:[^,;:=≈]*≈ ?)?"  # x = 2√3 ≈
     r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:e-?\d{1,4})?)(?!\d))"
-    rf"(?: ?± ?[\d.]+)?(?: (?P<factor>1e-?\d{{1,4}}(?!\d)))? ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
+    rf"(?: (?P<factor>1e-?\d{{1,4}}(?!\d)))? ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
 )
 COUNTED = re.compile(r"[°%]|(?!mmol|kcal)[a-z]{4,}")
-FORMULA = re.compile(r"(?!.*(?:(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞√\d]")
+FORMULA = re.compile(r"(?!.*(?:\d[:_]\d|0x|(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞√\d]")
 
 
 def ascii_signs(text):
@@ -844,11 +843,14 @@ def letters_in(text):
 
 
 def unit_of(text):
-    """A unit's symbols and powers, so that "kJ/mol" and "kJ mol^-1" are the same."""
-    for _ in range(2):  # a name may stand for several symbols
-        parts = re.findall(r"°?[^\W\d]+|[°%'/2-9]", text.replace("-", "/"))
-        text = " ".join(SIGNS.get(part.rstrip("s"), part) for part in parts)
-    return set(text.split())
+    """{symbol: power} of a unit, so that "kJ/mol" and "kJ mol^-1" are the same."""
+    text = re.sub(r"°?[^\W\d]+", lambda name: SIGNS.get(name[0]) or name[0], text)
+    above, _, below = text.replace("° ", "°").partition("/")
+    powers = Counter()
+    for sign, part in ((1, above), (-1, below)):
+        for name, power in re.findall(r"(°?[^\W\d]+|[°%'])\^?(-?\d+)?", part):
+            powers[name] += sign * int(power or 1)
+    return powers
 
 
 def same_number(given, wanted, tolerance, need_unit):
@@ -856,16 +858,17 @@ def same_number(given, wanted, tolerance, need_unit):
     unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
     if unit and wanted_unit and unit != wanted_unit:
         return False
-    if need_unit and wanted_unit - unit and not any(map(COUNTED.fullmatch, wanted_unit)):
+    is_counted = any(map(COUNTED.fullmatch, wanted_unit))
+    if need_unit and wanted_unit and not unit and not is_counted:
         return False
     x = Fraction(given["size"]) * Fraction(given["factor"] or 1)
     y = Fraction(wanted["size"])
     if unit or need_unit or "e" in given["size"]:  # else 3 may stand in units of 10^-19 J
         y *= Fraction(wanted["factor"] or 1)
     if tolerance is None:
-        is_counted = re.search("%|dollar|cent", wanted["unit"])
+        is_money = re.search("%|dollar|cent", wanted["unit"])
         is_measured = re.search("[.e]", wanted["size"])
-        tolerance = 0.01 if is_measured and not is_counted else 0
+        tolerance = 0.01 if is_measured and not is_money else 0
     return abs(x - y) <= Fraction(tolerance) * abs(y)
 
 
@@ -876,8 +879,9 @@ def same_formula(given, wanted):
         from math_verify import parse, verify
     except ImportError:
         return None
-    value = re.split(r"\\text\{ ?(?:for|where|if)\b", given[:300])[0]  # it may go on
-    texts = [ascii_signs(text).replace("$", "") for text in (value, wanted)]
+    if "text" not in wanted:  # a remark of the answer's own
+        given = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", given[:300])
+    texts = [ascii_signs(text).replace("$", "") for text in (given[:300], wanted)]
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text
         return None
@@ -895,6 +899,7 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     (False, False, True)
     """
     given, wanted = plain(answer), plain(reference)
+    given = re.sub(r" ?± ?0?\.\d+", "", given)  # how uncertain it is
     letters = letters_in(wanted)
     if OPTION.match(wanted) and len(letters) == 1:
         return letters_in(given) == letters
@@ -986,7 +991,7 @@ def read_verdicts(text, row):
         return None, "unfinished thinking"
 
     text = re.sub(QUOTED, r"\1", text.lower())
-    for run in reversed([text, *re.split(r"[\[\]]|\n\s*\n|\b(?=1[.:)])", text)]):
+    for run in reversed([text, *re.split(r"[\[\]]|\n\s*\n|(?<=[.!] )(?=1[.:)] )", text)]):
         verdicts = [word in ("true", "yes") for word in VERDICT.findall(run)]
         if len(verdicts) == len(row["rubric"]):
             return verdicts, ""
@@ -1300,7 +1305,7 @@ class ServerWriter:
                     timeout=self.timeout, follow_redirects=False,
                 )
                 said = f"{response.status_code} {response.text!r:.200}"
-                pause = float(response.headers.get("Retry-After", pause))
+                pause = min(600, abs(float(response.headers.get("Retry-After", pause))))
                 if response.status_code == 200:
                     return i, self.read(response.json())
             except Exception as error:  # of the connection, or of JSON of another form
@@ -1754,7 +1759,7 @@ STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ..
     rf"(?P<item>.+) [(\[](?=[-+−–]|[^)\]]{{0,20}}[a-z])(?:weight:? ?)?{WEIGHT}[)\]]\.?",
 ]
 FORMS = '"States the law", "[5] States the law" or {"description": "States the law", "weight": 5}'
-LISTS = ("criteria", "rubric", "rubrics")
+LISTS = "criteria rubric rubrics items positive negative pitfalls".split()
 say_once = functools.cache(say)
 
 
@@ -1777,7 +1782,7 @@ def read_criterion(item):
     if not number:
         raise ValueError(f"a criterion has no clear weight ({stated!r:.20})")
     weight = re.sub("[−–]", "-", number["weight"])
-    if re.search("(?i)negative|penalty|true", field_of(item, "polarity")):
+    if re.match("(?i)negative|penalty|true", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
     if item.get("check") is not None:
@@ -1793,7 +1798,7 @@ def criteria_in(value):
     if isinstance(value, list):
         return [item for part in value for item in criteria_in(part)]
     if isinstance(value, str):
-        text = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s", "", value).strip()
+        text = re.sub(r"^\s*(?:[-*•]|\(?\d+[.)])\s", "", value).strip()
         ways = [re.fullmatch(way, text, re.IGNORECASE | re.DOTALL) for way in STATED]
         stated = [match.groupdict() for match in ways if match]
         return stated[:1] or [{"description": text}]
@@ -1806,7 +1811,8 @@ def criteria_in(value):
         if isinstance(part, list):
             is_section = key in LISTS or dict in map(type, part)
         if is_section:
-            sign = {"polarity": "negative"} if "negative" in key else {}
+            is_fault = "negative" in key or key == "pitfalls"
+            sign = {"polarity": "negative"} if is_fault else {}
             found += [item | sign for item in criteria_in(part)]
     if is_criterion == bool(found):
         raise ValueError(f"no criterion, or one with others within; one is {FORMS}")
@@ -1881,7 +1887,7 @@ COLUMNS = {
     "question": "question prompt instruction problem input messages",
     "reference_answer": "reference_answer answer output",
     "solution": "solution",
-    "response": "text response",
+    "response": "response text",
     "sample": "sample",
     "rubric": "rubric rubrics rubric_list criteria checklist",
 }
@@ -1907,10 +1913,12 @@ def read_table(data, split):
     kind = Path(source.hub).suffix[1:]
     try:
         if kind == "json":
-            return json.loads(path.read_bytes())
+            table = json.loads(path.read_bytes())
+            require(isinstance(table, list), "it has to be a list; lines of objects are .jsonl")
+            return table
         if kind == "csv":  # all its cells are text
             with open(path, newline="", encoding="utf-8-sig") as file:
-                return list(csv.DictReader(file))
+                return list(csv.DictReader(file, strict=True))
         import datasets  # it takes seconds
 
         if kind == "parquet":  # datasets calls all of a file its split train
@@ -1927,9 +1935,14 @@ def read_table(data, split):
 def read_row(raw, source):
     """A raw row -> question, reference_answer, solution, response, sample, rubric, grading.
     Errors of many kinds: a column is missing, or a cell cannot be read."""
-    cells = {name.lower(): cell for name, cell in source.to_row(raw).items()}
+    require(None not in raw, "it has more cells than names; quote those with a comma")
+    cells = {name.strip().lower(): cell for name, cell in source.to_row(raw).items()}
     row = {name: cell_of(cells, name) for name in COLUMNS}
     rubric = read_rubric(row["rubric"])
+    is_one = not isinstance(row["reference_answer"], (dict, list))
+    require(is_one, "its reference is not one text")
+    while isinstance(row["question"], list) and row["question"][-1].get("role") == "assistant":
+        row["question"].pop()  # what was answered is no question
     if row["question"] == cells.get("instruction"):  # Alpaca's, whose input belongs to it
         row["question"] += "\n\n" + (cells.get("input") or "")
     row = {name: as_text(cell) for name, cell in row.items()}
@@ -1956,6 +1969,7 @@ def load_rows(data, split, limit=0, seed=0):
         except Exception as error:  # of many kinds: a column is missing, a weight is unclear
             message = f"{data}, row {number} cannot be read, {str(error)!r:.250}, in {raw!r:.150}"
             raise UserError(message) from error
+    require(rows, f"{data} has no rows.")
     criteria = [c for row in rows for c in row["rubric"] or ()]
     turned = sum(signed_weight(c) != c["weight"] for c in criteria)
     if turned:
@@ -1982,8 +1996,13 @@ def without_known(rows, known, why):
 def without_trained(rows, model):
     """Rows less those whose question a checkpoint of `train` was trained on; they are counted."""
     trained = Path(last_checkpoint(model) or model, "questions.json")
-    known = json.loads(trained.read_text()) if trained.is_file() else ()
+    known = read_table(str(trained), "") if trained.is_file() else ()
     return without_known(rows, set(known), f"on which {model} was trained")
+
+
+def key_of(row):
+    """By which rows, rubrics and answers find one another."""
+    return row["question"], row["reference_answer"]
 
 
 def with_rubrics(rows, source):
@@ -1993,14 +2012,15 @@ def with_rubrics(rows, source):
     if source == "data":
         return rows
     if source.endswith(".json"):
-        rubric = read_rubric(read_table(source, ""))
+        try:
+            rubric = read_rubric(read_table(source, ""))
+        except (ValueError, regex.error) as error:
+            raise UserError(f"--rubrics {source}: {error}") from error
         return [row | {"rubric": rubric} for row in rows]
     require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
     written = [row for row in load_rows(source, "") if row["rubric"]]
-    found = {(row["question"], row["reference_answer"]): row["rubric"] for row in written}
-    return [
-        row | {"rubric": found.get((row["question"], row["reference_answer"]))} for row in rows
-    ]
+    found = {key_of(row): row["rubric"] for row in written}
+    return [row | {"rubric": found.get(key_of(row))} for row in rows]
 
 
 def make_examples(rows, templates, readers, needs=()):
@@ -2025,7 +2045,8 @@ def make_examples(rows, templates, readers, needs=()):
             dropped["context too long for the model"] += 1
     if dropped:
         say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
-    require(examples, f"no row is left of all that were read: {dict(dropped)}")
+    come_from = "rubrics come from the data or from generate by --rubrics, their score by --judge"
+    require(examples, f"no row is left of all that were read: {dict(dropped)}; {come_from}.")
     return examples
 
 
@@ -2332,6 +2353,7 @@ def model_writer(args, model, tokenizer, completions=0):
         say("the sampler has a copy of the weights, and is compiled, once, in about 2 minutes")
     sample = functools.partial(sample_together, engine or sample)
     room, size = longest - args.max_new_tokens, 2 * args.batch_size * WORLD_SIZE
+    require(room > 0, f"--max-new-tokens: the model has {longest} positions, prompt and all.")
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine, size)
 
 
@@ -2369,7 +2391,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     origin["prompt"] = crc32(template.encode())
     seed_process(args.seed)
     lines = remember(args.out, jobs, functools.partial(ask, writer), name, origin)
-    row_of = {(row["question"], row["reference_answer"]): row for row in rows}
+    row_of = {key_of(row): row for row in rows}
     return report(lines, name, row_of, rate)
 
 
@@ -2382,9 +2404,9 @@ def report(lines, name, row_of, rate):
     samples = []
     for line in lines:
         if line.get("text") is not None:  # it was not refused
-            question = line["question"], line["reference_answer"]
             own = {figure: line.get(figure) for figure in ("tokens", "truncated")}
-            samples.append((question, rate(line[name], row_of[question] | line) | own))
+            scores = rate(line[name], row_of[key_of(line)] | line)
+            samples.append((key_of(line), scores | own))
     figures = evaluate(samples)
     has_math_verify = importlib.util.find_spec("math_verify") is not None  # or formulas are n/a
     summary = {"n": len(figures), "math_verify": has_math_verify}
@@ -2532,7 +2554,8 @@ def set_up(args, state, compiled):
         same = math.isclose(fingerprint(student), state["fingerprint"], rel_tol=1e-9)
         require(same, f"--out {args.out}: other weights than the run left there, or its base's.")
         optimizer.load_state_dict(state["optimizer"])
-        fits = all(s["exp_avg"].shape == p.shape for p, s in optimizer.state.items())
+        averages = [(p, x) for p, state in optimizer.state.items() for x in state.values()]
+        fits = all(x.numel() in (1, p.numel()) for p, x in averages)
         require(fits, f"--out {args.out}: its optimizer's state is of another model.")
         if state["teacher"]:
             teacher.load_state_dict(state["teacher"], strict=False)
