@@ -757,7 +757,8 @@ def generate_rubrics(write, asked, parse, tries=3):
 #   5. All else is prose: n/a, since it takes a judge. n/a is never 0.
 #
 # Of the text that is graded only what stands behind the thinking counts, and of that the
-# last \boxed{}; without one, what the last "answer is" names; else the last line.
+# last \boxed{} or list of them; without one, what the last "answer is" names; else the
+# last line.
 
 IN_BRACES = r"[^{}]*"
 for _ in range(6):  # as deep as boxes nest, in linear time
