@@ -593,10 +593,10 @@ THINKING_TAG = re.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|chan
 def after_thinking(text):
     """What stands behind the last tag of a thinking, where that closes one; None where it opens
     one. If the prompt opened it, the text has the closing tag alone."""
-    tags = list(THINKING_TAG.finditer(text))
-    if not tags:
-        return text
-    return text[tags[-1].end() :] if tags[-1]["closes"] else None
+    behind = text
+    for tag in THINKING_TAG.finditer(text):
+        behind = text[tag.end() :] if tag["closes"] else None
+    return behind
 
 
 LATEX_BACKSLASH = re.compile(
@@ -686,8 +686,10 @@ PLACEHOLDERS = set(  # of prompt files
 def row_fields(row):
     """What a row can put into the placeholders of a prompt file; what it lacks is left out."""
     rubric = row.get("rubric") or []
-    titled = [f"{c['title']}: {c['description']}".removeprefix(": ") for c in rubric]
-    lines = [f"- {text} ({signed_weight(c):g})" for text, c in zip(titled, rubric)]
+    lines = []
+    for c in rubric:
+        text = f"{c['title']}: {c['description']}".removeprefix(": ")
+        lines.append(f"- {text} ({signed_weight(c):g})")
     plain = [make_criterion(**c) for c in rubric]  # without its check
     answer = row.get("reference_answer")
     fields = row | {
@@ -776,9 +778,9 @@ def extract_answer(text):
     r"""The last \boxed{}, and those before it in the same list; without one, the last named answer;
     or the last line."""
     text = after_thinking(text) or ""
-    *_, last = [None, *BOXES.finditer(text)]
-    if last:
-        boxes = ["".join(box).strip() for box in BOX.findall(last[0])]
+    lists = list(BOXES.finditer(text))
+    if lists:
+        boxes = ["".join(box).strip() for box in BOX.findall(lists[-1][0])]
         return ", ".join(dict.fromkeys(boxes))
 
     lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
@@ -846,10 +848,11 @@ def letters_in(text):
 def unit_of(text):
     """{symbol: power} of a unit, so that "kJ/mol" and "kJ mol^-1" are the same."""
     text = re.sub(r"°?[^\W\d]+", lambda name: SIGNS.get(name[0]) or name[0], text)
-    above, _, below = text.replace("° ", "°").partition("/")
-    powers = Counter()
-    for sign, part in ((1, above), (-1, below)):
-        for name, power in re.findall(r"(°?[^\W\d]+|[°%'])\^?(-?\d+)?", part):
+    sign, powers = 1, Counter()
+    for name, power in re.findall(r"(/|°?[^\W\d]+|[°%'])\^?(-?\d+)?", text.replace("° ", "°")):
+        if name == "/":
+            sign = -1
+        else:
             powers[name] += sign * int(power or 1)
     return powers
 
@@ -857,10 +860,8 @@ def unit_of(text):
 def same_number(given, wanted, tolerance, need_unit):
     """Have two matches of NUMBER the same value, and units that go together?"""
     unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
-    if unit and wanted_unit and unit != wanted_unit:
-        return False
-    is_counted = any(map(COUNTED.fullmatch, wanted_unit))
-    if need_unit and wanted_unit and not unit and not is_counted:
+    is_needed = need_unit and not any(map(COUNTED.fullmatch, wanted_unit))
+    if wanted_unit and unit != wanted_unit and (unit or is_needed):
         return False
     x = Fraction(given["size"]) * Fraction(given["factor"] or 1)
     y = Fraction(wanted["size"])
@@ -880,9 +881,10 @@ def same_formula(given, wanted):
         from math_verify import parse, verify
     except ImportError:
         return None
+    given = given[:300]
     if "text" not in wanted:  # a remark of the answer's own
-        given = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", given[:300])
-    texts = [ascii_signs(text).replace("$", "") for text in (given[:300], wanted)]
+        given = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", given)
+    texts = [ascii_signs(text).replace("$", "") for text in (given, wanted)]
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text
         return None
@@ -907,7 +909,6 @@ def grade(answer, reference, tolerance=None, need_unit=True):
 
     if wanted in ("yes", "no", "true", "false"):  # whatever is said behind it
         return re.match(r"\w*", given)[0] == wanted
-    texts = {re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted)}
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
     if wanted_number and number:
         return same_number(number, wanted_number, tolerance, need_unit)
@@ -915,6 +916,7 @@ def grade(answer, reference, tolerance=None, need_unit=True):
         return bool(same_formula(answer, reference))
     if FORMULA.match(wanted):
         return same_formula(answer, reference)
+    texts = {re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted)}
     return len(texts) == 1 if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
 
@@ -935,8 +937,7 @@ def rubric_score(rubric, met):
 def accuracy(text, row):
     """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
     math_verify, which is settled by the reference alone."""
-    reference = row["reference_answer"] or ""
-    right = grade(extract_answer(text), reference, **row.get("grading", {}))
+    right = grade(extract_answer(text), row["reference_answer"], **row.get("grading", {}))
     return None if right is None else float(right)
 
 
@@ -973,7 +974,6 @@ def score_rubric(rubric, row):
     }
 
 
-QUOTED = r'"\s*(true|false|yes|no)\s*"|"[^"\n]*"'  # a verdict, or a remark
 VERDICT = re.compile(  # a word that stands as a value
     r"(?m)(?:^[^a-z\n]*|[\[{(,.:;=|>→–—)-]|(?<=true|alse))[\s\"'“”*`_]{0,20}"
     r"(true|yes|false|no)(?!\w| (?!because|since|true|false)\w)"
@@ -991,7 +991,8 @@ def read_verdicts(text, row):
     if text is None:
         return None, "unfinished thinking"
 
-    text = re.sub(QUOTED, r"\1", text.lower())
+    # Of what stands in quotes a verdict stays, and a remark goes.
+    text = re.sub(r'"\s*(true|false|yes|no)\s*"|"[^"\n]*"', r"\1", text.lower())
     for run in reversed([text, *re.split(r"[\[\]]|\n\s*\n|(?<=[.!] )(?=1[.:)] )", text)]):
         verdicts = [word in ("true", "yes") for word in VERDICT.findall(run)]
         if len(verdicts) == len(row["rubric"]):
@@ -1073,8 +1074,8 @@ def reference_writes(tokenizer, examples):
     episodes = []
     for e in examples:
         solution = [{"role": "assistant", "content": e.row["solution"]}]
-        is_open = after_thinking(tokenizer.decode(e.prompt_ids[-12:])) is None
-        require(not is_open, "the chat template opens a thinking, which the references lack.")
+        begun = written_text(tokenizer, e.prompt_ids, [])  # "<think>", if the prompt opens one
+        require(not begun, "the chat template opens a thinking, which the references lack.")
         ids = chat_ids(tokenizer, solution, JUST_TEXT) + [turn_end(tokenizer)]
         episodes.append(replace(e, completion_ids=ids, stopped=True))
     return episodes
@@ -1121,16 +1122,17 @@ class ModelWriter:
 def merged_weights(model):
     """{name: weight} as a plain model has them, a LoRA's adapters added in. UserError: adapters of
     a kind that cannot be added, such as those on a mixture's experts."""
-    weights = {}
-    for name, x in model.state_dict().items():
-        if "lora_" not in name:
-            weights[name.replace(".base_layer", "")] = x
+    weights = {
+        name.replace(".base_layer", ""): x
+        for name, x in model.state_dict().items()
+        if "lora_" not in name
+    }
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
-            known = f"{name}.weight" in weights
-            require(known, f"the adapters of {name} cannot be merged: --compile off, no vllm.")
-            weight = weights[f"{name}.weight"]
-            weights[f"{name}.weight"] = weight + module.get_delta_weight("default")
+            own = name + ".weight"
+            fits = own in weights
+            require(fits, f"the adapters of {name} cannot be merged: --compile off, no vllm.")
+            weights[own] = weights[own] + module.get_delta_weight("default")
     return weights
 
 
@@ -1244,7 +1246,7 @@ class VllmSampler:
             logits = logits_of(model, rescore(model, contexts, completions))
         ids = torch.tensor(sum(completions, []), device=model.device)
         own = log_prob(logits, ids).cpu()
-        gap = (own - torch.tensor(sum(theirs, []))).abs().mean().item()
+        gap = F.l1_loss(own, torch.tensor(sum(theirs, []))).item()
         bound = 1e-4 if self.dtype == torch.float32 else 0.1
         require(gap < bound, f"--engine vllm: it is {gap:.3g} nats a token off; stopped.")
         return gap
@@ -1265,9 +1267,13 @@ class ServerWriter:
         model, _, address = self.server.partition("@http")
         self.url = "http" + address.partition("/v1")[0].rstrip("/")
         longest = self.sampling["max_new_tokens"]
-        drawn = {name: self.sampling[name] for name in ("temperature", "top_p")}
-        self.options = {"model": model, "max_tokens": longest} | drawn
         self.newer = {"model": model, "max_completion_tokens": longest}
+        self.options = {
+            "model": model,
+            "max_tokens": longest,
+            "temperature": self.sampling["temperature"],
+            "top_p": self.sampling["top_p"],
+        }
 
     def prompt(self, template, fields):
         """The text of one prompt; a space inside breaks what may be a control token in the data."""
@@ -1325,7 +1331,7 @@ class ServerWriter:
         content = choice["message"].get("content")
         if isinstance(content, list):  # parts, some of them a thinking
             content = [part for part in content if "text" in part]
-        tokens = usage.get("completion_tokens", 10**9)
+        tokens = usage.get("completion_tokens")
         known = tokens if isinstance(tokens, int) and tokens < 10**9 else None
         is_cut_off = re.search("length|max_tokens|filter", reason)
         return Written(as_text(content), known, not is_cut_off)
@@ -1343,7 +1349,7 @@ def start_processes():
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group()
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(torch.distributed.get_node_local_rank())
 
 
 def leave(code):
@@ -1464,7 +1470,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     state["optimizer"] = optimizer.state_dict()
     state["fingerprint"] = fingerprint(student)
     state["saved"].append(len(state["metrics"]))
-    is_finite = all(p.isfinite().all() for p in student.parameters())
+    is_finite = math.isfinite(state["fingerprint"])
     require(is_finite, f"--out {out}: the last step left weights that are no numbers; not saved.")
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
@@ -1474,7 +1480,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
         student.save_pretrained(part)  # of a LoRA, the adapters
         tokenizer.save_pretrained(part)
         torch.save(state, part / "trainer.pt")
-        (part / "questions.json").write_text(json.dumps(state.get("questions", [])))
+        (part / "questions.json").write_text(json.dumps(state["questions"]))
         for weights in part.glob("*.safetensors"):  # which only the owner may read so far
             shutil.copymode(part / "trainer.pt", weights)
         for path in [*part.rglob("*"), part]:
@@ -1502,8 +1508,9 @@ def open_run(out, settings, resume):
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
     last = last_checkpoint(out)
     held = lock(out / LOCK) if RANK == 0 else None
-    asked = sorted(settings.keys() - MAY_CHANGE)
-    now = {name: Path(str(settings[name])).name for name in asked}  # since a file may move
+    now = {  # the name alone of a file, since it may move
+        name: Path(str(x)).name for name, x in settings.items() if name not in MAY_CHANGE
+    }
     state = {"settings": now, "metrics": [], "saved": []}
     if last:
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
