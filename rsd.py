@@ -583,10 +583,10 @@ def as_text(cell):
 
 
 THINKING_TAG = re.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
-    r"(?i)(?=(?P<closes>.\|?/|<\|\w{0,20}end[_|]|<channel\|>|<\|channel\|>\s*final|assistant)?)"
+    r"(?i)(?=(?P<closes>.\|?/|<\|\w{0,20}end[_|]|<channel\|>|<\|?channel\|?>\s*final|assistant)?)"
     r"(?:<\|?[\w:/]{0,20}(?:think|thought|reason|analysis|scratchpad)\w{0,20}(?:\s[^<>]*)?\|?>"
-    r"|\[/?THINK\]|◁/?think▷|<channel\|>|<\|?channel\|?>\s*(?:analysis|thought|commentary)"
-    r"|<\|channel\|>\s*final(?:<\|message\|>)?|assistantfinal|\A\s*analysis(?-i:[A-Z]))"
+    r"|[\[◁]/?think[\]▷]|<channel\|>|assistantfinal|\A\s*analysis(?-i:[A-Z])"
+    r"|<\|?channel\|?>\s*(?:analysis|thought|commentary|final(?:<\|message\|>)?))"
 )
 
 
@@ -796,8 +796,8 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
     "textrm, textnormal, mathrm, mathbf, mathit, rm, bf, mbox, operatorname, left, right, quad, "
     "qquad, thinspace, meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, "
     "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
-    "mole mol, mph mi/hour, mile mi, per /, celsius C, sec s, minute min, hr hour, h hour, hour hour, kilometer km, centimeter cm, "
-    "millimeter mm, kilogram kg, percent %").split(", "))
+    "mole mol, mph mi/hour, mile mi, per /, celsius C, sec s, minute min, hour hour, hr hour, "
+    "h hour, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %").split(", "))
 SIGNS |= {name + "s": sign for name, sign in SIGNS.items() if len(name) > 2}
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\pm\b|\+/-": "±",
@@ -1154,12 +1154,9 @@ class StaticSampler:
                 self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
             self.load(model)
 
-    @torch.no_grad()
     def load(self, model):
         """Take over the model's weights, in place, since the compiled graphs know the places."""
-        own = self.copy.state_dict()
-        for name, x in merged_weights(model).items():
-            own[name].copy_(x)
+        self.copy.load_state_dict(merged_weights(model))
 
     def __call__(self, prompts):
         written = [([], False)] * len(prompts)
@@ -1289,8 +1286,9 @@ class ServerWriter:
                 try:
                     i, written = answers.next(2 * self.timeout)
                 except multiprocessing.TimeoutError:
-                    message = f"--model {self.server} has not answered for {2 * self.timeout} s."
-                    raise UserError(message) from None
+                    raise UserError(
+                        f"--model {self.server} has not answered for {2 * self.timeout} s."
+                    ) from None
                 self.answered |= not written.refused
                 goes_on = self.answered or count < min(10, len(prompts))
                 require(goes_on, f"--model {self.server} answers no prompt: {written.refused}")
@@ -1519,8 +1517,9 @@ def open_run(out, settings, resume):
             needed = "settings metrics saved optimizer teacher fingerprint"
             was, *_ = [state[name] for name in needed.split()]
         except Exception as error:  # of torch and pickle
-            message = f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
-            raise UserError(message) from error
+            raise UserError(
+                f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
+            ) from error
         changed = [name for name in now if was.get(name) != now[name]]
         other = {name: was.get(name) for name in changed if name not in NOT_TO_THE_BIT}
         require(not other, f"--out {out} holds a run with other settings, which were {other}.")
@@ -1542,8 +1541,9 @@ def read_jsonl(path, size=None):
             if line.strip():
                 rows.append({**json.loads(line)})
         except (ValueError, TypeError, RecursionError) as error:
-            message = f"{path}, line {number}, is no JSON object; mend or remove it, since {error}"
-            raise UserError(message) from None
+            raise UserError(
+                f"{path}, line {number}, is no JSON object; mend or remove it, since {error}"
+            ) from None
     return rows
 
 
