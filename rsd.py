@@ -600,7 +600,7 @@ def after_thinking(text):
 
 
 LATEX_BACKSLASH = re.compile(
-    r"(?<!\\)((?:\\\\)*)\\(?="  # one that has none before it to escape it, and behind it
+    r"\\\\|\\(?="  # one that is escaped, or that has to be, since behind it stands
     r"[bfrt][a-z]"  # \beta, \frac, \rho, \theta: JSON would take \f for a form feed
     r"|n(?:u|eq|abla|e(?![.)]))(?![a-zA-Z])"  # \nu, \neq, \nabla, \ne, but no new line
     r'|u(?![\da-fA-F]{4})|[^"\\/bfnrtu])'  # \underline, \Delta: no escape of JSON
@@ -642,7 +642,7 @@ def parse_rubric(text, row=None):
     text = after_thinking(text)
     if text is None:
         return None, "unfinished thinking"
-    text = LATEX_BACKSLASH.sub(r"\1\\\\", text)
+    text = LATEX_BACKSLASH.sub(r"\\\\", text)
     best, end, reason = [], 0, "no JSON array of criteria"
     for match in re.finditer(r"\[\s*(?=\{)", text):
         if match.start() < end:  # within the last array
