@@ -849,11 +849,10 @@ def unit_of(text):
     """{symbol: power} of a unit, so that "kJ/mol" and "kJ mol^-1" are the same."""
     text = re.sub(r"°?[^\W\d]+", lambda name: SIGNS.get(name[0]) or name[0], text)
     sign, powers = 1, Counter()
-    for name, power in re.findall(r"(/|°?[^\W\d]+|[°%'])\^?(-?\d+)?", text.replace("° ", "°")):
-        if name == "/":
-            sign = -1
-        else:
-            powers[name] += sign * int(power or 1)
+    factor = r"(/?)[ (]{0,9}(°?[^\W\d]+|[°%'])\^?(-?\d+)?"
+    for slash, symbol, power in re.findall(factor, text.replace("° ", "°")):
+        sign = -1 if slash else sign
+        powers[symbol] += sign * int(power or 1)
     return powers
 
 
@@ -881,9 +880,8 @@ def same_formula(given, wanted):
         from math_verify import parse, verify
     except ImportError:
         return None
-    given = given[:300]
-    if "text" not in wanted:  # a remark of the answer's own
-        given = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", given)
+    remark = r"\\text\{ ?(?:for|where|if)\b\D*$" if "text" not in wanted else "$"
+    given = re.sub(remark, "", given[:300])
     texts = [ascii_signs(text).replace("$", "") for text in (given, wanted)]
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text
@@ -937,7 +935,8 @@ def rubric_score(rubric, met):
 def accuracy(text, row):
     """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
     math_verify, which is settled by the reference alone."""
-    right = grade(extract_answer(text), row["reference_answer"], **row.get("grading", {}))
+    reference = row["reference_answer"] or ""
+    right = grade(extract_answer(text), reference, **row.get("grading", {}))
     return None if right is None else float(right)
 
 
