@@ -1703,7 +1703,7 @@ def load_model(name, half=False):
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts/plain_chat.jinja").read_text()
-    model.to(device).eval()
+    model.to(device)
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
@@ -1714,7 +1714,6 @@ def add_lora(model, rank):
     with alpha 2 x rank, train."""
     from peft import LoraConfig  # optional; main says how to get it
 
-    model.requires_grad_(False)
     model.add_adapter(
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -1803,12 +1802,14 @@ def criteria_in(value):
     """The criteria of a string, a list, sections or {name: criterion}, one by one, as objects.
     ValueError: there is something else, or a criterion has others within."""
     if isinstance(value, list):
-        return [item for part in value for item in criteria_in(part)]
+        return sum(map(criteria_in, value), [])
     if isinstance(value, str):
         text = re.sub(r"^\s*(?:[-*•]|\(?\d+[.)])\s", "", value).strip()
-        ways = [re.fullmatch(way, text, re.IGNORECASE | re.DOTALL) for way in STATED]
-        stated = [match.groupdict() for match in ways if match]
-        return stated[:1] or [{"description": text}]
+        for way in STATED:
+            match = re.fullmatch(way, text, re.IGNORECASE | re.DOTALL)
+            if match:
+                return [match.groupdict()]
+        return [{"description": text}]
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.60} is no criterion; one is {FORMS}")
     is_criterion = bool(field_of(value, "description"))
@@ -1947,7 +1948,7 @@ def read_row(raw, source):
     cells = {name.strip().lower(): cell for name, cell in source.to_row(raw).items()}
     row = {name: cell_of(cells, name) for name in COLUMNS}
     rubric = read_rubric(row["rubric"])
-    require(not isinstance(row["reference_answer"], (dict, list)), "its reference is not one text")
+    require(not isinstance(row["reference_answer"], dict | list), "its reference is not one text")
     while isinstance(row["question"], list) and row["question"][-1].get("role") == "assistant":
         row["question"].pop()  # what was answered is no question
     if row["question"] == cells.get("instruction"):  # Alpaca's, whose input belongs to it
@@ -2026,8 +2027,7 @@ def with_rubrics(rows, source):
             raise UserError(f"--rubrics {source}: {error}") from error
         return [row | {"rubric": rubric} for row in rows]
     require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
-    written = [row for row in load_rows(source, "") if row["rubric"]]
-    found = {key_of(row): row["rubric"] for row in written}
+    found = {key_of(row): row["rubric"] for row in load_rows(source, "") if row["rubric"]}
     return [row | {"rubric": found.get(key_of(row))} for row in rows]
 
 
@@ -2319,8 +2319,8 @@ def load_questions(args):
     return with_rubrics(rows, getattr(args, "rubrics", "data"))
 
 
-SAMPLING = "max_new_tokens temperature top_p top_k".split()
-SHAPING = ["model", "writer", "seed", "thinking", *SAMPLING]  # what a written line depends on
+# What a written line depends on.
+SHAPING = "model writer seed thinking max_new_tokens temperature top_p top_k".split()
 
 
 def is_compiled(args, completions):
@@ -2339,8 +2339,8 @@ def say_next(args, command, **flags):
 
 def say_next_judge(args, answers):
     """Say the command that judges these answers, with its own limit of tokens."""
-    model, limit = "Qwen2.5-7B-Instruct", Judge.max_new_tokens
-    say_next(args, "judge", model=model, data=answers, max_new_tokens=limit)
+    limit = Judge.max_new_tokens
+    say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=answers, max_new_tokens=limit)
 
 
 def model_writer(args, model, tokenizer, completions=0):
@@ -2348,17 +2348,18 @@ def model_writer(args, model, tokenizer, completions=0):
     on, off = (context_ids(tokenizer, "@", {}, thinking) for thinking in (True, False))
     if args.thinking == "on" and on == off:
         say("warning: --thinking on changes nothing in this model's chat template")
-    stop, engine = stop_ids(model, tokenizer), None
     names = "original_max_position_embeddings", "max_position_embeddings"  # longrope's change
     longest = setting_of(model, *names) or math.inf
-    sampling = {name: getattr(args, name) for name in [*SAMPLING, "batch_size"]}
-    sample = functools.partial(sample_completions, model, stop=stop, **sampling)
+    flags = "max_new_tokens temperature top_p top_k batch_size".split()
+    sampling = {name: getattr(args, name) for name in flags}
+    sampling["stop"] = stop_ids(model, tokenizer)
+    engine, sample = None, functools.partial(sample_completions, model, **sampling)
     if args.engine == "vllm":
         launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
-        engine = VllmSampler(model, stop, launcher=launcher, **sampling)
+        engine = VllmSampler(model, launcher=launcher, **sampling)
         longest = engine.llm.llm_engine.model_config.max_model_len
     elif is_compiled(args, completions):
-        engine = StaticSampler(model, stop, is_trained=isinstance(args, Train), **sampling)
+        engine = StaticSampler(model, is_trained=isinstance(args, Train), **sampling)
         say("the sampler has a copy of the weights, and is compiled, once, in about 2 minutes")
     sample = functools.partial(sample_together, engine or sample)
     room, size = longest - args.max_new_tokens, 2 * args.batch_size * WORLD_SIZE
@@ -2465,15 +2466,16 @@ def rewards_of_judge(args):
     asks = RANK == 0 or not is_server
 
     def judge_them(episodes, texts):
-        begun, asked = time.perf_counter(), []
+        watch, asked = Stopwatch(), []
         for e, text in zip(episodes, texts):
             row = e.row | {"response": after_thinking(text) or "(no answer)"}
             asked.append((row, writer.prompt(template, row_fields(row))))
         verdicts = list(judge(writer, asked, tries=1)) if asks else []
         for i, said in all_gather(verdicts)[0]:
             e, met = episodes[i], said["judge"]
-            e.scores |= judge_scores(met, e.row) | {"unread": float(met is None)}
-        episodes[0].scores["s_judge"] = time.perf_counter() - begun
+            e.scores |= judge_scores(met, e.row) | {"unread": met is None}
+        watch.lap("s_judge")
+        episodes[0].scores |= watch.seconds
 
     return judge_them
 
@@ -2494,7 +2496,7 @@ def reason_first(args, reader, teacher):
         for e in examples:
             written = kept[id(e.row)]
             fields = row_fields(e.row | {"analysis": after_thinking(written.text) or ""})
-            figures = {"analysis": written.tokens, "analysis_cut": float(not written.stopped)}
+            figures = {"analysis": written.tokens, "analysis_cut": not written.stopped}
             yield replace(e, teacher_ids=reader.prompt(context, fields), scores=figures)
 
     return analyse
@@ -2520,8 +2522,8 @@ def training_writer(args, writer, author, teacher=None):
         for e, text in zip(episodes, texts):
             is_reason = args.stage == "reason"
             read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
-            own = {"leak": float(bool(LEAK.search(text))), "length": len(e.completion_ids)}
-            e.scores = e.scores | own | {"truncated": float(not e.stopped)} | read
+            own = {"leak": bool(LEAK.search(text)), "truncated": not e.stopped}
+            e.scores = e.scores | own | {"length": len(e.completion_ids)} | read
         if args.engine == "vllm":
             episodes[0].scores["engine_gap"] = engine.gap(author)
         if judge_them:
