@@ -1937,7 +1937,7 @@ def read_table(data, split):
         raise UserError(
             f"{data}: looked for {source.hub} and could not read it; give a .jsonl, .json, .csv "
             "or .parquet file, a hub id (owner/name or owner/name:config; where its page asks for "
-            f"consent, hf auth login) or one of {list(DATA_SETS)}; the error was {str(error)!r:.150}"
+            f"consent, hf auth login) or one of {list(DATA_SETS)}; the cause is {str(error)!r:.150}"
         ) from error
 
 
@@ -2489,8 +2489,7 @@ def reason_first(args, reader, teacher):
     writer, kept = model_writer(how, teacher, reader.tokenizer), {}
 
     def analyse(examples):
-        rows = [e.row for e in examples]
-        todo = [row for row in rows if args.teacher != "fixed" or id(row) not in kept]
+        todo = [e.row for e in examples if args.teacher != "fixed" or id(e.row) not in kept]
         for i, written in writer([writer.prompt(analysis, row_fields(row)) for row in todo]):
             kept[id(todo[i])] = written
         for e in examples:
@@ -2560,8 +2559,7 @@ def set_up(args, state, compiled):
         same = math.isclose(fingerprint(student), state["fingerprint"], rel_tol=1e-9)
         require(same, f"--out {args.out}: other weights than the run left there, or its base's.")
         optimizer.load_state_dict(state["optimizer"])
-        averages = [(p, x) for p, state in optimizer.state.items() for x in state.values()]
-        fits = all(x.numel() in (1, p.numel()) for p, x in averages)
+        fits = all(own["exp_avg"].shape == p.shape for p, own in optimizer.state.items())
         require(fits, f"--out {args.out}: its optimizer's state is of another model.")
         if state["teacher"]:
             teacher.load_state_dict(state["teacher"], strict=False)
@@ -2804,10 +2802,10 @@ def parse_args(argv=None):
     parser = Parser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="command", required=True)
     for kind, run_it in COMMANDS.items():
-        about = {"help": run_it.__doc__, "description": run_it.__doc__}
         command = commands.add_parser(
-            kind.__name__.lower(), **about, epilog="example: " + kind.__doc__,
-            argument_default=argparse.SUPPRESS, allow_abbrev=False,
+            kind.__name__.lower(), help=run_it.__doc__, description=run_it.__doc__,
+            epilog="example: " + kind.__doc__, argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
         )
         command.set_defaults(kind=kind)
         add_flags(command, kind)
