@@ -1671,7 +1671,7 @@ def check_model(model, tokenizer, name):
 def switch_off_dropout(model):
     """For good: a layer under gradient checkpointing is in training mode, where it drops out."""
     for layer in model.modules():
-        for name, rate in list(vars(layer).items()):
+        for name, rate in vars(layer).items():
             if "drop" in name and isinstance(rate, float):
                 setattr(layer, name, 0.0)
 
@@ -2210,7 +2210,6 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
         self.student_context, of_stage = STAGES[self.stage]
         decided = {"solution": "solution", None: self.student_context}
         self.teacher_context = decided.get(method.sees, of_stage or self.teacher_context)
-        sees_no_more = self.teacher_context == self.student_context
         drawn_as_they_are = (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
         on_policy = method.writer == "student" and drawn_as_they_are
         if method.reward and not on_policy:
@@ -2222,7 +2221,7 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
                 self.divergence == "sampled" and not on_policy,
             f"--stage {self.stage} goes with --method rsd.": of_stage and self.method != "rsd",
             f"--teacher-context {self.teacher_context}: the teacher has to see more than that.":
-                method.signal == "divergence" and sees_no_more,
+                method.signal == "divergence" and self.teacher_context == self.student_context,
             f"--method {self.method}: needs --rollouts 2 or more.":
                 method.reward and self.rollouts < 2,
             "--method rsd-grpo: needs a --kl above 0.": self.method == "rsd-grpo" and not self.kl,
@@ -2282,9 +2281,8 @@ def settle(kind, **given):
         low, high = int(name in COUNTS), 1 if name == "top_p" else 10**9
         fits = isinstance(value, str) or low <= value <= high
         require(fits, f"{as_flag(name)} {value}: it has to be from {low} to {high}.")
-    brought = {}
-    if given.get("data", given.get("model", "toy")) == "toy":  # the data decide, else the model
-        brought = {name: x for name, x in TOY_DEFAULTS.items() if hasattr(kind, name)}
+    is_toy = given.get("data", given.get("model", "toy")) == "toy"  # data decide, else the model
+    brought = {name: x for name, x in TOY_DEFAULTS.items() if is_toy and hasattr(kind, name)}
     args = kind(**brought | given)
     if args.model == "toy":
         args.model = f"{TOY}/base-{args.seed % 2}"  # there are two
@@ -2379,7 +2377,7 @@ def open_writer(args, completions):
 
 def write_lines(args, name, columns, ask, rate, k=1):
     """What generate, eval and judge have in common: they let a model write what --out lacks, k
-    times for each row, and report it. These columns of the row stand beside it. ask(writer, [(row,
+    times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
     prompt)], tries) -> answers, with what was read of them under `name`; rate(that, row) ->
     scores."""
     require(args.out != args.data, "--out: it is the file of --data; choose another.")
@@ -2393,7 +2391,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     writer = open_writer(args, k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):
-        item = {column: row.get(column) for column in columns.split()}
+        item = {column: row[column] for column in columns.split()}
         for number in range(k):
             jobs.append((item | {"sample": item.get("sample") or number}, (row, prompt)))
     origin = {name: getattr(args, name) for name in SHAPING}
@@ -2463,14 +2461,13 @@ def rewards_of_judge(args):
     (template,) = prompt_files(how, how.writer)
     is_server = "@http" in args.judge  # which one process asks
     writer = ServerWriter(args.judge, vars(how)) if is_server else open_writer(how, 0)
-    asks = RANK == 0 or not is_server
 
     def judge_them(episodes, texts):
         watch, asked = Stopwatch(), []
         for e, text in zip(episodes, texts):
             row = e.row | {"response": after_thinking(text) or "(no answer)"}
             asked.append((row, writer.prompt(template, row_fields(row))))
-        verdicts = list(judge(writer, asked, tries=1)) if asks else []
+        verdicts = [] if is_server and RANK > 0 else list(judge(writer, asked, tries=1))
         for i, said in all_gather(verdicts)[0]:
             e, met = episodes[i], said["judge"]
             e.scores |= judge_scores(met, e.row) | {"unread": met is None}
@@ -2638,13 +2635,13 @@ def cmd_train(args):
     compiled = is_compiled(args, completions)
     student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
     author = teacher if method.writer == "teacher" else student
-    is_given = method.writer == "reference"
-    writer = model_writer(args, author, tokenizer, 0 if is_given else completions)
-    needs = ["solution"] if is_given else []
+    is_reference = method.writer == "reference"
+    writer = model_writer(args, author, tokenizer, 0 if is_reference else completions)
+    needs = ["solution"] if is_reference else []
     if method.reward:
         needs = ["rubric" if args.judge else method.reward]
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
-    if is_given:
+    if is_reference:
         examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
