@@ -1670,13 +1670,14 @@ def check_model(model, tokenizer, name):
     ids = context_ids(tokenizer, "@@", {})
     has_all = max(ids, default=0) < len(model.get_input_embeddings().weight)
     require(has_all, f"--model {name}: it has fewer embeddings than the tokenizer has tokens.")
-    require("@@" in tokenizer.decode(ids), f"--model {name}: tokenizer or template drops the text of the question.")
+    has_text = "@@" in tokenizer.decode(ids)
+    require(has_text, f"--model {name}: tokenizer or template drops the text of the question.")
 
 
 def switch_off_dropout(model):
     """For good: a layer under gradient checkpointing is in training mode, where it drops out."""
     for layer in model.modules():
-        for name, rate in list(vars(layer).items()):
+        for name, rate in vars(layer).items():
             if "drop" in name and isinstance(rate, float):
                 setattr(layer, name, 0.0)
 
@@ -1699,14 +1700,16 @@ def load_model(name, half=False):
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
-        message = f"--model {name}: {source} is neither here nor on the hub, or no causal model"
-        raise UserError(f"{message} ({str(error)!r:.150})") from error
+        raise UserError(
+            f"--model {name}: {source} is neither here nor on the hub, or it is no causal model: "
+            f"{str(error)!r:.150}"
+        ) from error
     lacking = found["missing_keys"]
     require(not lacking, f"--model {name}: its files lack weights, {lacking!s:.150}.")
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts/plain_chat.jinja").read_text()
-    model.to(device).eval()
+    model.to(device)
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
@@ -1717,7 +1720,6 @@ def add_lora(model, rank):
     with alpha 2 x rank, train."""
     from peft import LoraConfig  # optional; main says how to get it
 
-    model.requires_grad_(False)
     model.add_adapter(
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -1754,9 +1756,11 @@ FIELD_NAMES = {
     "weight": "weight points score importance priority percentage",
     "polarity": "type polarity negative",
 }
-WORD_WEIGHT = {"essential": 5, "important": 3, "optional": 1, "pitfall": -1}  # RaR
-WORD_WEIGHT |= {"critical": 4, "major": 3, "minor": 2, "additional": 1}  # ProfBench
-WORD_WEIGHT |= {"high": 3, "medium": 2, "low": 1}
+WORD_WEIGHT = {
+    "essential": 5, "important": 3, "optional": 1, "pitfall": -1,  # RaR
+    "critical": 4, "major": 3, "minor": 2, "additional": 1,  # ProfBench
+    "high": 3, "medium": 2, "low": 1,
+}
 WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
 STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
     rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
@@ -1792,10 +1796,11 @@ def read_criterion(item):
     if re.match("(?i)negative|penalty|true", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
-    if item.get("check") is not None:
-        if not (isinstance(item["check"], str) and item["check"]):
+    check = item.get("check")
+    if check is not None:
+        if not (isinstance(check, str) and check):
             raise ValueError("a check is a regular expression, as a text that is not empty")
-        criterion["check"] = regex.compile(item["check"]).pattern
+        criterion["check"] = regex.compile(check).pattern
     return criterion
 
 
@@ -1803,12 +1808,14 @@ def criteria_in(value):
     """The criteria of a string, a list, sections or {name: criterion}, one by one, as objects.
     ValueError: there is something else, or a criterion has others within."""
     if isinstance(value, list):
-        return [item for part in value for item in criteria_in(part)]
+        return sum(map(criteria_in, value), [])
     if isinstance(value, str):
         text = re.sub(r"^\s*(?:[-*•]|\(?\d+[.)])\s", "", value).strip()
-        ways = [re.fullmatch(way, text, re.IGNORECASE | re.DOTALL) for way in STATED]
-        stated = [match.groupdict() for match in ways if match]
-        return stated[:1] or [{"description": text}]
+        for way in STATED:
+            match = re.fullmatch(way, text, re.IGNORECASE | re.DOTALL)
+            if match:
+                return [match.groupdict()]
+        return [{"description": text}]
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.60} is no criterion; one is {FORMS}")
     is_criterion = bool(field_of(value, "description"))
@@ -1933,10 +1940,11 @@ def read_table(data, split):
         split = source.test if split == "test" else split
         return datasets.load_dataset(*source.hub.split(":"), split=split)
     except Exception as error:  # pyarrow, datasets and the hub each have their own
-        message = f"{data}: looked for {source.hub} and could not read it; give a .jsonl, .json, "
-        message += ".csv or .parquet file, a hub id (owner/name or owner/name:config; where "
-        message += f"its page asks for consent, hf auth login) or one of {list(DATA_SETS)}"
-        raise UserError(f"{message} ({str(error)!r:.150})") from error
+        raise UserError(
+            f"{data}: looked for {source.hub} and could not read it; give a .jsonl, .json, .csv "
+            "or .parquet file, a hub id (owner/name or owner/name:config; where its page asks for "
+            f"consent, hf auth login) or one of {list(DATA_SETS)}; the cause is {str(error)!r:.150}"
+        ) from error
 
 
 def read_row(raw, source):
@@ -1946,8 +1954,7 @@ def read_row(raw, source):
     cells = {name.strip().lower(): cell for name, cell in source.to_row(raw).items()}
     row = {name: cell_of(cells, name) for name in COLUMNS}
     rubric = read_rubric(row["rubric"])
-    is_one = not isinstance(row["reference_answer"], (dict, list))
-    require(is_one, "its reference is not one text")
+    require(not isinstance(row["reference_answer"], dict | list), "its reference is not one text")
     while isinstance(row["question"], list) and row["question"][-1].get("role") == "assistant":
         row["question"].pop()  # what was answered is no question
     if row["question"] == cells.get("instruction"):  # Alpaca's, whose input belongs to it
@@ -1974,8 +1981,9 @@ def load_rows(data, split, limit=0, seed=0):
         try:
             rows.append(read_row(raw, source))
         except Exception as error:  # of many kinds: a column is missing, a weight is unclear
-            message = f"{data}, row {number} cannot be read, {str(error)!r:.250}, in {raw!r:.150}"
-            raise UserError(message) from error
+            raise UserError(
+                f"{data}, row {number} cannot be read, {str(error)!r:.250}, in {raw!r:.150}"
+            ) from error
     require(rows, f"{data} has no rows.")
     criteria = [c for row in rows for c in row["rubric"] or ()]
     turned = sum(signed_weight(c) != c["weight"] for c in criteria)
@@ -2025,8 +2033,7 @@ def with_rubrics(rows, source):
             raise UserError(f"--rubrics {source}: {error}") from error
         return [row | {"rubric": rubric} for row in rows]
     require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
-    written = [row for row in load_rows(source, "") if row["rubric"]]
-    found = {key_of(row): row["rubric"] for row in written}
+    found = {key_of(row): row["rubric"] for row in load_rows(source, "") if row["rubric"]}
     return [row | {"rubric": found.get(key_of(row))} for row in rows]
 
 
@@ -2052,8 +2059,11 @@ def make_examples(rows, templates, readers, needs=()):
             dropped["context too long for the model"] += 1
     if dropped:
         say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
-    come_from = "rubrics come from the data or from generate by --rubrics, their score by --judge"
-    require(examples, f"no row is left of all that were read: {dict(dropped)}; {come_from}.")
+    require(
+        examples,
+        f"no row is left of all that were read: {dict(dropped)}; rubrics come from the data or "
+        "from generate by --rubrics, their score by --judge.",
+    )
     return examples
 
 
@@ -2074,7 +2084,7 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
     "lr": 1e-3,
 }
 
-COUNTS = ("k", "steps", "batch", "save_every", "rollouts", "max_new_tokens", "batch_size")
+COUNTS = "k steps batch save_every rollouts max_new_tokens batch_size".split()
 
 # -- the settings: a field is a flag, its class the title under which --help shows it; where a class
 # changes the default alone, the help is that of the class below
@@ -2206,7 +2216,6 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
         self.student_context, of_stage = STAGES[self.stage]
         decided = {"solution": "solution", None: self.student_context}
         self.teacher_context = decided.get(method.sees, of_stage or self.teacher_context)
-        sees_no_more = self.teacher_context == self.student_context
         drawn_as_they_are = (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
         on_policy = method.writer == "student" and drawn_as_they_are
         if method.reward and not on_policy:
@@ -2218,7 +2227,7 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
                 self.divergence == "sampled" and not on_policy,
             f"--stage {self.stage} goes with --method rsd.": of_stage and self.method != "rsd",
             f"--teacher-context {self.teacher_context}: the teacher has to see more than that.":
-                method.signal == "divergence" and sees_no_more,
+                method.signal == "divergence" and self.teacher_context == self.student_context,
             f"--method {self.method}: needs --rollouts 2 or more.":
                 method.reward and self.rollouts < 2,
             "--method rsd-grpo: needs a --kl above 0.": self.method == "rsd-grpo" and not self.kl,
@@ -2234,6 +2243,7 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
 class Demo:
     """python rsd.py demo --seed 1 --out runs/demo1"""
 
+    model = "toy"  # no flag
     seed: int = flag(0, "Seed of data and sampling, and which of the toy's two models.")
     steps: int = flag(60, "Training steps.")
     n: int = flag(200, "Held-out problems.")
@@ -2277,12 +2287,8 @@ def settle(kind, **given):
         low, high = int(name in COUNTS), 1 if name == "top_p" else 10**9
         fits = isinstance(value, str) or low <= value <= high
         require(fits, f"{as_flag(name)} {value}: it has to be from {low} to {high}.")
-    if kind is Demo:
-        return Demo(**given)
-
-    brought = {}
-    if given.get("data", given.get("model", "toy")) == "toy":  # the data decide, else the model
-        brought = {name: x for name, x in TOY_DEFAULTS.items() if hasattr(kind, name)}
+    is_toy = given.get("data", given.get("model", "toy")) == "toy"  # data decide, else the model
+    brought = {name: x for name, x in TOY_DEFAULTS.items() if is_toy and hasattr(kind, name)}
     args = kind(**brought | given)
     if args.model == "toy":
         args.model = f"{TOY}/base-{args.seed % 2}"  # there are two
@@ -2306,7 +2312,7 @@ def prompt_files(args, *names):
         require("\ufffd" not in texts[name], f"{path}: it is no UTF-8.")
         require("{question}" in texts[name], path + ": it has no {question}.")
         unknown = sorted(set(PLACEHOLDER.findall(texts[name])) - PLACEHOLDERS)
-        known = ", ".join(sorted(PLACEHOLDERS))
+        known = sorted(PLACEHOLDERS)
         require(not unknown, f"{path}: nothing fills {unknown}; what a row can fill is {known}.")
     return [texts[name] for name in names]
 
@@ -2317,8 +2323,8 @@ def load_questions(args):
     return with_rubrics(rows, getattr(args, "rubrics", "data"))
 
 
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")
-SHAPING = ("model", "writer", "seed", "thinking", *SAMPLING)  # what a written line depends on
+# What a written line depends on.
+SHAPING = "model writer seed thinking max_new_tokens temperature top_p top_k".split()
 
 
 def is_compiled(args, completions):
@@ -2329,7 +2335,7 @@ def is_compiled(args, completions):
 
 def say_next(args, command, **flags):
     """Say a command that comes next, for the data of this one and as that was asked."""
-    kept = ("data", "prompts", "seed", "thinking", "max_new_tokens", *flags)
+    kept = "data prompts seed thinking max_new_tokens".split() + list(flags)
     known = {"data": args.data} | args.given | flags
     words = [f"{as_flag(name)} {shlex.quote(str(x))}" for name, x in known.items() if name in kept]
     say("next: python rsd.py", command, *words)
@@ -2337,8 +2343,8 @@ def say_next(args, command, **flags):
 
 def say_next_judge(args, answers):
     """Say the command that judges these answers, with its own limit of tokens."""
-    model, limit = "Qwen2.5-7B-Instruct", Judge.max_new_tokens
-    say_next(args, "judge", model=model, data=answers, max_new_tokens=limit)
+    limit = Judge.max_new_tokens
+    say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=answers, max_new_tokens=limit)
 
 
 def model_writer(args, model, tokenizer, completions=0):
@@ -2346,17 +2352,18 @@ def model_writer(args, model, tokenizer, completions=0):
     on, off = (context_ids(tokenizer, "@", {}, thinking) for thinking in (True, False))
     if args.thinking == "on" and on == off:
         say("warning: --thinking on changes nothing in this model's chat template")
-    stop, engine = stop_ids(model, tokenizer), None
     names = "original_max_position_embeddings", "max_position_embeddings"  # longrope's change
     longest = setting_of(model, *names) or math.inf
-    sampling = {name: getattr(args, name) for name in (*SAMPLING, "batch_size")}
-    sample = functools.partial(sample_completions, model, stop=stop, **sampling)
+    flags = "max_new_tokens temperature top_p top_k batch_size".split()
+    sampling = {name: getattr(args, name) for name in flags}
+    sampling["stop"] = stop_ids(model, tokenizer)
+    engine, sample = None, functools.partial(sample_completions, model, **sampling)
     if args.engine == "vllm":
         launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
-        engine = VllmSampler(model, stop, launcher=launcher, **sampling)
+        engine = VllmSampler(model, launcher=launcher, **sampling)
         longest = engine.llm.llm_engine.model_config.max_model_len
     elif is_compiled(args, completions):
-        engine = StaticSampler(model, stop, is_trained=isinstance(args, Train), **sampling)
+        engine = StaticSampler(model, is_trained=isinstance(args, Train), **sampling)
         say("the sampler has a copy of the weights, and is compiled, once, in about 2 minutes")
     sample = functools.partial(sample_together, engine or sample)
     room, size = longest - args.max_new_tokens, 2 * args.batch_size * WORLD_SIZE
@@ -2377,7 +2384,8 @@ def open_writer(args, completions):
 def write_lines(args, name, columns, ask, rate, k=1):
     """What generate, eval and judge have in common: they let a model write what --out lacks, k
     times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
-    prompt)]) -> answers, with what was read of them under `name`; rate(that, row) -> scores."""
+    prompt)], tries) -> answers, with what was read of them under `name`; rate(that, row) ->
+    scores."""
     require(args.out != args.data, "--out: it is the file of --data; choose another.")
     (template,) = prompt_files(args, args.writer)
     rows = load_questions(args)
@@ -2389,7 +2397,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     writer = open_writer(args, k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):
-        item = {column: row.get(column) for column in columns}
+        item = {column: row[column] for column in columns.split()}
         for number in range(k):
             jobs.append((item | {"sample": item.get("sample") or number}, (row, prompt)))
     origin = {name: getattr(args, name) for name in SHAPING}
@@ -2397,9 +2405,9 @@ def write_lines(args, name, columns, ask, rate, k=1):
     origin["saved"] = max((file.stat().st_mtime for file in weights), default=0.0)
     origin["prompt"] = crc32(template.encode())
     seed_process(args.seed)
-    lines = remember(args.out, jobs, functools.partial(ask, writer), name, origin)
-    row_of = {key_of(row): row for row in rows}
-    return report(lines, name, row_of, rate)
+    tries = 3 if args.temperature > 0 else 1  # or it would only be repeated
+    lines = remember(args.out, jobs, functools.partial(ask, writer, tries=tries), name, origin)
+    return report(lines, name, {key_of(row): row for row in rows}, rate)
 
 
 def report(lines, name, row_of, rate):
@@ -2415,8 +2423,8 @@ def report(lines, name, row_of, rate):
             scores = rate(line[name], row_of[key_of(line)] | line)
             samples.append((key_of(line), scores | own))
     figures = evaluate(samples)
-    has_math_verify = importlib.util.find_spec("math_verify") is not None  # or formulas are n/a
-    summary = {"n": len(figures), "math_verify": has_math_verify}
+    # math_verify: without it, formulas are n/a
+    summary = {"n": len(figures), "math_verify": bool(importlib.util.find_spec("math_verify"))}
     for figure in figures[0] if figures else ():
         mean, se, n = mean_se([f[figure] for f in figures])
         summary |= {figure: mean, figure + "_se": se, figure + "_n": n}
@@ -2425,15 +2433,10 @@ def report(lines, name, row_of, rate):
     return summary
 
 
-def tries_of(args):
-    """How often a text that cannot be read is asked for: once where it would only be repeated."""
-    return 3 if args.temperature > 0 else 1
-
-
 def cmd_generate(args):
     """Write a rubric for every question."""
-    ask = functools.partial(generate_rubrics, parse=parse_rubric, tries=tries_of(args))
-    columns = ("question", "reference_answer", "solution")
+    ask = functools.partial(generate_rubrics, parse=parse_rubric)
+    columns = "question reference_answer solution"
     summary = write_lines(args, "rubric", columns, ask, score_rubric)
     say_next(args, "train", model="Qwen2.5-1.5B", rubrics=args.out)
     return summary
@@ -2442,7 +2445,7 @@ def cmd_generate(args):
 def cmd_eval(args):
     """Answer held-out questions and grade the answers."""
     ask = functools.partial(write_until_read, read=lambda text, row: (text, ""), name="text")
-    columns = ("question", "reference_answer", "rubric")
+    columns = "question reference_answer rubric"
     summary = write_lines(args, "text", columns, ask, score, args.k)
     if not summary.get("rubric_score_n"):
         say_next_judge(args, args.out or "ITS-OUT.jsonl")
@@ -2451,9 +2454,8 @@ def cmd_eval(args):
 
 def cmd_judge(args):
     """Ask a model which criteria of its rubric each answer of eval's --out meets."""
-    columns = ("question", "reference_answer", "response", "rubric", "sample")
-    ask = functools.partial(judge, tries=tries_of(args))
-    return write_lines(args, "judge", columns, ask, judge_scores)
+    columns = "question reference_answer response rubric sample"
+    return write_lines(args, "judge", columns, judge, judge_scores)
 
 
 # -- train
@@ -2465,18 +2467,18 @@ def rewards_of_judge(args):
     (template,) = prompt_files(how, how.writer)
     is_server = "@http" in args.judge  # which one process asks
     writer = ServerWriter(args.judge, vars(how)) if is_server else open_writer(how, 0)
-    asks = RANK == 0 or not is_server
 
     def judge_them(episodes, texts):
-        begun, asked = time.perf_counter(), []
+        watch, asked = Stopwatch(), []
         for e, text in zip(episodes, texts):
             row = e.row | {"response": after_thinking(text) or "(no answer)"}
             asked.append((row, writer.prompt(template, row_fields(row))))
-        verdicts = list(judge(writer, asked, tries=1)) if asks else []
+        verdicts = [] if is_server and RANK > 0 else list(judge(writer, asked, tries=1))
         for i, said in all_gather(verdicts)[0]:
-            episodes[i].scores |= judge_scores(said["judge"], episodes[i].row)
-            episodes[i].scores["unread"] = float(said["judge"] is None)
-        episodes[0].scores["s_judge"] = time.perf_counter() - begun
+            e, met = episodes[i], said["judge"]
+            e.scores |= judge_scores(met, e.row) | {"unread": met is None}
+        watch.lap("s_judge")
+        episodes[0].scores |= watch.seconds
 
     return judge_them
 
@@ -2490,14 +2492,13 @@ def reason_first(args, reader, teacher):
     writer, kept = model_writer(how, teacher, reader.tokenizer), {}
 
     def analyse(examples):
-        rows = [e.row for e in examples]
-        todo = [row for row in rows if args.teacher != "fixed" or id(row) not in kept]
+        todo = [e.row for e in examples if args.teacher != "fixed" or id(e.row) not in kept]
         for i, written in writer([writer.prompt(analysis, row_fields(row)) for row in todo]):
             kept[id(todo[i])] = written
         for e in examples:
             written = kept[id(e.row)]
             fields = row_fields(e.row | {"analysis": after_thinking(written.text) or ""})
-            figures = {"analysis": written.tokens, "analysis_cut": float(not written.stopped)}
+            figures = {"analysis": written.tokens, "analysis_cut": not written.stopped}
             yield replace(e, teacher_ids=reader.prompt(context, fields), scores=figures)
 
     return analyse
@@ -2523,8 +2524,8 @@ def training_writer(args, writer, author, teacher=None):
         for e, text in zip(episodes, texts):
             is_reason = args.stage == "reason"
             read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
-            own = {"leak": float(bool(LEAK.search(text))), "length": len(e.completion_ids)}
-            e.scores = e.scores | own | {"truncated": float(not e.stopped)} | read
+            own = {"leak": bool(LEAK.search(text)), "truncated": not e.stopped}
+            e.scores = e.scores | own | {"length": len(e.completion_ids)} | read
         if args.engine == "vllm":
             episodes[0].scores["engine_gap"] = engine.gap(author)
         if judge_them:
@@ -2543,8 +2544,8 @@ def set_up(args, state, compiled):
     start or as the last checkpoint in --out has them."""
     student, tokenizer = load_model(args.model, half=args.lora_rank > 0)
     torch.manual_seed(args.seed)
-    message = f"--model {args.model}: merge the adapter into its base; README says how."
-    require(not hasattr(student, "peft_config"), message)
+    is_whole = not hasattr(student, "peft_config")
+    require(is_whole, f"--model {args.model}: merge the adapter into its base; README says how.")
     if args.lora_rank:
         add_lora(student, args.lora_rank)
     needs_teacher = args.kl or METHODS[args.method].sees
@@ -2561,13 +2562,14 @@ def set_up(args, state, compiled):
         same = math.isclose(fingerprint(student), state["fingerprint"], rel_tol=1e-9)
         require(same, f"--out {args.out}: other weights than the run left there, or its base's.")
         optimizer.load_state_dict(state["optimizer"])
-        averages = [(p, x) for p, state in optimizer.state.items() for x in state.values()]
-        fits = all(x.numel() in (1, p.numel()) for p, x in averages)
+        fits = all(own["exp_avg"].shape == p.shape for p, own in optimizer.state.items())
         require(fits, f"--out {args.out}: its optimizer's state is of another model.")
         if state["teacher"]:
             teacher.load_state_dict(state["teacher"], strict=False)
-    for model in [m for m in (student, teacher) if m and compiled]:
-        compile_layers(model)
+    if compiled:
+        compile_layers(student)
+        if teacher:
+            compile_layers(teacher)
     return student, tokenizer, teacher, optimizer
 
 
@@ -2639,13 +2641,13 @@ def cmd_train(args):
     compiled = is_compiled(args, completions)
     student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
     author = teacher if method.writer == "teacher" else student
-    samples = completions * (method.writer != "reference")
-    writer = model_writer(args, author, tokenizer, samples)
-    needs = {"solution"} if method.writer == "reference" else set()
+    is_reference = method.writer == "reference"
+    writer = model_writer(args, author, tokenizer, 0 if is_reference else completions)
+    needs = ["solution"] if is_reference else []
     if method.reward:
-        needs.add("rubric" if args.judge else method.reward)
+        needs = ["rubric" if args.judge else method.reward]
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
-    if method.writer == "reference":
+    if is_reference:
         examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
@@ -2720,9 +2722,9 @@ def inspect_rollouts(args):
                 fields = nothing | row_fields(e.row | {"rubric": others})
                 without.append(reader.prompt(templates[1], fields))
             credit = token_credit(student, teacher, e.prompt_ids, e.teacher_ids, without, ids)
-            rollout = {"student": name, "question": e.row["question"], "criteria": rubric}
-            rollout |= {figure: values.tolist() for figure, values in credit.items()}
-            rollouts.append(rollout | {"tokens": ids})
+            rollout = {figure: values.tolist() for figure, values in credit.items()}
+            rollout |= {"student": name, "question": e.row["question"]}
+            rollouts.append(rollout | {"criteria": rubric, "tokens": ids})
             named.update(ids, *rollout["student_ids"], *rollout["teacher_ids"])
     rollouts.sort(key=lambda rollout: rollout["question"])  # the students side by side
     return {"rollouts": rollouts, "text": {i: tokenizer.decode([i]) for i in named}}
@@ -2803,10 +2805,10 @@ def parse_args(argv=None):
     parser = Parser(prog="rsd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="command", required=True)
     for kind, run_it in COMMANDS.items():
-        about = {"help": run_it.__doc__, "description": run_it.__doc__}
         command = commands.add_parser(
-            kind.__name__.lower(), **about, epilog="example: " + kind.__doc__,
-            argument_default=argparse.SUPPRESS, allow_abbrev=False,
+            kind.__name__.lower(), help=run_it.__doc__, description=run_it.__doc__,
+            epilog="example: " + kind.__doc__, argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
         )
         command.set_defaults(kind=kind)
         add_flags(command, kind)
