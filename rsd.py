@@ -874,15 +874,14 @@ def same_number(given, wanted, tolerance, need_unit):
 
 
 def same_formula(given, wanted):
-    """Are they equal, or rounded alike, for math_verify? None: it cannot read `wanted`, or is not
-    installed (pip install math-verify)."""
+    """Are they equal, or rounded alike? None: math_verify is missing, or cannot read `wanted`."""
     try:
         from math_verify import parse, verify
     except ImportError:
         return None
-    remark = r"\\text\{ ?(?:for|where|if)\b\D*$" if "text" not in wanted else "$"
-    given = re.sub(remark, "", given[:300])
-    texts = [ascii_signs(text).replace("$", "") for text in (given, wanted)]
+    if "text" not in wanted:  # a remark behind the formula is the answer's own
+        given = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", given[:300])
+    texts = [ascii_signs(text).replace("$", "") for text in (given[:300], wanted)]
     x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
     if len(y) < 2:  # not a value and its text
         return None
@@ -895,7 +894,6 @@ def grade(answer, reference, tolerance=None, need_unit=True):
 
     tolerance: relative, for every number; None: 0.01 for measured ones, else exact.
     need_unit: a physical unit has to be there.
-
     >>> grade("719 C", "720 C"), grade("720", "720 C"), grade("(b)", "B")
     (False, False, True)
     """
@@ -904,7 +902,6 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     letters = letters_in(wanted)
     if OPTION.match(wanted) and len(letters) == 1:
         return letters_in(given) == letters
-
     if wanted in ("yes", "no", "true", "false"):  # whatever is said behind it
         return re.match(r"\w*", given)[0] == wanted
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
@@ -2043,6 +2040,7 @@ def make_examples(rows, templates, readers, needs=()):
     A row that lacks a field (or a score, named in `needs`), or has a prompt for which its reader
     has no room, is left out, never cut, and counted. UserError: nothing is left.
     """
+    require(readers[0].room > 0, "--max-new-tokens leaves no room for a prompt in this model.")
     wanted = sorted({*needs, *PLACEHOLDER.findall("".join(templates))})
     examples, dropped = [], Counter()
     for row in progress(rows, "contexts", leave=False):
@@ -2243,7 +2241,7 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
 class Demo:
     """python rsd.py demo --seed 1 --out runs/demo1"""
 
-    model = "toy"  # no flag
+    model = "toy"  # this is no flag
     seed: int = flag(0, "Seed of data and sampling, and which of the toy's two models.")
     steps: int = flag(60, "Training steps.")
     n: int = flag(200, "Held-out problems.")
@@ -2367,7 +2365,6 @@ def model_writer(args, model, tokenizer, completions=0):
         say("the sampler has a copy of the weights, and is compiled, once, in about 2 minutes")
     sample = functools.partial(sample_together, engine or sample)
     room, size = longest - args.max_new_tokens, 2 * args.batch_size * WORLD_SIZE
-    require(room > 0, f"--max-new-tokens: the model has {longest} positions, prompt and all.")
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine, size)
 
 
@@ -2562,7 +2559,8 @@ def set_up(args, state, compiled):
         same = math.isclose(fingerprint(student), state["fingerprint"], rel_tol=1e-9)
         require(same, f"--out {args.out}: other weights than the run left there, or its base's.")
         optimizer.load_state_dict(state["optimizer"])
-        fits = all(own["exp_avg"].shape == p.shape for p, own in optimizer.state.items())
+        averages = [(p, x) for p, own in optimizer.state.items() for x in own.values()]
+        fits = all(x.numel() in (1, p.numel()) for p, x in averages)
         require(fits, f"--out {args.out}: its optimizer's state is of another model.")
         if state["teacher"]:
             teacher.load_state_dict(state["teacher"], strict=False)

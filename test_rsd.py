@@ -3385,7 +3385,7 @@ def test_prompt_longer_than_the_context_is_counted_and_said(base, tmp_path, caps
     said = capsys.readouterr()
     assert "left out 1 of 2 rows: {'context too long" in said.out
     assert "no row is left of all that were read: {'context too long" in said.err
-    assert "--max-new-tokens: the model has 1024 positions" in said.err
+    assert "--max-new-tokens leaves no room for a prompt" in said.err
 
 
 # ---- the toy -------------------------------------------------------------------------------------
