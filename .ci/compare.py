@@ -551,11 +551,14 @@ def price_picture(args, runs, label):
             score, cost = (sum(values) / len(values) for values in zip(*found))
             means.append((max(cost, 1e-3), score))
         curves.append((*PRICED[name], means))
+    most = max(cost for *_, means in curves for cost, _ in means)
     ticks = {1e-3: "0.001 or less", 1e-2: "0.01", 0.1: "0.1", 1: "1"}
-    draw(
-        Path(args.out) / "price.svg", curves, lambda x: math.log10(x / 1e-3) / 3.6, ticks, label,
-        dots=True,
-    )
+    ticks = {cost: text for cost, text in ticks.items() if cost < 3 * most}
+
+    def place_x(cost):
+        return math.log10(cost / 1e-3) / math.log10(max(most, max(ticks)) / 1e-3)
+
+    draw(Path(args.out) / "price.svg", curves, place_x, ticks, label, dots=True)
 
 
 def rates(args):
