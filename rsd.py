@@ -1652,8 +1652,8 @@ def hub_name(name):
 
 @torch.no_grad()
 def check_model(model, tokenizer, name):
-    """UserError: its weights are damaged, its head is not `logits_of`, or its template drops
-    text."""
+    """UserError: its weights are damaged, padding changes what it writes, its head is not
+    `logits_of`, tokens lack embeddings, or its template drops text."""
     ids = torch.tensor([[0] * 9 + [1, 2, 3]], device=model.device)
     out = model.generate(  # padded, as in `sample_completions`; a state may fail in the second step
         ids, attention_mask=ids.clamp(max=1), max_new_tokens=2, do_sample=False,
