@@ -1952,8 +1952,9 @@ def read_row(raw, source):
     row = {name: cell_of(cells, name) for name in COLUMNS}
     rubric = read_rubric(row["rubric"])
     require(not isinstance(row["reference_answer"], dict | list), "its reference is not one text")
-    while isinstance(row["question"], list) and row["question"][-1].get("role") == "assistant":
-        row["question"].pop()  # what was answered is no question
+    turns = row["question"] if isinstance(row["question"], list) else []
+    while turns and as_text(turns[-1]).startswith("Assistant: "):
+        turns.pop()  # what was answered is no question
     if row["question"] == cells.get("instruction"):  # Alpaca's, whose input belongs to it
         row["question"] += "\n\n" + (cells.get("input") or "")
     row = {name: as_text(cell) for name, cell in row.items()}
