@@ -798,7 +798,7 @@ SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if a
     "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
     "mole mol, mph mi/hour, mile mi, per /, celsius C, sec s, minute min, hour hour, hr hour, "
     "h hour, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %").split(", "))
-SIGNS |= {name + "s": sign for name, sign in SIGNS.items() if len(name) > 2}
+SIGNS |= {name + "s": sign for name, sign in SIGNS.items() if len(name) > 2}  # plurals
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\\pm\b|\+/-": "±",
     r"(?<=\d)\*\*(?=-?\d)": "^",
@@ -1067,12 +1067,12 @@ JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is
 
 def reference_writes(tokenizer, examples):
     """Choice 1, who writes: the row's reference solution stands in the completion's place."""
-    episodes = []
+    episodes, end = [], turn_end(tokenizer)
     for e in examples:
         solution = [{"role": "assistant", "content": e.row["solution"]}]
         begun = written_text(tokenizer, e.prompt_ids, [])  # "<think>", if the prompt opens one
         require(not begun, "the chat template opens a thinking, which the references lack.")
-        ids = chat_ids(tokenizer, solution, JUST_TEXT) + [turn_end(tokenizer)]
+        ids = chat_ids(tokenizer, solution, JUST_TEXT) + [end]
         episodes.append(replace(e, completion_ids=ids, stopped=True))
     return episodes
 

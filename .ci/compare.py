@@ -501,8 +501,8 @@ def draw(file, curves, place_x, ticks, label, dots=False):
     for tick, text in ticks.items():
         x, y = place(tick, 0)
         parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{text}</text>')
-    y = place(first, 0)[1] + 36
-    parts.append(f'<text x="{left + (width - left - 130) / 2}" y="{y}" text-anchor="middle">{label}</text>')
+    x, y = left + (width - left - 130) / 2, place(first, 0)[1] + 36
+    parts.append(f'<text x="{x}" y="{y}" text-anchor="middle">{label}</text>')
     ends = {}
     for name, colour, points in curves:
         line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
@@ -602,7 +602,7 @@ def price(args):
     rates and three numbers of steps for each."""
     jobs = []
     for seed in range(args.seeds):
-        for name in PRICED.keys() & SYSTEMS:
+        for name in [row for row in PRICED if row in SYSTEMS]:
             tried = GRPO_RATES if SYSTEMS[name].get("rollouts") else RATES
             jobs += [(args, name, seed, lr, "test") for lr in tried]
     rows, points = [], []
