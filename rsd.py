@@ -73,7 +73,6 @@ from huggingface_hub.utils import get_session
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
 
@@ -86,6 +85,11 @@ def require(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def say(*words):
+    """Print a line, above a progress bar if there is one."""
+    tqdm.write(" ".join(map(str, words)))
 
 
 class Stopwatch:
@@ -119,7 +123,6 @@ class Episode:
     teacher_ids: list[int]  # what the teacher sees in its place: the question and the rubric
     completion_ids: list[int] = ()  # its first stop token included
     stopped: bool = False  # False: cut off at the limit of tokens
-    writer_log_probs: list[float] = ()  # of its tokens, as the student's engine gave them
     advantage: float = 1.0  # weight of the policy gradient: 1 in SFT, (r - mean) / std in GRPO
     scores: dict = field(default_factory=dict)  # how the completion was graded
 
@@ -321,33 +324,26 @@ BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
 
 
 def token_loss(
-    student, teacher, ids, advantage, writer_log_probs=None, signal="forward", kl=0.0, **options
+    student, teacher, ids, advantage, signal="forward", kl=0.0, **options
 ):
     """Choice 3, the per-token signal, and what is logged of it.
 
-    Logits [N, V] of student and teacher; ids, advantage and the log-probs that the engine gave the
-    ids, all [N] -> loss, entropy and other figures, each [N]. forward, reverse and jsd are
-    `divergence` with these options. The other two are policy gradients and take no option but kl,
-    the weight of the reverse KL to the teacher. sampled: with the advantage log p_T - log p_S.
-    advantage: with the given one; 1 makes it SFT's cross-entropy. Where the engine's log-probs are
-    known, they are weighted by the student's probability over the engine's, cut at 2 (truncated
-    importance sampling). KeyError: an unknown signal.
+    Logits [N, V] of student and teacher; ids and advantage [N] -> loss and entropy, each [N].
+    forward, reverse and jsd are `divergence` with these options. The other two are policy gradients
+    and take no option but kl, the weight of the reverse KL to the teacher. sampled: with the
+    advantage log p_T - log p_S. advantage: with the given one; 1 makes it SFT's cross-entropy.
+    KeyError: an unknown signal.
     """
-    figures = {"entropy": entropy(student)}
     if signal in ("advantage", "sampled"):
         logp = log_prob(student, ids)
         if signal == "sampled":
             advantage = (log_prob(teacher, ids) - logp).detach()
-        if writer_log_probs is not None:
-            ratio = (logp.detach() - writer_log_probs).exp()
-            figures["ratio"] = ratio.clamp(max=2).nan_to_num(1.0)
-            advantage = figures["ratio"] * advantage
         loss = -advantage * logp
         if kl:
             loss += kl * divergence(student, teacher, beta=1.0)
     else:
         loss = divergence(student, teacher, BETAS[signal], **options)
-    return {"loss": loss, **figures}
+    return {"loss": loss, "entropy": entropy(student)}
 
 
 def backward_in_chunks(
@@ -409,40 +405,33 @@ METHODS = {
 
 def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
     """Choice 1, who writes: the student, or the teacher from its own context "teacher_ids".
-    `sample` (prompts of ids -> ids, stopped and, from some engines, the ids' log-probs) writes so
-    many times per example. Log-probs in the teacher's context are not kept: the student's are
-    others."""
+    `sample` (prompts of ids -> pairs of ids and stopped) writes so many times per example."""
     examples = [e for e in examples for _ in range(rollouts)]
     outputs = sample([getattr(e, context) for e in examples])
-    episodes = []
-    for e, (ids, stopped, *log_probs) in zip(examples, outputs):
-        own = log_probs[0] if log_probs and context == "prompt_ids" else ()
-        episodes.append(replace(e, completion_ids=ids, stopped=stopped, writer_log_probs=own))
-    return episodes
+    return [
+        replace(e, completion_ids=ids, stopped=stopped)
+        for e, (ids, stopped) in zip(examples, outputs)
+    ]
 
 
-def micro_batches(episodes, token_budget, devices=1):
-    """Episodes, widest first, cut so that rows x width stay within the budget of each device."""
+def micro_batches(episodes, token_budget):
+    """Episodes, widest first, cut so that rows x width stay within the budget."""
 
     def width(e):
         return max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids)
 
     remaining = sorted(episodes, key=width, reverse=True)
     while remaining:
-        rows = max(1, token_budget // width(remaining[0])) * devices
+        rows = max(1, token_budget // width(remaining[0]))
         yield remaining[:rows]
         del remaining[:rows]
 
 
 def flatten(episodes, device):
-    """The N trained tokens -> ids, advantage and the writer's log-probs (unknown: NaN), all [N]."""
-    tokens = []
-    for e in episodes:
-        log_probs = e.writer_log_probs or itertools.repeat(math.nan)
-        tokens += zip(e.completion_ids, itertools.repeat(e.advantage), log_probs)
-    tokens = torch.tensor(tokens, dtype=torch.float64, device=device)
-    ids, advantage, log_probs = tokens.view(-1, 3).T
-    return ids.long(), advantage.float(), log_probs.float()
+    """The N trained tokens -> their ids and their advantage, both [N]."""
+    ids = [i for e in episodes for i in e.completion_ids]
+    advantage = [e.advantage for e in episodes for _ in e.completion_ids]
+    return torch.tensor(ids, device=device), torch.tensor(advantage, device=device)
 
 
 def optimizer_step(model, optimizer, lr, max_grad_norm):
@@ -458,15 +447,14 @@ def optimizer_step(model, optimizer, lr, max_grad_norm):
 
 def train_step(
     student, teacher, examples, write, loss, optimizer, lr, token_budget=8192, max_grad_norm=1.0,
-    chunk=24_000_000, split=micro_batches, combine=None,
+    chunk=24_000_000,
 ):
     """One step of RSD and, by other choices, of every method -> (episodes, figures).
 
     write(examples) -> the step's episodes with their completions. loss: `token_loss` with its
     options set. teacher None: none is asked. Figures: means per trained token, their number, the
     gradient's norm, seconds by part. One denominator serves the whole step, so any split into
-    micro-batches gives the same gradient. Where processes share a step, `write` gives each of them
-    all episodes, `split` its share, and combine(student, sums) -> sums adds up gradients, figures.
+    micro-batches gives the same gradient.
     """
     watch = Stopwatch()
     episodes = write(examples)  # 1. y ~ p_S(. | x)
@@ -474,7 +462,7 @@ def train_step(
     trained = sum(len(e.completion_ids) for e in episodes)
     count = max(1, trained)  # N of the whole step
     sums = Counter()
-    for batch in split(episodes, token_budget):
+    for batch in micro_batches(episodes, token_budget):
         columns = ((e.prompt_ids, e.teacher_ids, e.completion_ids) for e in batch)
         contexts, views, completions = zip(*columns)
         # Autocast would keep its copies of the weights to the end of the block: no cache.
@@ -490,8 +478,6 @@ def train_step(
                 )
             )
             watch.lap("s_update")
-    if combine:
-        sums = combine(student, sums)
     norm = optimizer_step(student, optimizer, lr, max_grad_norm)  # 5. one step
     watch.lap("s_update")
     figures = {name: total / count for name, total in sums.items()}
@@ -532,7 +518,7 @@ def batches(items, size, seed):
 
 def train(
     student, teacher, examples, write, loss, optimizer, steps=100, batch=32, lr=5e-6, warmup=5,
-    seed=0, start=0, rank=0, ema_teacher=None, ema_decay=0.99, **options,
+    seed=0, start=0, ema_teacher=None, ema_decay=0.99, **options,
 ):
     """The loop: yields (step from 1, episodes, figures) after each step, for a caller that logs
     and saves. The batch and the draws of a step depend on seed and number alone: with weights,
@@ -542,7 +528,7 @@ def train(
     """
     of_steps = itertools.islice(batches(examples, batch, seed), start, steps)
     for step, some in enumerate(of_steps, start + 1):
-        torch.manual_seed(crc32(f"{seed} {step} {rank}".encode()))
+        torch.manual_seed(crc32(f"{seed} {step}".encode()))
         lr_now = lr * min(1.0, step / max(1, warmup))
         episodes, figures = train_step(
             student, teacher, some, write, loss, optimizer, lr_now, **options
@@ -678,7 +664,7 @@ def signed_weight(criterion):
 
 
 PLACEHOLDERS = set(  # of prompt files
-    "question box answer reference solution rubric rubric_json response statements fence analysis"
+    "question box answer reference solution rubric rubric_json response statements fence"
     .split()
 )
 
@@ -701,7 +687,7 @@ def row_fields(row):
         "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
     }
     filled = {name: text for name, text in fields.items() if text}
-    return {"box": "", "reference": "", "analysis": "(none so far)"} | filled
+    return {"box": "", "reference": ""} | filled
 
 
 class Written(NamedTuple):
@@ -1092,13 +1078,12 @@ def written_text(tokenizer, prompt, ids):
 @dataclass
 class ModelWriter:
     """A model of this process. Its prompts are token ids; `sample` (as `model_writes` takes it)
-    does the writing, so that another engine can take its place."""
+    does the writing, so that a compiled one can take its place."""
 
     sample: Callable
     tokenizer: object
     room: float  # the longest prompt, in tokens
     thinking: bool = False
-    engine: object = None  # what samples in the model's place and has to `load` its weights
     size: int = 64  # prompts at a time
 
     def prompt(self, template, fields):
@@ -1127,7 +1112,7 @@ def merged_weights(model):
         if hasattr(module, "get_delta_weight"):
             own = name + ".weight"
             fits = own in weights
-            require(fits, f"the adapters of {name} cannot be merged: --compile off, no vllm.")
+            require(fits, f"the adapters of {name} cannot be merged: take --compile off.")
             weights[own] = weights[own] + module.get_delta_weight("default")
     return weights
 
@@ -1168,81 +1153,6 @@ class StaticSampler:
             for i, (ids, stopped) in zip(unfinished, more):
                 written[i] = written[i][0] + ids, stopped
         return written
-
-
-class VllmSampler:
-    """vLLM in the place of `sample_completions`: prompts of ids in; ids, stopped and the log-probs
-    of the ids out.
-
-    `load` gives it a model's weights; `gap` compares its log-probs with that model's, since an
-    engine with old or other weights would spoil every on-policy method in silence.
-    """
-
-    def __init__(self, model, stop, max_new_tokens, batch_size, launcher=None, **sampling):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # it takes the weights in this process
-        import vllm  # optional; main says how to get it
-
-        self.sampling = sampling | {
-            "max_tokens": max_new_tokens,
-            "stop_token_ids": sorted(stop),
-            "logprobs": 0,  # those of the sampled tokens alone
-            "detokenize": False,
-        }
-        self.dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-        with tempfile.TemporaryDirectory() as folder:
-            model.config.save_pretrained(folder)
-            self.llm = vllm.LLM(
-                folder,
-                load_format="dummy",
-                hf_overrides={"tie_word_embeddings": False},  # or 0.32 does not reload the head
-                distributed_executor_backend=launcher,
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # the model's own defaults are set aside
-                dtype=self.dtype,
-                max_model_len=-1,  # as much as the memory holds
-                max_num_seqs=batch_size,
-                gpu_memory_utilization=0.3,
-                enforce_eager=self.dtype == torch.float32,
-            )
-        self.load(model)
-
-    def load(self, model):
-        """Take over the model's weights, and forget what the old ones computed."""
-        weights = merged_weights(model)
-        weights["lm_head.weight"] = model.get_output_embeddings().weight.detach()
-        named = ((name, x.to(self.dtype)) for name, x in weights.items())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
-        self.llm.reset_prefix_cache()
-
-    def __call__(self, prompts):
-        from vllm import SamplingParams
-
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()  # they follow torch's
-        how = [SamplingParams(seed=seed, **self.sampling) for seed in seeds]
-        written = []
-        for answer in self.llm.generate(asked, how, use_tqdm=False):
-            out = answer.outputs[0]
-            ids = list(out.token_ids)
-            log_probs = [at[i].logprob for i, at in zip(ids, out.logprobs)]
-            written.append((ids, out.finish_reason == "stop", log_probs))
-        self.last = list(zip(prompts, written))
-        return written
-
-    @torch.no_grad()
-    def gap(self, model, n=4):
-        """The mean distance in nats between the log-probs of the tokens of the first n completions
-        and the model's own. UserError: these are other weights."""
-        contexts, written = zip(*self.last[:n])
-        completions, _, theirs = zip(*written)
-        with torch.autocast("cuda", torch.bfloat16, model.device.type == "cuda"):
-            logits = logits_of(model, rescore(model, contexts, completions))
-        ids = torch.tensor(sum(completions, []), device=model.device)
-        own = log_prob(logits, ids).cpu()
-        gap = F.l1_loss(own, torch.tensor(sum(theirs, []))).item()
-        bound = 1e-4 if self.dtype == torch.float32 else 0.1
-        require(gap < bound, f"--engine vllm: it is {gap:.3g} nats a token off; stopped.")
-        return gap
 
 
 @dataclass
@@ -1331,81 +1241,7 @@ class ServerWriter:
         return Written(as_text(content), known, not is_cut_off)
 
 
-# ---- 8. Many processes: all that knows of torchrun's ranks ---------------------------------------
-
-LAUNCHED = os.environ if torch.distributed.is_torchelastic_launched() else {}  # by torchrun
-RANK = int(LAUNCHED.get("RANK", 0))
-WORLD_SIZE = int(LAUNCHED.get("WORLD_SIZE", 1))
-
-
-def start_processes():
-    """Join the process group, where torchrun has started several processes."""
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(torch.distributed.get_node_local_rank())
-
-
-def leave(code):
-    """Exit, after the other processes; at once, since gloo's threads can abort another exit."""
-    if WORLD_SIZE == 1:
-        sys.exit(code)
-    if code == 0:
-        all_gather("done")
-        torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def all_gather(x):
-    """x of every process, in order of rank. Each process has to call it."""
-    parts = [x] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        torch.distributed.all_gather_object(parts, x)
-    return parts
-
-
-def say(*words):
-    """Print, on the first process alone."""
-    if RANK == 0:
-        tqdm.write(" ".join(map(str, words)))
-
-
-def progress(items, description, **options):
-    """A progress bar, on the first process alone."""
-    return tqdm(items, desc=description, disable=RANK > 0, **options)
-
-
-def seed_process(seed):
-    """Seed torch, each process differently."""
-    torch.manual_seed(seed * WORLD_SIZE + RANK)
-
-
-def sample_together(sample, prompts):
-    """Every process samples its share of the prompts -> all completions, on each, in order."""
-    shares = all_gather(sample(prompts[RANK::WORLD_SIZE]))
-    return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
-
-
-def my_micro_batches(episodes, token_budget):
-    """This process's part of each micro-batch."""
-    batches = micro_batches(episodes, token_budget, devices=WORLD_SIZE)
-    return [batch[RANK::WORLD_SIZE] for batch in batches if len(batch) > RANK]
-
-
-def sum_over_processes(model, sums):
-    """Add up the gradients and the figures."""
-    if WORLD_SIZE > 1:
-        for p in model.parameters():
-            if p.grad is not None:
-                torch.distributed.all_reduce(p.grad)
-    total = Counter()
-    for part in all_gather(sums):
-        total.update(part)  # a Counter's update adds
-    return total
-
-
-# ---- 9. Files: checkpoints, and lines that go on -------------------------------------------------
+# ---- 8. Files: checkpoints, and lines that go on -------------------------------------------------
 
 
 def lock(path):
@@ -1430,7 +1266,7 @@ def lock(path):
 LOCK = "rsd.lock"  # the folder that holds this file is a run's
 MAY_CHANGE = ("out", "resume", "steps", "save_every", "given")  # settings, where a run goes on
 NOT_TO_THE_BIT = (  # these may, too, but sums and samples then differ in their last digits or more
-    "token_budget", "batch_size", "gradient_checkpointing", "engine", "compile", "processes",
+    "token_budget", "batch_size", "gradient_checkpointing", "compile",
 )
 
 
@@ -1455,9 +1291,7 @@ def fingerprint(model):
 
 def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     """Write checkpoint-N after N steps, as state["metrics"] counts them, and remove all but the
-    last two; every process calls it. UserError: it cannot be written."""
-    if RANK > 0:
-        return
+    last two. UserError: it cannot be written."""
     shared = set(student.parameters())
     theirs = (teacher or student).named_parameters()
     state["teacher"] = {name: p for name, p in theirs if p not in shared}
@@ -1494,14 +1328,14 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
 def open_run(out, settings, resume):
     """The run in the folder `out`, new or as its last checkpoint has it -> (lock, state).
 
-    Keep the lock; it is None on other processes than the first. state: settings; metrics, a dict
+    Keep the lock. state: settings; metrics, a dict
     for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
     UserError: `out` holds something else, or a run with other settings or without `resume`.
     """
     is_free = not any(out.glob("[!.]*")) or (out / LOCK).exists()
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
     last = last_checkpoint(out)
-    held = lock(out / LOCK) if RANK == 0 else None
+    held = lock(out / LOCK)
     now = {  # the name alone of a file, since it may move
         name: Path(str(x)).name for name, x in settings.items() if name not in MAY_CHANGE
     }
@@ -1522,9 +1356,8 @@ def open_run(out, settings, resume):
         if changed:
             say("note: it goes on, but not to the bit as it would have, with other", *changed)
         state["settings"] = now
-    if RANK == 0:
-        lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
-        (out / "metrics.jsonl").write_text("".join(lines))
+    lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
+    (out / "metrics.jsonl").write_text("".join(lines))
     return held, state
 
 
@@ -1568,20 +1401,20 @@ def remember(path, jobs, work, description, origin):
     all jobs. UserError: the file has another origin.
     """
     file, old = None, []
-    if path and RANK == 0:
+    if path:
         file, old = open_lines(Path(path), origin)
     columns, _ = jobs[0]
 
     def key(line):
         return json.dumps([line.get(name) for name in columns])
 
-    done = {key(line): line for line in all_gather(old)[0]}
+    done = {key(line): line for line in old}
     wanted = {key(job[0]): job for job in jobs}  # equal ones are asked once
     todo = [job for k, job in wanted.items() if k not in done]
     say(len(todo), "of", len(jobs), "are still to do (others repeat, or are done)")
-    torch.manual_seed(torch.initial_seed() + len(done) * WORLD_SIZE)  # not the old samples again
+    torch.manual_seed(torch.initial_seed() + len(done))  # not the old samples again
     answers = work([asked for _, asked in todo])
-    for i, answer in progress(answers, description, total=len(todo)):
+    for i, answer in tqdm(answers, description, total=len(todo)):
         item, _ = todo[i]
         line = done[key(item)] = item | answer | origin
         if file and line["text"] is not None:
@@ -1589,7 +1422,7 @@ def remember(path, jobs, work, description, origin):
     return [done[k] for k in wanted]
 
 
-# ---- 10. Seeing the credit: which tokens the rubric moves, and which criterion moves them --------
+# ---- 9. Seeing the credit: which tokens the rubric moves, and which criterion moves them --------
 
 
 @torch.no_grad()
@@ -1641,7 +1474,7 @@ def write_page(out, page):
     out.write_text(skeleton.replace("{data}", data), "utf-8")
 
 
-# ---- 11. Models and data -------------------------------------------------------------------------
+# ---- 10. Models and data -------------------------------------------------------------------------
 
 
 def hub_name(name):
@@ -1723,25 +1556,6 @@ def add_lora(model, rank):
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
-
-
-BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # a CPU gains nothing
-
-
-def compile_layers(model, backend=BACKEND):
-    """Compile a model's decoder layers in place; its weights keep their names. One that does not
-    compile goes on as it is, which is said."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.compile(dynamic=True, backend=backend)
-    torch._dynamo.config.recompile_limit = 32  # of train and eval, dtypes, shapes
-    try:  # as `train_step` calls it
-        with torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available(), cache_enabled=False):
-            rescore(model, [[1, 2, 3]] * 2, [[4, 5, 6]] * 2)
-    except Exception as error:  # of dynamo, inductor and the compilers behind them
-        say(f"note: {model.config.model_type} is not compiled ({error!r:.150})")
-        for layer in layers:
-            layer._compiled_call_impl = None
 
 
 # Rubrics of files. A criterion is a string, or an object with fields of these names, of which the
@@ -2044,12 +1858,12 @@ def make_examples(rows, templates, readers, needs=()):
     require(readers[0].room > 0, "--max-new-tokens leaves no room for a prompt in this model.")
     wanted = sorted({*needs, *PLACEHOLDER.findall("".join(templates))})
     examples, dropped = [], Counter()
-    for row in progress(rows, "contexts", leave=False):
+    for row in tqdm(rows, "contexts", leave=False):
         fields = row_fields(row)
         known = score("", row) | fields
         missing = [name for name in wanted if known.get(name) is None]
         if missing:
-            dropped[f"no {missing[0]}"] += 1  # a score takes checks, --judge or a short reference
+            dropped[f"no {missing[0]}"] += 1  # a score takes checks or a short reference
             continue
         prompts = [reader.prompt(text, fields) for text, reader in zip(templates, readers)]
         if max(map(len, prompts)) <= readers[0].room:
@@ -2061,12 +1875,12 @@ def make_examples(rows, templates, readers, needs=()):
     require(
         examples,
         f"no row is left of all that were read: {dict(dropped)}; rubrics come from the data or "
-        "from generate by --rubrics, their score by --judge.",
+        "from generate by --rubrics.",
     )
     return examples
 
 
-# ---- 12. Commands: the only functions that see the command line's arguments ----------------------
+# ---- 11. Commands: the only functions that see the command line's arguments ----------------------
 
 LEAK = re.compile(r"(?i)\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b")
 STAGES = {  # what is learned: (the student's prompt file, the teacher's)
@@ -2116,8 +1930,7 @@ class Sampling:
     top_p: float = flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
     top_k: int = flag(20, "Sample from this many of the likeliest tokens; 0 is all.")
     batch_size: int = flag(64, "Completions that are sampled at a time.")
-    engine: str = flag("transformers", "What draws them.", ("transformers", "vllm"))
-    compile: str = flag("auto", "Compile; auto: where it pays.", ("auto", "on", "off"))
+    compile: str = flag("auto", "Compile the sampler; auto: where it pays.", ("auto", "on", "off"))
 
 
 @dataclass
@@ -2182,7 +1995,6 @@ class Learning:
     clip: str = flag("none", "Cap entries or the sum at .05.", ("none", "entry", "token"))
     loss_temperature: float = flag(1.0, "Divides both logits in the divergence.")
     teacher: str = flag("fixed", "Its weights; ema: decay .99.", ("fixed", "ema", "live"))
-    judge: str = flag("", "Model, or NAME@URL, that scores rubrics without checks for a reward.")
     kl: float = flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
     rollouts: int = flag(1, "Completions of each prompt; GRPO needs 2 or more.")
 
@@ -2231,8 +2043,6 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
                 method.reward and self.rollouts < 2,
             "--method rsd-grpo: needs a --kl above 0.": self.method == "rsd-grpo" and not self.kl,
             "--loss-temperature: has to be above 0.": self.loss_temperature == 0,
-            f"--batch {self.batch}: each of {WORLD_SIZE} processes needs a prompt.":
-                self.batch < WORLD_SIZE,
         }
         for sentence, applies in mistakes.items():
             require(not applies, sentence)
@@ -2253,14 +2063,14 @@ class Demo:
 def refuse_unused(args, given):
     """UserError: a flag was given that a run with these settings does not use."""
     cases = [
-        ("@http" in args.model, "a server", "top_k thinking engine compile"),
-        (isinstance(args, Inspect), "inspect", "limit engine compile"),
+        ("@http" in args.model, "a server", "top_k thinking compile"),
+        (isinstance(args, Inspect), "inspect", "limit compile"),
     ]
     if isinstance(args, Train):
         method, named = METHODS[args.method], f"method {args.method}"
         has_divergence = method.signal == "divergence"
         is_sampled = args.divergence == "sampled"
-        drawing = "rollouts temperature top_p top_k batch_size engine"
+        drawing = "rollouts temperature top_p top_k batch_size compile"
         shape = "support tail clip loss_temperature"
         cases += [
             (method.writer == "reference", named, drawing),
@@ -2268,7 +2078,6 @@ def refuse_unused(args, given):
             (has_divergence and not is_sampled, named, "kl"),
             (method.sees != "rubric", named, "teacher_context"),
             (not method.sees and not args.kl, named, "teacher"),
-            (method.reward != "rubric_score", named, "judge"),
             (is_sampled, "--divergence sampled", shape),
             (args.support == 0, "--support 0", "tail"),
             (args.stage != "reason", f"--stage {args.stage}", "teacher_context"),
@@ -2347,7 +2156,7 @@ def say_next_judge(args, answers):
 
 
 def model_writer(args, model, tokenizer, completions=0):
-    """The writer that samples so many completions from this model, each process a share."""
+    """The writer that samples so many completions from this model."""
     on, off = (context_ids(tokenizer, "@", {}, thinking) for thinking in (True, False))
     if args.thinking == "on" and on == off:
         say("warning: --thinking on changes nothing in this model's chat template")
@@ -2356,22 +2165,17 @@ def model_writer(args, model, tokenizer, completions=0):
     flags = "max_new_tokens temperature top_p top_k batch_size".split()
     sampling = {name: getattr(args, name) for name in flags}
     sampling["stop"] = stop_ids(model, tokenizer)
-    engine, sample = None, functools.partial(sample_completions, model, **sampling)
-    if args.engine == "vllm":
-        launcher = "external_launcher" if WORLD_SIZE > 1 else None  # an engine for each process
-        engine = VllmSampler(model, launcher=launcher, **sampling)
-        longest = engine.llm.llm_engine.model_config.max_model_len
-    elif is_compiled(args, completions):
-        engine = StaticSampler(model, is_trained=isinstance(args, Train), **sampling)
-        say("the sampler has a copy of the weights, and is compiled, once, in about 2 minutes")
-    sample = functools.partial(sample_together, engine or sample)
-    room, size = longest - args.max_new_tokens, 2 * args.batch_size * WORLD_SIZE
-    return ModelWriter(sample, tokenizer, room, args.thinking == "on", engine, size)
+    sample = functools.partial(sample_completions, model, **sampling)
+    if is_compiled(args, completions):
+        sample = StaticSampler(model, is_trained=isinstance(args, Train), **sampling)
+        say("the sampler has a copy of the weights, and is compiled, once, in about a minute")
+    room = longest - args.max_new_tokens
+    return ModelWriter(sample, tokenizer, room, args.thinking == "on", 2 * args.batch_size)
 
 
 def open_writer(args, completions):
     """The writer that --model names: a server's model, or one that is loaded here."""
-    if "@http" in args.model and WORLD_SIZE == 1:
+    if "@http" in args.model:
         return ServerWriter(args.model, vars(args))
     return model_writer(args, *load_model(args.model, half=True), completions)
 
@@ -2402,7 +2206,7 @@ def write_lines(args, name, columns, ask, rate, k=1):
     weights = Path(last_checkpoint(args.model) or args.model).glob("*.safetensors")
     origin["saved"] = max((file.stat().st_mtime for file in weights), default=0.0)
     origin["prompt"] = crc32(template.encode())
-    seed_process(args.seed)
+    torch.manual_seed(args.seed)
     tries = 3 if args.temperature > 0 else 1  # or it would only be repeated
     lines = remember(args.out, jobs, functools.partial(ask, writer, tries=tries), name, origin)
     return report(lines, name, {key_of(row): row for row in rows}, rate)
@@ -2459,75 +2263,25 @@ def cmd_judge(args):
 # -- train
 
 
-def rewards_of_judge(args):
-    """A function that gives episodes, with these texts, the rubric_score of --judge."""
-    how = settle(Judge, model=args.judge, prompts=args.prompts, batch_size=args.batch_size)
-    (template,) = prompt_files(how, how.writer)
-    is_server = "@http" in args.judge  # which one process asks
-    writer = ServerWriter(args.judge, vars(how)) if is_server else open_writer(how, 0)
-
-    def judge_them(episodes, texts):
-        watch, asked = Stopwatch(), []
-        for e, text in zip(episodes, texts):
-            row = e.row | {"response": after_thinking(text) or "(no answer)"}
-            asked.append((row, writer.prompt(template, row_fields(row))))
-        verdicts = [] if is_server and RANK > 0 else list(judge(writer, asked, tries=1))
-        for i, said in all_gather(verdicts)[0]:
-            e, met = episodes[i], said["judge"]
-            e.scores |= judge_scores(met, e.row) | {"unread": met is None}
-        watch.lap("s_judge")
-        episodes[0].scores |= watch.seconds
-
-    return judge_them
-
-
-def reason_first(args, reader, teacher):
-    """A function that gives examples a teacher's context with an {analysis} in it, which its own
-    weights write, greedily, by the prompt file analysis.txt. A fixed teacher writes it once."""
-    context, analysis = prompt_files(args, args.teacher_context, "analysis")
-    how = copy.copy(args)
-    how.temperature, how.engine, how.compile = 0.0, "transformers", "off"
-    writer, kept = model_writer(how, teacher, reader.tokenizer), {}
-
-    def analyse(examples):
-        todo = [e.row for e in examples if args.teacher != "fixed" or id(e.row) not in kept]
-        for i, written in writer([writer.prompt(analysis, row_fields(row)) for row in todo]):
-            kept[id(todo[i])] = written
-        for e in examples:
-            written = kept[id(e.row)]
-            fields = row_fields(e.row | {"analysis": after_thinking(written.text) or ""})
-            figures = {"analysis": written.tokens, "analysis_cut": not written.stopped}
-            yield replace(e, teacher_ids=reader.prompt(context, fields), scores=figures)
-
-    return analyse
-
-
-def training_writer(args, writer, author, teacher=None):
+def training_writer(args, writer, author):
     """Step 1 of `train_step` for this method: examples -> episodes, written by the model `author`,
     and graded."""
     method = METHODS[args.method]
-    tokenizer, engine = writer.tokenizer, writer.engine
+    tokenizer = writer.tokenizer
     seen = "teacher_ids" if method.writer == "teacher" else "prompt_ids"
-    judge_them = rewards_of_judge(args) if args.judge else None
-    (context,) = prompt_files(args, args.teacher_context)
-    analyse = reason_first(args, writer, teacher) if "{analysis}" in context else list
 
     def write(examples):
-        episodes = examples = list(analyse(examples))
+        episodes = examples
         if method.writer != "reference":
-            if engine:
-                engine.load(author)
+            if isinstance(writer.sample, StaticSampler):
+                writer.sample.load(author)
             episodes = model_writes(writer.sample, examples, args.rollouts, seen)
         texts = [written_text(tokenizer, getattr(e, seen), e.completion_ids) for e in episodes]
         for e, text in zip(episodes, texts):
             is_reason = args.stage == "reason"
             read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
             own = {"leak": bool(LEAK.search(text)), "truncated": not e.stopped}
-            e.scores = e.scores | own | {"length": len(e.completion_ids)} | read
-        if args.engine == "vllm":
-            episodes[0].scores["engine_gap"] = engine.gap(author)
-        if judge_them:
-            judge_them(episodes, texts)
+            e.scores = own | {"length": len(e.completion_ids)} | read
         if method.reward:
             rewards = [e.scores[method.reward] for e in episodes]
             for e, gain in zip(episodes, group_advantages(rewards, args.rollouts)):
@@ -2537,7 +2291,7 @@ def training_writer(args, writer, author, teacher=None):
     return write
 
 
-def set_up(args, state, compiled):
+def set_up(args, state):
     """Student, tokenizer, teacher (None where none is asked) and optimizer of a run, as at its
     start or as the last checkpoint in --out has them."""
     student, tokenizer = load_model(args.model, half=args.lora_rank > 0)
@@ -2565,18 +2319,14 @@ def set_up(args, state, compiled):
         require(fits, f"--out {args.out}: its optimizer's state is of another model.")
         if state["teacher"]:
             teacher.load_state_dict(state["teacher"], strict=False)
-    if compiled:
-        compile_layers(student)
-        if teacher:
-            compile_layers(teacher)
     return student, tokenizer, teacher, optimizer
 
 
-def training_loss(args, compiled=False):
+def training_loss(args):
     """`token_loss` with this method's signal and the flags' options."""
     signal = METHODS[args.method].signal
     return functools.partial(
-        torch.compile(token_loss, dynamic=True, backend=BACKEND) if compiled else token_loss,
+        token_loss,
         signal=args.divergence if signal == "divergence" else signal,
         kl=args.kl,
         top_k=args.support,
@@ -2594,15 +2344,14 @@ def log_step(out, step, episodes, figures):
         say_once("warning: every completion was cut off; raise --max-new-tokens")
     if metrics["loss"] == 0:
         say_once("warning: the loss is exactly 0, so that nothing is learned in such a step")
-    if RANK == 0:
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
     return metrics
 
 
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
-    names = "step loss entropy length rubric_score unread recall accuracy seconds".split()
+    names = "step loss entropy length rubric_score recall accuracy seconds".split()
     known = [name for name in names if metrics.get(name) is not None]
     say(*(f"{name} {metrics[name]:<6.4g}" for name in known), f"\n    {sample[:90]!r}")
 
@@ -2632,42 +2381,35 @@ def cmd_train(args):
     out = Path(args.out).resolve()
     method = METHODS[args.method]
     rows, templates, seen = training_data(args)
-    kept = {"data and prompts": seen, "processes": WORLD_SIZE}
-    held, state = open_run(out, vars(args) | kept, args.resume)
+    held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
     history, start = state["metrics"], len(state["metrics"])
-    require(len({*all_gather(start)}) == 1, f"--out {out}: all nodes have to see it.")
     completions = args.steps * args.batch * args.rollouts
-    compiled = is_compiled(args, completions)
-    student, tokenizer, teacher, optimizer = set_up(args, state, compiled)
+    student, tokenizer, teacher, optimizer = set_up(args, state)
     author = teacher if method.writer == "teacher" else student
     is_reference = method.writer == "reference"
     writer = model_writer(args, author, tokenizer, 0 if is_reference else completions)
-    needs = ["solution"] if is_reference else []
-    if method.reward:
-        needs = ["rubric" if args.judge else method.reward]
+    needs = ["solution"] if is_reference else list(filter(None, [method.reward]))
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
     if is_reference:
         examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
     state["questions"] = sorted({question_hash(e.row) for e in examples})
-    write = training_writer(args, writer, author, teacher)
+    write = training_writer(args, writer, author)
     is_asked = args.kl or method.signal == "divergence"
     steps = train(
-        student, teacher if is_asked else None, examples, write, training_loss(args, compiled),
-        optimizer, args.steps, args.batch, args.lr, args.warmup, args.seed, start, RANK,
+        student, teacher if is_asked else None, examples, write, training_loss(args),
+        optimizer, args.steps, args.batch, args.lr, args.warmup, args.seed, start,
         ema_teacher=teacher if args.teacher == "ema" else None, token_budget=args.token_budget,
         chunk=192_000_000 if torch.cuda.is_available() else 24_000_000,
-        split=my_micro_batches, combine=sum_over_processes,
     )
-    for step, episodes, figures in progress(steps, "train", initial=start, total=args.steps):
+    for step, episodes, figures in tqdm(steps, "train", initial=start, total=args.steps):
         history.append(log_step(out, step, episodes, figures))
         is_last = step == args.steps
         if step == start + 1 or is_last or step % 5 == 0:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
         if is_last or step % args.save_every == 0:
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
-    all_gather("the others wait for the last save")
     say(out, "has", len(history), "steps, of which new:", len(history) - start)
     is_all = Path(args.data).is_file() and not args.limit  # of it, eval would leave out every row
     held_out = "OTHER-QUESTIONS.jsonl" if is_all else args.data
@@ -2710,11 +2452,11 @@ def inspect_rollouts(args):
     reader = model_writer(args, teacher, tokenizer)
     examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, ["rubric"])]
     nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")  # no criterion may be left
-    seed_process(args.seed)
+    torch.manual_seed(args.seed)
     rollouts, named = [], set()
     for name, student in students.items():
         sample = model_writer(args, student, tokenizer).sample
-        for e in progress(model_writes(sample, examples), "credit"):
+        for e in tqdm(model_writes(sample, examples), "credit"):
             ids, rubric, without = e.completion_ids, e.row["rubric"], []
             for criterion in rubric:
                 others = [other for other in rubric if other is not criterion]
@@ -2826,7 +2568,6 @@ def main(argv=None):
     """Run one command -> its exit code. A user's mistake is one sentence on stderr, and 2."""
     try:
         args = parse_args(argv)
-        start_processes()
         COMMANDS[type(args)](args)
         return 0
     except KeyboardInterrupt:
@@ -2849,4 +2590,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a letter
-    leave(main())
+    sys.exit(main())
