@@ -44,7 +44,6 @@ import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -652,15 +651,13 @@ AVOIDS = re.compile(
 
 
 def signed_weight(criterion):
-    """What meeting a criterion is worth, below 0 for a fault: a negative weight or the title
-    Pitfall makes it one, unless its main verb is one of avoiding. A good answer meets "must not
-    ...", a bad one "Fails to warn against ..."."""
+    """What meeting a criterion is worth, below 0 for a fault: its weight. RaR's pitfalls are faults,
+    whatever sign they have, unless their main verb is one of avoiding: a good answer meets "must
+    not ...", a bad one "Fails to warn against ..."."""
     weight = criterion["weight"]
-    if criterion["title"].lower().startswith("pitfall"):
-        weight = -abs(weight)
-    if weight < 0 and AVOIDS.match(criterion["description"]):
-        weight = -weight
-    return weight
+    if not criterion["title"].lower().startswith("pitfall"):
+        return weight
+    return abs(weight) if AVOIDS.match(criterion["description"]) else -abs(weight)
 
 
 PLACEHOLDERS = set(  # of prompt files
@@ -946,14 +943,8 @@ def score(text, row):
 
 
 def score_rubric(rubric, row):
-    """A generated rubric: is it valid, how many criteria; which share of exact ones it has."""
-    wanted = {c["description"] for c in row["own_rubric"] or () if "check" in c}
-    found = wanted & {c["description"] for c in rubric or ()}
-    return {
-        "valid": float(bool(rubric)),
-        "criteria": len(rubric) if rubric else None,
-        "recall": len(found) / len(wanted) if wanted else None,
-    }
+    """A generated rubric: is it valid, and how many criteria has it?"""
+    return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None}
 
 
 VERDICT = re.compile(  # a word that stands as a value
@@ -1016,13 +1007,12 @@ def evaluate(samples):
 
 def group_advantages(rewards, group, eps=1e-4):
     """GRPO: (r - mean) / (std + eps) in each run of `group` rewards; equal ones give exactly 0 (eps
-    above 0), and so does None, which counts in no mean."""
+    above 0)."""
     advantages = []
     for start in range(0, len(rewards), group):
         run = rewards[start : start + group]
-        known = [r for r in run if r is not None] or [0.0]
-        mean, std = statistics.mean(known), statistics.pstdev(known)  # both are exact
-        advantages += [0.0 if r is None else (r - mean) / (std + eps) for r in run]
+        mean, std = statistics.mean(run), statistics.pstdev(run)  # both are exact
+        advantages += [(r - mean) / (std + eps) for r in run]
     return advantages
 
 
@@ -1185,16 +1175,10 @@ class ServerWriter:
 
     def __call__(self, prompts):
         """Yields (index, Written) for each prompt, as they come. UserError: of the first ones none
-        is answered, or none for twice as long as one may take."""
+        is answered."""
         with ThreadPool(self.sampling["batch_size"]) as pool:  # its threads die with the process
             answers = pool.imap_unordered(self.request, enumerate(prompts))
-            for count in range(1, len(prompts) + 1):
-                try:
-                    i, written = answers.next(2 * self.timeout)
-                except multiprocessing.TimeoutError:
-                    raise UserError(
-                        f"--model {self.server} has not answered for {2 * self.timeout} s."
-                    ) from None
+            for count, (i, written) in enumerate(answers, 1):
                 self.answered |= not written.refused
                 goes_on = self.answered or count < min(10, len(prompts))
                 require(goes_on, f"--model {self.server} answers no prompt: {written.refused}")
@@ -1284,11 +1268,6 @@ def to_disk(path):
     os.close(handle)
 
 
-def fingerprint(model):
-    """The sum of all weights without their signs, by which a model is known again."""
-    return sum(p.detach().abs().sum(dtype=torch.float64).item() for p in model.parameters())
-
-
 def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     """Write checkpoint-N after N steps, as state["metrics"] counts them, and remove all but the
     last two. UserError: it cannot be written."""
@@ -1296,9 +1275,8 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     theirs = (teacher or student).named_parameters()
     state["teacher"] = {name: p for name, p in theirs if p not in shared}
     state["optimizer"] = optimizer.state_dict()
-    state["fingerprint"] = fingerprint(student)
     state["saved"].append(len(state["metrics"]))
-    is_finite = math.isfinite(state["fingerprint"])
+    is_finite = all(p.isfinite().all() for p in student.parameters())
     require(is_finite, f"--out {out}: the last step left weights that are no numbers; not saved.")
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
@@ -1344,7 +1322,7 @@ def open_run(out, settings, resume):
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
         try:
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
-            needed = "settings metrics saved optimizer teacher fingerprint"
+            needed = "settings metrics saved optimizer teacher"
             was, *_ = [state[name] for name in needed.split()]
         except Exception as error:  # of torch and pickle
             raise UserError(
@@ -1573,15 +1551,16 @@ WORD_WEIGHT = {
     "high": 3, "medium": 2, "low": 1,
 }
 WEIGHT = r"(?P<weight>[-+−–]?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:points?|pts?)?"
-STATED = [  # how a string states its weight: "Essential Criteria: ...", "[5] ...", "... (5 points)"
-    rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)",
-    rf"[\[(] ?(?:points?: ?|weight:? ?)?{WEIGHT} ?[\])]:?(?P<item>.+)",  # in brackets, in front
-    rf"(?=[-+−–]|points?:|[\d.]+ ?(?:points?|pts?)\b)(?:points?: ?)?{WEIGHT}"  # or without
-    r" ?(?:[:–-]|, ?item:|(?=[^\W\d]))(?P<item>.+)",
-    rf"(?P<item>.+) [(\[](?=[-+−–]|[^)\]]{{0,20}}[a-z])(?:weight:? ?)?{WEIGHT}[)\]]\.?",
-]
+STATED = regex.compile(  # how a string states its weight
+    r"(?is)\s*(?:(?:[-*•]|\(?\d+[.)])\s+)?(?:"  # a bullet
+    rf"(?P<title>(?P<weight>{'|'.join(WORD_WEIGHT)}))(?: criteri\w+)?[ \d]*:(?P<item>.+)"
+    rf"|[\[(] ?(?:points?: ?|weight:? ?)?{WEIGHT} ?[\])]:?(?P<item>.+)"  # [5] ...
+    rf"|(?=[-+−–]|points?:|[\d.]+ ?(?:points?|pts?)\b)(?:points?: ?)?{WEIGHT}"  # +5: ...
+    r" ?(?:[:–-]|, ?item:|(?=[^\W\d]))(?P<item>.+)"
+    rf"|(?P<item>.+) [(\[](?=[-+−–]|[^)\]]{{0,20}}[a-z])(?:weight:? ?)?{WEIGHT}[)\]]\.?"
+    r"|(?P<item>.*))"  # not at all
+)
 FORMS = '"States the law", "[5] States the law" or {"description": "States the law", "weight": 5}'
-LISTS = "criteria rubric rubrics items positive negative pitfalls".split()
 say_once = functools.cache(say)
 
 
@@ -1596,7 +1575,7 @@ def field_of(item, meaning):
 
 def read_criterion(item):
     """An object -> a criterion with title (may be ""), description, weight (1 if none is stated),
-    perhaps check. ValueError, or regex.error of a check: it cannot be read."""
+    perhaps check. ValueError, or errors of regex for a check: it cannot be read."""
     stated = field_of(item, "weight").lower()
     if not stated:
         say_once("note: a criterion that states no weight weighs 1")
@@ -1607,11 +1586,8 @@ def read_criterion(item):
     if re.match("(?i)negative|penalty|true", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
-    check = item.get("check")
-    if check is not None:
-        if not (isinstance(check, str) and check):
-            raise ValueError("a check is a regular expression, as a text that is not empty")
-        criterion["check"] = regex.compile(check).pattern
+    if item.get("check") is not None:
+        criterion["check"] = regex.compile(item["check"]).pattern
     return criterion
 
 
@@ -1621,38 +1597,29 @@ def criteria_in(value):
     if isinstance(value, list):
         return sum(map(criteria_in, value), [])
     if isinstance(value, str):
-        text = re.sub(r"^\s*(?:[-*•]|\(?\d+[.)])\s", "", value).strip()
-        for way in STATED:
-            match = re.fullmatch(way, text, re.IGNORECASE | re.DOTALL)
-            if match:
-                return [match.groupdict()]
-        return [{"description": text}]
+        return [STATED.fullmatch(value).groupdict()]
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.60} is no criterion; one is {FORMS}")
     is_criterion = bool(field_of(value, "description"))
-    found = []
+    within = []
     for key, part in value.items():
-        is_section = isinstance(part, dict) and not is_criterion
-        if isinstance(part, list):
-            is_section = key in LISTS or dict in map(type, part)
-        if is_section:
+        is_list = isinstance(part, list) and (not is_criterion or dict in map(type, part))
+        if is_list or isinstance(part, dict):
             is_fault = "negative" in key or key == "pitfalls"
             sign = {"polarity": "negative"} if is_fault else {}
-            found += [item | sign for item in criteria_in(part)]
-    if is_criterion == bool(found):
+            within += [item | sign for item in criteria_in(part)]
+    if is_criterion == bool(within):
         raise ValueError(f"no criterion, or one with others within; one is {FORMS}")
-    return found or [value]
+    return within or [value]
 
 
 def read_rubric(value):
     """Criteria in any form that files have -> a rubric; None if there are none. ValueError, or
-    regex.error for a bad `check`: something cannot be read. Nothing is read in part."""
+    errors of regex for a bad `check`: something cannot be read. Nothing is read in part."""
     if isinstance(value, str):
-        try:
+        if re.match(r"\s*(?:[{|]|\[\s*[\"'\[{]|$)", value):
             value = json.loads(value.strip() or "[]")
-        except (ValueError, RecursionError) as error:
-            if re.match(r"\s*(?:[{|]|\[\s*[\"'\[{])", value):
-                raise ValueError(f"it is neither JSON nor lines; a criterion is {FORMS}") from error
+        else:
             value = re.split(r"(?i)\n(?=[ \t]*(?:[-*•] |\d+[.)] |\[|points:))", value)
     return [read_criterion(item) for item in criteria_in(value or [])] or None
 
@@ -2311,12 +2278,7 @@ def set_up(args, state):
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if state["metrics"]:
         student.load_state_dict(load_model(args.out)[0].state_dict())
-        same = math.isclose(fingerprint(student), state["fingerprint"], rel_tol=1e-9)
-        require(same, f"--out {args.out}: other weights than the run left there, or its base's.")
         optimizer.load_state_dict(state["optimizer"])
-        averages = [(p, x) for p, own in optimizer.state.items() for x in own.values()]
-        fits = all(x.numel() in (1, p.numel()) for p, x in averages)
-        require(fits, f"--out {args.out}: its optimizer's state is of another model.")
         if state["teacher"]:
             teacher.load_state_dict(state["teacher"], strict=False)
     return student, tokenizer, teacher, optimizer
@@ -2351,7 +2313,7 @@ def log_step(out, step, episodes, figures):
 
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
-    names = "step loss entropy length rubric_score recall accuracy seconds".split()
+    names = "step loss entropy length rubric_score accuracy seconds".split()
     known = [name for name in names if metrics.get(name) is not None]
     say(*(f"{name} {metrics[name]:<6.4g}" for name in known), f"\n    {sample[:90]!r}")
 
