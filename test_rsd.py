@@ -1753,14 +1753,6 @@ def test_options_that_a_server_does_not_know_are_left_out(stub):
     assert stub.seen[-1][2] == stub.seen[-2][2] == want
 
 
-def test_a_server_that_drips_is_left(stub):
-    stub.answer = lambda prompt: "drip"
-    with pytest.raises(rsd.UserError, match="has not answered for 0.4 s"):
-        list(server_writer(stub, timeout=0.2)(["q"]))
-    stub.end.set()
-    stub.wait(1)  # until its thread has given up, too
-
-
 @pytest.mark.parametrize("last", [401, "ctrl-c"])
 def test_answers_are_kept_as_they_come(stub, tmp_path, capsys, last):
     """A failure after 39 of 40 loses one, and a second call asks for that one alone."""
