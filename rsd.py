@@ -1089,47 +1089,24 @@ class ModelWriter:
                 yield i, Written(text, len(ids), stopped)
 
 
-@torch.no_grad()
-def merged_weights(model):
-    """{name: weight} as a plain model has them, a LoRA's adapters added in. UserError: adapters of
-    a kind that cannot be added, such as those on a mixture's experts."""
-    weights = {
-        name.replace(".base_layer", ""): x
-        for name, x in model.state_dict().items()
-        if "lora_" not in name
-    }
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            own = name + ".weight"
-            fits = own in weights
-            require(fits, f"the adapters of {name} cannot be merged: take --compile off.")
-            weights[own] = weights[own] + module.get_delta_weight("default")
-    return weights
-
-
 class StaticSampler:
-    """`sample_completions` with a static cache, on a copy of the writer in half precision.
+    """`sample_completions` with a static cache, on a frozen copy of the writer, as `make_teacher`
+    makes it, which takes over the writer's weights before each call.
 
-    On a GPU transformers compiles its decoding, which is five times as fast. `load` refreshes the
-    copy. Attention runs over the whole cache, however much of it is filled, so a long completion is
-    written in stages of `stage` tokens, each with a cache of the size it needs.
+    On a GPU transformers compiles its decoding, which is five times as fast. Attention runs over
+    the whole cache, however much of it is filled, so a long completion is written in stages of
+    `stage` tokens, each with a cache of the size it needs.
     """
 
-    def __init__(self, model, stop, max_new_tokens, stage=512, is_trained=True, **sampling):
+    def __init__(self, model, stop, max_new_tokens, stage=512, **sampling):
         self.stop, self.max_new_tokens, self.stage = stop, max_new_tokens, stage
         self.sampling = sampling
-        self.copy = model
-        if is_trained:
-            dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
-            with model.device:
-                self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-            self.load(model)
-
-    def load(self, model):
-        """Take over the model's weights, in place, since the compiled graphs know the places."""
-        self.copy.load_state_dict(merged_weights(model))
+        self.model, self.copy = model, make_teacher(model, "fixed")
 
     def __call__(self, prompts):
+        with torch.no_grad():
+            for own, theirs in zip(self.copy.parameters(), self.model.parameters()):
+                own.copy_(theirs)  # in place, since the compiled graphs know the places
         written = [([], False)] * len(prompts)
         for done in range(0, self.max_new_tokens, self.stage):
             unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
@@ -1492,7 +1469,7 @@ def switch_off_dropout(model):
 
 def load_model(name, half=False):
     """(model, tokenizer) of a directory, of a run's last checkpoint or of the hub, from safetensors
-    only; with half on a GPU in bfloat16. UserError: it is not found, it lacks weights, or
+    only; with half frozen, and in bfloat16 on a GPU. UserError: it is not found, it lacks weights, or
     `check_model` refuses it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if half and device == "cuda" else torch.float32
@@ -1517,7 +1494,7 @@ def load_model(name, half=False):
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts/plain_chat.jinja").read_text()
-    model.to(device)
+    model.to(device).requires_grad_(not half)
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
@@ -2103,9 +2080,9 @@ SHAPING = "model writer seed thinking max_new_tokens temperature top_p top_k".sp
 
 
 def is_compiled(args, completions):
-    """Does --compile say so, or do so many completions on a GPU pay for two minutes of it?"""
+    """Does --compile say so, or do so many completions on a GPU pay for a minute of it?"""
     pays = torch.cuda.is_available() and completions > 250
-    return pays if args.compile == "auto" else args.compile == "on"
+    return {"auto": pays, "on": True, "off": False}[args.compile]
 
 
 def say_next(args, command, **flags):
@@ -2134,7 +2111,7 @@ def model_writer(args, model, tokenizer, completions=0):
     sampling["stop"] = stop_ids(model, tokenizer)
     sample = functools.partial(sample_completions, model, **sampling)
     if is_compiled(args, completions):
-        sample = StaticSampler(model, is_trained=isinstance(args, Train), **sampling)
+        sample = StaticSampler(model, **sampling)
         say("the sampler has a copy of the weights, and is compiled, once, in about a minute")
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", 2 * args.batch_size)
@@ -2150,19 +2127,13 @@ def open_writer(args, completions):
 # -- generate, eval, judge
 
 
-def write_lines(args, name, columns, ask, rate, k=1):
+def write_lines(args, rows, name, columns, ask, rate, k=1):
     """What generate, eval and judge have in common: they let a model write what --out lacks, k
     times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
     prompt)], tries) -> answers, with what was read of them under `name`; rate(that, row) ->
     scores."""
     require(args.out != args.data, "--out: it is the file of --data; choose another.")
     (template,) = prompt_files(args, args.writer)
-    rows = load_questions(args)
-    if name == "text":
-        rows = without_trained(rows, args.model)
-    open_questions = sum(not row["reference_answer"] for row in rows)
-    if name == "rubric" and open_questions:
-        say(open_questions, "rows have no reference, and so their prompt has none")
     writer = open_writer(args, k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], [writer]):
@@ -2187,9 +2158,9 @@ def report(lines, name, row_of, rate):
         say(name, "is missing for", lost.total(), "of", len(lines), "because:", dict(lost))
     samples = []
     for line in lines:
-        if line.get("text") is not None:  # it was not refused
-            own = {figure: line.get(figure) for figure in ("tokens", "truncated")}
+        if line["text"] is not None:  # it was not refused
             scores = rate(line[name], row_of[key_of(line)] | line)
+            own = {"tokens": line["tokens"], "truncated": line["truncated"]}
             samples.append((key_of(line), scores | own))
     figures = evaluate(samples)
     # math_verify: without it, formulas are n/a
@@ -2204,18 +2175,22 @@ def report(lines, name, row_of, rate):
 
 def cmd_generate(args):
     """Write a rubric for every question."""
+    rows = load_questions(args)
+    without = sum(not row["reference_answer"] for row in rows)
+    say(without, "rows have no reference, and so their prompt has none")
     ask = functools.partial(generate_rubrics, parse=parse_rubric)
     columns = "question reference_answer solution"
-    summary = write_lines(args, "rubric", columns, ask, score_rubric)
+    summary = write_lines(args, rows, "rubric", columns, ask, score_rubric)
     say_next(args, "train", model="Qwen2.5-1.5B", rubrics=args.out)
     return summary
 
 
 def cmd_eval(args):
     """Answer held-out questions and grade the answers."""
+    rows = without_trained(load_questions(args), args.model)
     ask = functools.partial(write_until_read, read=lambda text, row: (text, ""), name="text")
     columns = "question reference_answer rubric"
-    summary = write_lines(args, "text", columns, ask, score, args.k)
+    summary = write_lines(args, rows, "text", columns, ask, score, args.k)
     if not summary.get("rubric_score_n"):
         say_next_judge(args, args.out or "ITS-OUT.jsonl")
     return summary
@@ -2224,7 +2199,7 @@ def cmd_eval(args):
 def cmd_judge(args):
     """Ask a model which criteria of its rubric each answer of eval's --out meets."""
     columns = "question reference_answer response rubric sample"
-    return write_lines(args, "judge", columns, judge, judge_scores)
+    return write_lines(args, load_questions(args), "judge", columns, judge, judge_scores)
 
 
 # -- train
@@ -2240,8 +2215,6 @@ def training_writer(args, writer, author):
     def write(examples):
         episodes = examples
         if method.writer != "reference":
-            if isinstance(writer.sample, StaticSampler):
-                writer.sample.load(author)
             episodes = model_writes(writer.sample, examples, args.rollouts, seen)
         texts = [written_text(tokenizer, getattr(e, seen), e.completion_ids) for e in episodes]
         for e, text in zip(episodes, texts):
@@ -2350,7 +2323,7 @@ def cmd_train(args):
     author = teacher if method.writer == "teacher" else student
     is_reference = method.writer == "reference"
     writer = model_writer(args, author, tokenizer, 0 if is_reference else completions)
-    needs = ["solution"] if is_reference else list(filter(None, [method.reward]))
+    needs = "solution" if is_reference else method.reward
     examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
     if is_reference:
         examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
@@ -2412,7 +2385,7 @@ def inspect_rollouts(args):
     if args.compare:
         students[args.compare], _ = load_model(args.compare, half=True)
     reader = model_writer(args, teacher, tokenizer)
-    examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, ["rubric"])]
+    examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, "rubric")]
     nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")  # no criterion may be left
     torch.manual_seed(args.seed)
     rollouts, named = [], set()
