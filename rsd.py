@@ -430,7 +430,7 @@ def flatten(episodes, device):
     """The N trained tokens -> their ids and their advantage, both [N]."""
     ids = [i for e in episodes for i in e.completion_ids]
     advantage = [e.advantage for e in episodes for _ in e.completion_ids]
-    return torch.tensor(ids, device=device), torch.tensor(advantage, device=device)
+    return torch.LongTensor(ids).to(device), torch.Tensor(advantage).to(device)
 
 
 def optimizer_step(model, optimizer, lr, max_grad_norm):
@@ -2063,9 +2063,8 @@ def prompt_files(args, *names):
         require(name in texts, f"{path}: there is no such prompt file.")
         require("\ufffd" not in texts[name], f"{path}: it is no UTF-8.")
         require("{question}" in texts[name], path + ": it has no {question}.")
-        unknown = sorted(set(PLACEHOLDER.findall(texts[name])) - PLACEHOLDERS)
-        known = sorted(PLACEHOLDERS)
-        require(not unknown, f"{path}: nothing fills {unknown}; what a row can fill is {known}.")
+        unknown = set(PLACEHOLDER.findall(texts[name])) - PLACEHOLDERS
+        require(not unknown, f"{path}: nothing fills {unknown}; a row has {PLACEHOLDERS}.")
     return [texts[name] for name in names]
 
 
@@ -2091,12 +2090,6 @@ def say_next(args, command, **flags):
     known = {"data": args.data} | args.given | flags
     words = [f"{as_flag(name)} {shlex.quote(str(x))}" for name, x in known.items() if name in kept]
     say("next: python rsd.py", command, *words)
-
-
-def say_next_judge(args, answers):
-    """Say the command that judges these answers, with its own limit of tokens."""
-    limit = Judge.max_new_tokens
-    say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=answers, max_new_tokens=limit)
 
 
 def model_writer(args, model, tokenizer, completions=0):
@@ -2192,7 +2185,8 @@ def cmd_eval(args):
     columns = "question reference_answer rubric"
     summary = write_lines(args, rows, "text", columns, ask, score, args.k)
     if not summary.get("rubric_score_n"):
-        say_next_judge(args, args.out or "ITS-OUT.jsonl")
+        answers, limit = args.out or "ITS-OUT.jsonl", Judge.max_new_tokens
+        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=answers, max_new_tokens=limit)
     return summary
 
 
@@ -2205,18 +2199,18 @@ def cmd_judge(args):
 # -- train
 
 
-def training_writer(args, writer, author):
-    """Step 1 of `train_step` for this method: examples -> episodes, written by the model `author`,
-    and graded."""
+def training_writer(args, writer):
+    """Step 1 of `train_step` for this method: examples -> episodes, written and graded."""
     method = METHODS[args.method]
-    tokenizer = writer.tokenizer
     seen = "teacher_ids" if method.writer == "teacher" else "prompt_ids"
 
     def write(examples):
         episodes = examples
         if method.writer != "reference":
             episodes = model_writes(writer.sample, examples, args.rollouts, seen)
-        texts = [written_text(tokenizer, getattr(e, seen), e.completion_ids) for e in episodes]
+        texts = [
+            written_text(writer.tokenizer, getattr(e, seen), e.completion_ids) for e in episodes
+        ]
         for e, text in zip(episodes, texts):
             is_reason = args.stage == "reason"
             read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
@@ -2330,7 +2324,7 @@ def cmd_train(args):
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
     state["questions"] = sorted({question_hash(e.row) for e in examples})
-    write = training_writer(args, writer, author)
+    write = training_writer(args, writer)
     is_asked = args.kl or method.signal == "divergence"
     steps = train(
         student, teacher if is_asked else None, examples, write, training_loss(args),
@@ -2340,19 +2334,17 @@ def cmd_train(args):
     )
     for step, episodes, figures in tqdm(steps, "train", initial=start, total=args.steps):
         history.append(log_step(out, step, episodes, figures))
-        is_last = step == args.steps
-        if step == start + 1 or is_last or step % 5 == 0:
+        if step % 5 == 1:
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
-        if is_last or step % args.save_every == 0:
+        if step == args.steps or step % args.save_every == 0:
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     say(out, "has", len(history), "steps, of which new:", len(history) - start)
-    is_all = Path(args.data).is_file() and not args.limit  # of it, eval would leave out every row
-    held_out = "OTHER-QUESTIONS.jsonl" if is_all else args.data
-    command, answers = "eval" if args.stage == "reason" else "generate", f"{args.out}.jsonl"
-    say_next(args, command, model=args.out, data=held_out, out=answers)
-    if args.stage == "reason":
-        say_next_judge(args, answers)
-        say_next(args, "inspect", model=args.model, data=held_out, compare=args.out, run=args.out)
+    is_file = Path(args.data).is_file()  # of whose rows eval leaves out those that were trained on
+    data = "OTHER-QUESTIONS.jsonl" if is_file else args.data
+    command = "eval" if args.stage == "reason" else "generate"
+    say_next(args, command, model=args.out, data=data, out=f"{args.out}.jsonl")
+    if command == "eval":
+        say_next(args, "inspect", model=args.model, data=data, compare=args.out, run=args.out)
     return {name: sum(m[name] for m in history) for name in ("trained", "seconds")}
 
 
