@@ -632,9 +632,11 @@ def model(args):
         ((*_, untrained),) = run_all(args, [(args, "student before", 0, args.lr[0], "test")])
         points = []
         for name, _, lr, figures in done:
-            lost = untrained["reference_log_prob"] - figures["reference_log_prob"]
-            points.append((name, name, lr, figures["rubric_score"], lost))
-        price_picture(args, points, "nats a token lost on the references")
+            if name in PRICED:
+                lost = untrained["reference_log_prob"] - figures["reference_log_prob"]
+                points.append((name, name, lr, figures["rubric_score"], lost))
+        if points:
+            price_picture(args, points, "nats a token lost on the references")
         done = [(f"{name}, lr {lr:g}", seed, lr, f) for name, seed, lr, f in done]
     columns = ["rubric_score", "tokens", "truncated", "entropy", "reference_log_prob"]
     columns += ["trained", "seconds", "peak_mb"]
