@@ -782,7 +782,7 @@ def test_micro_batches_keep_all_and_stay_in_budget(tok, budget):
 
 
 STEP_ON_A_GPU = """
-import json, math, os, torch
+import json, os, torch
 torch.cuda.init()  # the tests hide it
 import rsd, test_rsd
 os.environ["CUDA_VISIBLE_DEVICES"] = test_rsd.GPU  # which the import has hidden

@@ -551,7 +551,7 @@ def price_picture(args, runs, label):
         curves.append((*PRICED[name], means))
     most = max(cost for *_, means in curves for cost, _ in means)
     ticks = {1e-3: "0.001 or less", 1e-2: "0.01", 0.1: "0.1", 1: "1"}
-    ticks = {cost: text for cost, text in ticks.items() if cost < 3 * most}
+    ticks = {cost: text for cost, text in ticks.items() if cost < max(0.1, 3 * most)}
 
     def place_x(cost):
         return math.log10(cost / 1e-3) / math.log10(max(most, max(ticks)) / 1e-3)
