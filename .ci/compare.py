@@ -5,7 +5,6 @@
     python .ci/compare.py rates             three learning rates for each, on the validation split
     python .ci/compare.py price             rubric score against cost elsewhere, at temperature 1
     python .ci/compare.py model --model HuggingFaceTB/SmolLM2-135M-Instruct --data rar-science
-    python .ci/compare.py engines           tokens a second of transformers and of vLLM
 
 A run is never done twice: --out holds what is done. Each run is a process of its own with one
 thread; --jobs of them run at a time.
@@ -110,8 +109,8 @@ def writer_that(change):
     reads. view(episode, rubric): the teacher's context with this rubric in place of its own."""
     plain = rsd.training_writer
 
-    def training_writer(args, writer, *more):
-        write = plain(args, writer, *more)
+    def training_writer(args, writer, author):
+        write = plain(args, writer, author)
         (template,) = rsd.prompt_files(args, args.teacher_context)
 
         def view(e, rubric):
@@ -170,16 +169,16 @@ def position(where):
     plain_flatten, plain_loss = rsd.flatten, rsd.token_loss
 
     def flatten(episodes, device):
-        ids, _, log_probs = plain_flatten(episodes, device)
+        ids, _ = plain_flatten(episodes, device)
         weights = []
         for e in episodes:
             length = len(e.completion_ids)
             rising = (torch.arange(length, device=device) + 0.5) * 2 / length
             weights.append(rising if where == "late" else rising.flip(0))
-        return ids, torch.cat(weights), log_probs
+        return ids, torch.cat(weights)
 
-    def token_loss(student, teacher, ids, weight, *more, **options):
-        figures = plain_loss(student, teacher, ids, weight, *more, **options)
+    def token_loss(student, teacher, ids, weight, **options):
+        figures = plain_loss(student, teacher, ids, weight, **options)
         return figures | {"loss": weight * figures["loss"]}
 
     return {"flatten": flatten, "token_loss": token_loss}
@@ -332,7 +331,6 @@ REAL_SYSTEMS = {
     "rsd": {"method": "rsd"},
     "sft on the teacher's answers": {"method": "sft-teacher"},
     "grpo on the rubric score": {"method": "grpo-rubric", "rollouts": 4, "batch": 2},
-    "rsd, reason first": {"teacher_context": "rubric+analysis"},
     "rsd, contrast 0.25": {"idea": ("contrast", 0.25, "bare question")},
     "rsd, contrast 0.5": {"idea": ("contrast", 0.5, "bare question")},
     "rsd, contrast 1": {"idea": ("contrast", 1, "bare question")},
@@ -386,7 +384,7 @@ def real_system(args, name, seed, lr, split):
     """One row with one seed on a real model."""
     out = f"{args.out}/{name.replace(' ', '-')}-{lr:g}-{seed}-{args.temperature:g}"
     sampling = {"temperature": args.temperature, "top_p": 1.0, "top_k": 0, "max_new_tokens": 48}
-    common = {"prompts": str(BRIEF), "seed": seed, "engine": args.engine, **sampling}
+    common = {"prompts": str(BRIEF), "seed": seed, **sampling}
     model, figures = args.model, {}
     if REAL_SYSTEMS[name]:
         model = f"{out}/model"
@@ -414,7 +412,7 @@ def real_system(args, name, seed, lr, split):
 def one_run(job):
     """A row with one seed, in a process of its own; its figures are kept in --out."""
     args, name, seed, lr, split = job
-    settings = [name, lr, seed, split, args.steps, args.n, args.limit, args.model, args.engine]
+    settings = [name, lr, seed, split, args.steps, args.n, args.limit, args.model]
     if args.what == "model":
         settings += [args.temperature, *["by question"] * args.by_question]
     words = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, settings)))
@@ -553,7 +551,7 @@ def price_picture(args, runs, label):
         curves.append((*PRICED[name], means))
     most = max(cost for *_, means in curves for cost, _ in means)
     ticks = {1e-3: "0.001 or less", 1e-2: "0.01", 0.1: "0.1", 1: "1"}
-    ticks = {cost: text for cost, text in ticks.items() if cost < 3 * most}
+    ticks = {cost: text for cost, text in ticks.items() if cost < max(0.1, 3 * most)}
 
     def place_x(cost):
         return math.log10(cost / 1e-3) / math.log10(max(most, max(ticks)) / 1e-3)
@@ -634,9 +632,11 @@ def model(args):
         ((*_, untrained),) = run_all(args, [(args, "student before", 0, args.lr[0], "test")])
         points = []
         for name, _, lr, figures in done:
-            lost = untrained["reference_log_prob"] - figures["reference_log_prob"]
-            points.append((name, name, lr, figures["rubric_score"], lost))
-        price_picture(args, points, "nats a token lost on the references")
+            if name in PRICED:
+                lost = untrained["reference_log_prob"] - figures["reference_log_prob"]
+                points.append((name, name, lr, figures["rubric_score"], lost))
+        if points:
+            price_picture(args, points, "nats a token lost on the references")
         done = [(f"{name}, lr {lr:g}", seed, lr, f) for name, seed, lr, f in done]
     columns = ["rubric_score", "tokens", "truncated", "entropy", "reference_log_prob"]
     columns += ["trained", "seconds", "peak_mb"]
@@ -646,41 +646,9 @@ def model(args):
     print(text)
 
 
-def engines(args):
-    """Tokens a second of transformers and of vLLM, in turn, on the toy and on --model; no
-    completion ends early."""
-    for name, data, n, new in (("toy", "toy", 64, 60), (args.model, args.data[0], 16, 64)):
-        path = f"{rsd.TOY}/base-0" if name == "toy" else name
-        model, tokenizer = rsd.load_model(path)
-        prompts = []
-        for row in rsd.load_rows(data, "train", n):
-            prompts.append(rsd.context_ids(tokenizer, "{question}", row)[:120])
-        stop = {model.config.vocab_size - 1}
-        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        sampling |= {"max_new_tokens": new, "batch_size": n}
-        engine = rsd.VllmSampler(model, stop, 0.3, **sampling)
-        engine(prompts)  # the first call compiles
-        speeds = {"transformers": [], "vllm": []}
-        for _ in range(3):
-            for kind in speeds:
-                begin = time.perf_counter()
-                if kind == "vllm":
-                    written = engine(prompts)
-                else:
-                    written = rsd.sample_completions(model, prompts, stop, **sampling)
-                tokens = sum(len(ids) for ids, _ in written)
-                speeds[kind].append(tokens / (time.perf_counter() - begin))
-        begin = time.perf_counter()
-        engine.load(model)
-        loading = time.perf_counter() - begin
-        shown = {kind: [round(x) for x in sorted(found)] for kind, found in speeds.items()}
-        print(f"{name}: tokens a second {shown}; new weights {loading:.2f} s", flush=True)
-        del engine
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["toy", "rates", "price", "model", "engines"])
+    parser.add_argument("what", choices=["toy", "rates", "price", "model"])
     parser.add_argument("rows", nargs="*", help="rows of the table (default: all)")
     parser.add_argument("--seeds", type=int, help="default: 5 on the toy, 3 for price and model")
     parser.add_argument("--steps", type=int, help="default: 40 on the toy, 12 on a model")
@@ -691,7 +659,6 @@ def main():
     parser.add_argument("--lr", type=float, nargs="+", help="default: CHOSEN's on the toy, else 3e-5")
     parser.add_argument("--temperature", type=float, default=0.7, help="of all sampling, on a model")
     parser.add_argument("--by-question", action="store_true", help="a criterion for each question")
-    parser.add_argument("--engine", default="transformers")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", help="default: runs/compare-WHAT")
     args = parser.parse_args()
@@ -706,7 +673,7 @@ def main():
     if unknown:
         parser.error(f"unknown rows {sorted(unknown)}; there are {', '.join(known)}")
     args.rows = args.rows or list(known)
-    whats = {"toy": toy, "rates": rates, "price": price, "model": model, "engines": engines}
+    whats = {"toy": toy, "rates": rates, "price": price, "model": model}
     whats[args.what](args)
 
 
