@@ -595,7 +595,7 @@ LATEX_BACKSLASH = re.compile(
 def make_criterion(title="", description="", weight=None, **_):
     """A criterion of these fields. ValueError: a description without words, no finite weight."""
     number = float(str(weight))
-    if not re.search(r"[^\W_]", description) or not math.isfinite(number):
+    if not re.search(r"[^\W\d_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
     return {
         "title": valid_unicode(title),
@@ -1538,6 +1538,7 @@ STATED = regex.compile(  # how a string states its weight
     r"|(?P<item>.*))"  # not at all
 )
 FORMS = '"States the law", "[5] States the law" or {"description": "States the law", "weight": 5}'
+LISTS = "criteria rubric rubrics items positive negative pitfalls".split()
 say_once = functools.cache(say)
 
 
@@ -1563,7 +1564,7 @@ def read_criterion(item):
     if re.match("(?i)negative|penalty|true", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
-    if item.get("check") is not None:
+    if item.get("check"):
         criterion["check"] = regex.compile(item["check"]).pattern
     return criterion
 
@@ -1580,8 +1581,10 @@ def criteria_in(value):
     is_criterion = bool(field_of(value, "description"))
     within = []
     for key, part in value.items():
-        is_list = isinstance(part, list) and (not is_criterion or dict in map(type, part))
-        if is_list or isinstance(part, dict):
+        is_section = isinstance(part, dict) and not is_criterion
+        if isinstance(part, list):
+            is_section = key in LISTS or dict in map(type, part)
+        if is_section:
             is_fault = "negative" in key or key == "pitfalls"
             sign = {"polarity": "negative"} if is_fault else {}
             within += [item | sign for item in criteria_in(part)]
@@ -1793,14 +1796,14 @@ def with_rubrics(rows, source):
     return [row | {"rubric": found.get(key_of(row))} for row in rows]
 
 
-def make_examples(rows, templates, readers, needs=()):
+def make_examples(rows, templates, readers, needs=None):
     """Rows, prompt files and who reads each of them -> [(row, a prompt for each file)].
 
     A row that lacks a field (or a score, named in `needs`), or has a prompt for which its reader
     has no room, is left out, never cut, and counted. UserError: nothing is left.
     """
     require(readers[0].room > 0, "--max-new-tokens leaves no room for a prompt in this model.")
-    wanted = sorted({*needs, *PLACEHOLDER.findall("".join(templates))})
+    wanted = {needs, *PLACEHOLDER.findall("".join(templates))} - {None}
     examples, dropped = [], Counter()
     for row in tqdm(rows, "contexts", leave=False):
         fields = row_fields(row)
@@ -2063,13 +2066,14 @@ def prompt_files(args, *names):
         require(name in texts, f"{path}: there is no such prompt file.")
         require("\ufffd" not in texts[name], f"{path}: it is no UTF-8.")
         require("{question}" in texts[name], path + ": it has no {question}.")
-        unknown = set(PLACEHOLDER.findall(texts[name])) - PLACEHOLDERS
+        unknown = sorted(set(PLACEHOLDER.findall(texts[name])) - PLACEHOLDERS)
         require(not unknown, f"{path}: nothing fills {unknown}; a row has {PLACEHOLDERS}.")
     return [texts[name] for name in names]
 
 
 def load_questions(args):
     """The rows of --data, --split and --limit, with the rubrics of --rubrics."""
+    require(args.out != args.data, "--out: it is the file of --data; choose another.")
     rows = load_rows(args.data, args.split, args.limit, args.seed)
     return with_rubrics(rows, getattr(args, "rubrics", "data"))
 
@@ -2125,7 +2129,6 @@ def write_lines(args, rows, name, columns, ask, rate, k=1):
     times for each row, and report it. Columns of the row stand beside it. ask(writer, [(row,
     prompt)], tries) -> answers, with what was read of them under `name`; rate(that, row) ->
     scores."""
-    require(args.out != args.data, "--out: it is the file of --data; choose another.")
     (template,) = prompt_files(args, args.writer)
     writer = open_writer(args, k * len(rows))
     jobs = []
@@ -2339,8 +2342,8 @@ def cmd_train(args):
         if step == args.steps or step % args.save_every == 0:
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
     say(out, "has", len(history), "steps, of which new:", len(history) - start)
-    is_file = Path(args.data).is_file()  # of whose rows eval leaves out those that were trained on
-    data = "OTHER-QUESTIONS.jsonl" if is_file else args.data
+    is_all = Path(args.data).is_file() and not args.limit  # of it, eval would leave out every row
+    data = "OTHER-QUESTIONS.jsonl" if is_all else args.data
     command = "eval" if args.stage == "reason" else "generate"
     say_next(args, command, model=args.out, data=data, out=f"{args.out}.jsonl")
     if command == "eval":

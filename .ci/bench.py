@@ -117,8 +117,6 @@ def bench_step(
     rng = random.Random(0)
 
     def write(examples):
-        if compiled:
-            sample.load(model)
         return rsd.model_writes(sample, examples)
 
     def random_ids(n):

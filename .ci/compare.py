@@ -109,8 +109,8 @@ def writer_that(change):
     reads. view(episode, rubric): the teacher's context with this rubric in place of its own."""
     plain = rsd.training_writer
 
-    def training_writer(args, writer, author):
-        write = plain(args, writer, author)
+    def training_writer(args, writer):
+        write = plain(args, writer)
         (template,) = rsd.prompt_files(args, args.teacher_context)
 
         def view(e, rubric):
