@@ -527,7 +527,7 @@ def train(
     """
     of_steps = itertools.islice(batches(examples, batch, seed), start, steps)
     for step, some in enumerate(of_steps, start + 1):
-        torch.manual_seed(crc32(f"{seed} {step}".encode()))
+        torch.manual_seed(crc32(f"{seed} {step} 0".encode()))
         lr_now = lr * min(1.0, step / max(1, warmup))
         episodes, figures = train_step(
             student, teacher, some, write, loss, optimizer, lr_now, **options
@@ -2173,7 +2173,8 @@ def cmd_generate(args):
     """Write a rubric for every question."""
     rows = load_questions(args)
     without = sum(not row["reference_answer"] for row in rows)
-    say(without, "rows have no reference, and so their prompt has none")
+    if without:
+        say(without, "rows have no reference, and so their prompt has none")
     ask = functools.partial(generate_rubrics, parse=parse_rubric)
     columns = "question reference_answer solution"
     summary = write_lines(args, rows, "rubric", columns, ask, score_rubric)
