@@ -1487,8 +1487,8 @@ def check_model(model, tokenizer, name):
     ids = context_ids(tokenizer, "@@", {})
     has_text = "@@" in tokenizer.decode(ids)
     require(has_text, f"--model {name}: tokenizer or template drops the text of the question.")
-    has_all = max(ids) < len(model.get_input_embeddings().weight)
-    require(has_all, f"--model {name}: it has fewer embeddings than the tokenizer has tokens.")
+    fits = max(ids) < len(model.get_input_embeddings().weight)
+    require(fits, f"--model {name}: it has fewer embeddings than the tokenizer has tokens.")
 
 
 def switch_off_dropout(model):
@@ -1509,7 +1509,7 @@ def load_model(name, half=False):
     transformers.utils.logging.set_verbosity_error()
     with user_error(
         f"--model {name}: there is no such directory or hub name, or no causal language model in "
-        "it; and a server can generate, eval and judge alone"
+        "it (a server can generate, eval and judge, no more)"
     ):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -1520,7 +1520,8 @@ def load_model(name, half=False):
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts/plain_chat.jinja").read_text()
-    model.to("cuda" if on_gpu else "cpu")
+    if on_gpu:
+        model.cuda()
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
@@ -1597,14 +1598,14 @@ def criteria_in(value):
     if isinstance(value, list):
         return sum(map(criteria_in, value), [])
     if isinstance(value, str):
-        return [STATED.fullmatch(value).groupdict()]
+        value = STATED.fullmatch(value).groupdict()
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.60} is no criterion; one is {FORMS}")
     is_criterion = bool(field_of(value, "description"))
     within = []
     for key, part in value.items():
         is_list = isinstance(part, list) and (not is_criterion or dict in map(type, part))
-        if is_list or isinstance(part, dict):
+        if is_list or isinstance(part, dict):  # its name may say that these are faults
             within += [item | {key + "_polarity": key} for item in criteria_in(part)]
     if is_criterion == bool(within):
         raise ValueError(f"no criterion, or one with others within; one is {FORMS}")
@@ -1717,17 +1718,18 @@ def read_table(data, split="train"):
 
         if kind == "parquet":  # datasets calls all of a file its split train
             return datasets.load_dataset(kind, data_files=source.hub, split="train")
-        split = source.test if split == "test" else split
-        return datasets.load_dataset(*source.hub.split(":"), split=split)
+        return datasets.load_dataset(
+            *source.hub.split(":"), split=source.test if split == "test" else split
+        )
 
 
 def read_row(raw, source):
-    """A raw row -> question, reference_answer, solution, response, sample, rubric, grading, and
-    own_rubric, which alone grades, whatever a teacher sees. Errors of many kinds: a column is missing, or a cell cannot be read."""
+    """A raw row -> question, reference_answer, solution, response, sample, rubric, which a teacher
+    sees and `with_rubrics` may change, own_rubric, which alone grades, grading, perhaps box. Errors
+    of many kinds: a column is missing, or a cell cannot be read."""
     require(None not in raw, "it has more cells than names; quote those with a comma")
     cells = {name.strip().lower(): cell for name, cell in source.to_row(raw).items()}
-    question, reference = cell_of(cells, "question"), cell_of(cells, "reference_answer")
-    require(not isinstance(reference, dict | list), "its reference is not one text")
+    question = cell_of(cells, "question")
     while isinstance(question, list) and as_text(question[-1:]).startswith("Assistant: "):
         question.pop()  # what was answered is no question
     row = {name: as_text(cell_of(cells, name)) for name in COLUMNS}
@@ -1736,7 +1738,8 @@ def read_row(raw, source):
     require(row["question"], f"it needs a column question, filled; it has {', '.join(raw)}")
     if "text" in cells:  # an answer of eval's, which may be empty
         row["response"] = row["response"] or "(no answer)"
-    rubric = read_rubric(cell_of(cells, "rubric"))
+    reference, rubric = cell_of(cells, "reference_answer"), read_rubric(cell_of(cells, "rubric"))
+    require(not isinstance(reference, dict | list), "its reference is not one text")
     row |= {"rubric": rubric, "own_rubric": rubric, "grading": source.grading}
     if accuracy("", row) is not None:  # the answer can be graded
         row["box"] = r", and put the final answer in \boxed{}"
@@ -1798,13 +1801,14 @@ def with_rubrics(rows, source):
     return [row | {"rubric": found.get(key_of(row))} for row in rows]
 
 
-def make_examples(rows, templates, reader, needs=()):
+def make_examples(rows, templates, reader, needs=None):
     """Rows, prompt files and who reads them -> [(row, a prompt for each file)].
 
-    A row that lacks a field (or a score, named in `needs`), or has a prompt for which the reader
-    has no room, is left out, never cut, and counted. UserError: nothing is left.
+    A row that lacks a field of these files or what else it `needs`, a field or a score, or has a
+    prompt for which the reader has no room, is left out, never cut, and counted. UserError: nothing
+    is left.
     """
-    wanted = [*needs, *PLACEHOLDER.findall("".join(templates))]
+    wanted = [needs or "question", *PLACEHOLDER.findall("".join(templates))]
     examples, dropped = [], Counter()
     for row in tqdm(rows, "contexts"):
         fields = row_fields(row)
@@ -1818,7 +1822,8 @@ def make_examples(rows, templates, reader, needs=()):
             examples.append((row, *prompts))
         else:
             dropped["context too long for the model"] += 1
-    say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
+    if dropped:
+        say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
     require(
         examples,
         f"no row is left of all that were read: {dict(dropped)}; rubrics come from the data or "
@@ -2330,7 +2335,7 @@ def cmd_train(args):
     author = teacher if method.writer == "teacher" else student
     is_reference = method.writer == "reference"
     writer = model_writer(args, author, tokenizer, 0 if is_reference else completions)
-    needs = ["solution"] if is_reference else list(filter(None, [method.reward]))
+    needs = "solution" if is_reference else method.reward
     examples = [Episode(*e) for e in make_examples(rows, templates, writer, needs)]
     if is_reference:
         examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
@@ -2392,7 +2397,7 @@ def inspect_rollouts(args):
     if args.compare:
         students[args.compare], _ = load_model(args.compare, half=True)
     reader = model_writer(args, teacher, tokenizer)
-    examples = [Episode(*e) for e in make_examples(rows, templates, reader, ["rubric"])]
+    examples = [Episode(*e) for e in make_examples(rows, templates, reader, "rubric")]
     nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")  # no criterion may be left
     torch.manual_seed(args.seed)
     rollouts, named = [], set()
