@@ -86,6 +86,15 @@ def require(condition, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def user_error(about):
+    """UserError(about, and why) in place of any error of the block, which may be of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{about}: {' '.join(str(error).split()):.500}") from error
+
+
 def say(*words):
     """Print a line, above a progress bar if there is one."""
     tqdm.write(" ".join(map(str, words)))
@@ -1453,10 +1462,10 @@ def check_model(model, tokenizer, name):
     same = (own - ours).abs().max() <= bound * own.abs().max()  # false for NaN, too
     require(same, f"--model {name}: it gives NaN, padding changes it, or its head is unknown.")
     ids = context_ids(tokenizer, "@@", {})
-    has_all = max(ids, default=0) < len(model.get_input_embeddings().weight)
-    require(has_all, f"--model {name}: it has fewer embeddings than the tokenizer has tokens.")
     has_text = "@@" in tokenizer.decode(ids)
     require(has_text, f"--model {name}: tokenizer or template drops the text of the question.")
+    fits = max(ids) < len(model.get_input_embeddings().weight)
+    require(fits, f"--model {name}: it has fewer embeddings than the tokenizer has tokens.")
 
 
 def switch_off_dropout(model):
@@ -1471,30 +1480,26 @@ def load_model(name, half=False):
     """(model, tokenizer) of a directory, of a run's last checkpoint or of the hub, from safetensors
     only; with half frozen, and in bfloat16 on a GPU. UserError: it is not found, it lacks weights, or
     `check_model` refuses it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if half and device == "cuda" else torch.float32
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if half and on_gpu else torch.float32
     source = last_checkpoint(name) or hub_name(name)
-    is_there = Path(source).is_dir() or not source.startswith("runs/")
-    require(is_there, f"--model {name}: there is no such directory.")
-    require("@http" not in name, f"{name}: a server can generate, eval and judge, in one process.")
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with user_error(
+        f"--model {name}: there is no such directory or hub name, or no causal language model in "
+        "it (a server can generate, eval and judge, no more)"
+    ):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, found = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # transformers, huggingface_hub and safetensors have many kinds
-        raise UserError(
-            f"--model {name}: {source} is neither here nor on the hub, or it is no causal model: "
-            f"{str(error)!r:.150}"
-        ) from error
     lacking = found["missing_keys"]
     require(not lacking, f"--model {name}: its files lack weights, {lacking!s:.150}.")
     if tokenizer.chat_template is None:
         say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts/plain_chat.jinja").read_text()
-    model.to(device).requires_grad_(not half)
+    model.requires_grad_(not half)
+    if on_gpu:
+        model.cuda()
     switch_off_dropout(model)
     check_model(model, tokenizer, name)
     return model, tokenizer
@@ -1504,13 +1509,12 @@ def add_lora(model, rank):
     """Freeze the model; float32 adapters on its linear layers (a mixture's fused experts are none),
     with alpha 2 x rank, train."""
     from peft import LoraConfig  # optional; main says how to get it
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     model.add_adapter(
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+    cast_adapter_dtype(model, "default")
 
 
 # Rubrics of files. A criterion is a string, or an object with fields of these names, of which the
@@ -1546,7 +1550,7 @@ def field_of(item, meaning):
     """The text or number of an object's field of this meaning; of several all, joined; or ""."""
     names = FIELD_NAMES[meaning].split()
     named = [value for key, value in item.items() if key.lower().split("_")[-1] in names]
-    kinds = (str, int, float) if meaning != "weight" else object  # no weight is passed over
+    kinds = object if meaning == "weight" else str | int | float  # no weight is passed over
     texts = [str(x).strip() for x in named if isinstance(x, kinds) and x is not None]
     return ": ".join(dict.fromkeys(texts))
 
@@ -1554,14 +1558,12 @@ def field_of(item, meaning):
 def read_criterion(item):
     """An object -> a criterion with title (may be ""), description, weight (1 if none is stated),
     perhaps check. ValueError, or errors of regex for a check: it cannot be read."""
-    stated = field_of(item, "weight").lower()
+    stated = re.sub("[−–]", "-", field_of(item, "weight").lower())
     if not stated:
         say_once("note: a criterion that states no weight weighs 1")
-    number = re.fullmatch(WEIGHT + r"(?: ?\(.*\))?", str(WORD_WEIGHT.get(stated, stated or 1)))
-    if not number:
-        raise ValueError(f"a criterion has no clear weight ({stated!r:.20})")
-    weight = re.sub("[−–]", "-", number["weight"])
-    if re.match("(?i)negative|penalty|true", field_of(item, "polarity")):
+    word = re.sub(r" ?(points?|pts?)? ?(\([^()]*\))?$", "", stated or "1")
+    weight = WORD_WEIGHT.get(word, word)
+    if re.search(r"(?i)(^|: |_)(negative|penalty|pitfalls|true\b)", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
     if item.get("check"):
@@ -1575,7 +1577,7 @@ def criteria_in(value):
     if isinstance(value, list):
         return sum(map(criteria_in, value), [])
     if isinstance(value, str):
-        return [STATED.fullmatch(value).groupdict()]
+        value = STATED.fullmatch(value).groupdict()
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.60} is no criterion; one is {FORMS}")
     is_criterion = bool(field_of(value, "description"))
@@ -1584,10 +1586,8 @@ def criteria_in(value):
         is_section = isinstance(part, dict) and not is_criterion
         if isinstance(part, list):
             is_section = key in LISTS or dict in map(type, part)
-        if is_section:
-            is_fault = "negative" in key or key == "pitfalls"
-            sign = {"polarity": "negative"} if is_fault else {}
-            within += [item | sign for item in criteria_in(part)]
+        if is_section:  # its name may say that these are faults
+            within += [item | {key + "_polarity": key} for item in criteria_in(part)]
     if is_criterion == bool(within):
         raise ValueError(f"no criterion, or one with others within; one is {FORMS}")
     return within or [value]
@@ -1615,7 +1615,7 @@ def gpqa_row(raw):
     random.Random(raw["Question"]).shuffle(columns)
     options = [f"{letter}. {raw[name].strip()}" for letter, name in zip("ABCD", columns)]
     return {
-        "question": "\n".join([raw["Question"], "", *options]),
+        "question": raw["Question"] + "\n\n" + "\n".join(options),
         "reference_answer": "ABCD"[columns.index("Correct Answer")],
         "solution": raw["Explanation"],
     }
@@ -1623,9 +1623,10 @@ def gpqa_row(raw):
 
 def scibench_row(raw):
     """SciBench: a number and its unit, which stands in the question."""
+    unit = raw["unit"]
     return {
-        "question": f"{raw['problem_text']}\n\nGive the answer in this unit: {raw['unit']}",
-        "reference_answer": f"{raw['answer_number']} {raw['unit']}",
+        "question": raw["problem_text"] + "\n\nGive the answer in this unit: " + unit,
+        "reference_answer": raw["answer_number"] + " " + unit,
     }
 
 
@@ -1634,7 +1635,7 @@ class DataSet:
     """Where a data set is on the hub, and how its rows are read."""
 
     hub: str  # owner/name, owner/name:config or a file
-    to_row: Callable[[dict], dict] = dict  # the columns have this file's own names
+    to_row: Callable = dict  # a row with columns of other names -> one whose names are known
     test: str = "test"  # the name of its test split
     overlap: bool = False  # the test split repeats questions of the train split
     grading: dict = field(default_factory=dict)  # options of `grade`
@@ -1644,12 +1645,11 @@ class DataSet:
 # by default. Both are data, made by .ci/make_toy.py; the models are trained from nothing.
 TOY = HERE / "prompts/toy"
 DATA_SETS = {
-    "toy": DataSet("toy"),
     "rar-science": DataSet("ScaleAI/RaR-Science", overlap=True),
     "rubrichub-science": DataSet(
         "hf://datasets/sojuL/RubricHub_v1/RuRL/rurbichub_v1_Science.parquet", rubrichub_row
     ),
-    "gpqa-diamond": DataSet("Idavidrein/gpqa:gpqa_diamond", gpqa_row, test="train"),
+    "gpqa-diamond": DataSet("Idavidrein/gpqa:gpqa_diamond", gpqa_row, "train"),
     "scibench": DataSet(
         "xw27/scibench", scibench_row, "train", grading={"tolerance": 0.05, "need_unit": False}
     ),
@@ -1675,60 +1675,59 @@ def cell_of(raw, meaning):
     return ""
 
 
-def read_table(data, split):
+def read_table(data, split="train"):
     """The raw rows of a .jsonl, .json, .csv or .parquet file, of the toy, or of a data set of the
     hub. UserError, or OSError for a .jsonl: they cannot be had."""
-    path = TOY / f"{split}.jsonl" if data == "toy" else Path(data)
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
     source = DATA_SETS.get(data, DataSet(data))
-    kind = Path(source.hub).suffix[1:]
-    try:
+    path = TOY / f"{split}.jsonl" if data == "toy" else Path(source.hub)
+    kind = path.suffix[1:]
+    if kind == "jsonl":
+        return read_jsonl(path)
+    with user_error(
+        f"{data}: looked for {source.hub} and could not read it; give a .jsonl, .json, .csv or "
+        ".parquet file, a hub id (owner/name or owner/name:config; where its page asks for "
+        f"consent, hf auth login), toy or one of {list(DATA_SETS)}; the cause"
+    ):
         if kind == "json":
             table = json.loads(path.read_bytes())
             require(isinstance(table, list), "it has to be a list; lines of objects are .jsonl")
             return table
         if kind == "csv":  # all its cells are text
-            with open(path, newline="", encoding="utf-8-sig") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 return list(csv.DictReader(file, strict=True))
         import datasets  # it takes seconds
 
         if kind == "parquet":  # datasets calls all of a file its split train
             return datasets.load_dataset(kind, data_files=source.hub, split="train")
-        split = source.test if split == "test" else split
-        return datasets.load_dataset(*source.hub.split(":"), split=split)
-    except Exception as error:  # pyarrow, datasets and the hub each have their own
-        raise UserError(
-            f"{data}: looked for {source.hub} and could not read it; give a .jsonl, .json, .csv "
-            "or .parquet file, a hub id (owner/name or owner/name:config; where its page asks for "
-            f"consent, hf auth login) or one of {list(DATA_SETS)}; the cause is {str(error)!r:.150}"
-        ) from error
+        return datasets.load_dataset(
+            *source.hub.split(":"), split=source.test if split == "test" else split
+        )
 
 
 def read_row(raw, source):
-    """A raw row -> question, reference_answer, solution, response, sample, rubric, grading.
-    Errors of many kinds: a column is missing, or a cell cannot be read."""
+    """A raw row -> question, reference_answer, solution, response, sample, rubric, which a teacher
+    sees and `with_rubrics` may change, own_rubric, which alone grades, grading, perhaps box. Errors
+    of many kinds: a column is missing, or a cell cannot be read."""
     require(None not in raw, "it has more cells than names; quote those with a comma")
     cells = {name.strip().lower(): cell for name, cell in source.to_row(raw).items()}
-    row = {name: cell_of(cells, name) for name in COLUMNS}
-    rubric = read_rubric(row["rubric"])
-    require(not isinstance(row["reference_answer"], dict | list), "its reference is not one text")
-    turns = row["question"] if isinstance(row["question"], list) else []
-    while turns and as_text(turns[-1]).startswith("Assistant: "):
-        turns.pop()  # what was answered is no question
-    if row["question"] == cells.get("instruction"):  # Alpaca's, whose input belongs to it
-        row["question"] += "\n\n" + (cells.get("input") or "")
-    row = {name: as_text(cell) for name, cell in row.items()}
+    question = cell_of(cells, "question")
+    while isinstance(question, list) and as_text(question[-1:]).startswith("Assistant: "):
+        question.pop()  # what was answered is no question
+    row = {name: as_text(cell_of(cells, name)) for name in COLUMNS}
+    if question == cells.get("instruction"):  # Alpaca's, whose input belongs to it
+        row["question"] += "\n\n" + as_text(cells.get("input"))
     require(row["question"], f"it needs a column question, filled; it has {', '.join(raw)}")
-    if cells.get("text") is not None:
+    if "text" in cells:  # an answer of eval's, which may be empty
         row["response"] = row["response"] or "(no answer)"
-    row |= {"rubric": rubric, "grading": source.grading}
+    reference, rubric = cell_of(cells, "reference_answer"), read_rubric(cell_of(cells, "rubric"))
+    require(not isinstance(reference, dict | list), "its reference is not one text")
+    row |= {"rubric": rubric, "own_rubric": rubric, "grading": source.grading}
     if accuracy("", row) is not None:  # the answer can be graded
         row["box"] = r", and put the final answer in \boxed{}"
     return row
 
 
-def load_rows(data, split, limit=0, seed=0):
+def load_rows(data, split="train", limit=0, seed=0):
     """The rows of a data set, the toy's in an order of the seed's own. UserError names the source,
     the row (from 1) and the columns."""
     source = DATA_SETS.get(data, DataSet(data))
@@ -1737,19 +1736,11 @@ def load_rows(data, split, limit=0, seed=0):
         random.Random(seed).shuffle(table)
     rows = []
     for number, raw in enumerate(itertools.islice(table, limit or None), 1):
-        try:
+        with user_error(f"{data}, row {number} ({raw!r:.150})"):
             rows.append(read_row(raw, source))
-        except Exception as error:  # of many kinds: a column is missing, a weight is unclear
-            raise UserError(
-                f"{data}, row {number} cannot be read, {str(error)!r:.250}, in {raw!r:.150}"
-            ) from error
     require(rows, f"{data} has no rows.")
-    criteria = [c for row in rows for c in row["rubric"] or ()]
-    turned = sum(signed_weight(c) != c["weight"] for c in criteria)
-    if turned:
-        say(f"note: {turned} of {len(criteria)} criteria change their sign by their words")
     if source.overlap and split == "test":
-        seen = {question_hash(row) for row in load_rows(data, "train")}
+        seen = {question_hash(row) for row in load_rows(data)}
         return without_known(rows, seen, "which the train split has, too")
     return rows
 
@@ -1762,15 +1753,14 @@ def question_hash(row):
 def without_known(rows, known, why):
     """Rows less those whose question's hash is known; they are counted."""
     kept = [row for row in rows if question_hash(row) not in known]
-    if kept != rows:
-        say("left out", len(rows) - len(kept), "rows,", why)
+    say("left out", len(rows) - len(kept), "rows,", why)
     return kept
 
 
 def without_trained(rows, model):
     """Rows less those whose question a checkpoint of `train` was trained on; they are counted."""
     trained = Path(last_checkpoint(model) or model, "questions.json")
-    known = read_table(str(trained), "") if trained.is_file() else ()
+    known = read_table(str(trained)) if trained.is_file() else ()
     return without_known(rows, set(known), f"on which {model} was trained")
 
 
@@ -1781,39 +1771,35 @@ def key_of(row):
 
 def with_rubrics(rows, source):
     """Rows with the rubric from `source`: data; a file of generate, by question and reference; or
-    a .json list of criteria, which every row gets. The row's own, own_rubric, alone grades."""
-    rows = [row | {"own_rubric": row["rubric"]} for row in rows]
+    a .json list of criteria, which every row gets."""
     if source == "data":
         return rows
-    if source.endswith(".json"):
-        try:
-            rubric = read_rubric(read_table(source, ""))
-        except (ValueError, regex.error) as error:
-            raise UserError(f"--rubrics {source}: {error}") from error
-        return [row | {"rubric": rubric} for row in rows]
-    require(Path(source).is_file(), f"--rubrics {source}: no file, and not data.")
-    found = {key_of(row): row["rubric"] for row in load_rows(source, "") if row["rubric"]}
+    with user_error(f"--rubrics {source}"):
+        if source.endswith(".json"):
+            found = dict.fromkeys(map(key_of, rows), read_rubric(read_table(source)))
+        else:
+            found = {key_of(row): row["rubric"] for row in load_rows(source)}
     return [row | {"rubric": found.get(key_of(row))} for row in rows]
 
 
-def make_examples(rows, templates, readers, needs=None):
-    """Rows, prompt files and who reads each of them -> [(row, a prompt for each file)].
+def make_examples(rows, templates, reader, needs=None):
+    """Rows, prompt files and who reads them -> [(row, a prompt for each file)].
 
-    A row that lacks a field (or a score, named in `needs`), or has a prompt for which its reader
-    has no room, is left out, never cut, and counted. UserError: nothing is left.
+    A row that lacks a field of these files or what else it `needs`, a field or a score, or has a
+    prompt for which the reader has no room, is left out, never cut, and counted. UserError: nothing
+    is left.
     """
-    require(readers[0].room > 0, "--max-new-tokens leaves no room for a prompt in this model.")
-    wanted = {needs, *PLACEHOLDER.findall("".join(templates))} - {None}
+    wanted = [needs or "question", *PLACEHOLDER.findall("".join(templates))]
     examples, dropped = [], Counter()
-    for row in tqdm(rows, "contexts", leave=False):
+    for row in tqdm(rows, "contexts"):
         fields = row_fields(row)
         known = score("", row) | fields
         missing = [name for name in wanted if known.get(name) is None]
         if missing:
             dropped[f"no {missing[0]}"] += 1  # a score takes checks or a short reference
             continue
-        prompts = [reader.prompt(text, fields) for text, reader in zip(templates, readers)]
-        if max(map(len, prompts)) <= readers[0].room:
+        prompts = [reader.prompt(text, fields) for text in templates]
+        if max(map(len, prompts)) <= reader.room:
             examples.append((row, *prompts))
         else:
             dropped["context too long for the model"] += 1
@@ -1822,7 +1808,7 @@ def make_examples(rows, templates, readers, needs=None):
     require(
         examples,
         f"no row is left of all that were read: {dict(dropped)}; rubrics come from the data or "
-        "from generate by --rubrics.",
+        "from generate by --rubrics, or --max-new-tokens leaves no room for a prompt.",
     )
     return examples
 
@@ -2132,7 +2118,7 @@ def write_lines(args, rows, name, columns, ask, rate, k=1):
     (template,) = prompt_files(args, args.writer)
     writer = open_writer(args, k * len(rows))
     jobs = []
-    for row, prompt in make_examples(rows, [template], [writer]):
+    for row, prompt in make_examples(rows, [template], writer):
         item = {column: row[column] for column in columns.split()}
         for number in range(k):
             jobs.append((item | {"sample": item.get("sample") or number}, (row, prompt)))
@@ -2322,7 +2308,7 @@ def cmd_train(args):
     is_reference = method.writer == "reference"
     writer = model_writer(args, author, tokenizer, 0 if is_reference else completions)
     needs = "solution" if is_reference else method.reward
-    examples = [Episode(*e) for e in make_examples(rows, templates, [writer] * 2, needs)]
+    examples = [Episode(*e) for e in make_examples(rows, templates, writer, needs)]
     if is_reference:
         examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
     for name in ("prompt_ids", "teacher_ids"):
@@ -2381,7 +2367,7 @@ def inspect_rollouts(args):
     if args.compare:
         students[args.compare], _ = load_model(args.compare, half=True)
     reader = model_writer(args, teacher, tokenizer)
-    examples = [Episode(*e) for e in make_examples(rows, templates, [reader] * 2, "rubric")]
+    examples = [Episode(*e) for e in make_examples(rows, templates, reader, "rubric")]
     nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")  # no criterion may be left
     torch.manual_seed(args.seed)
     rollouts, named = [], set()

@@ -283,7 +283,7 @@ def prompt_writer(tok, room=math.inf):
 
 def episodes_of(tok, rows, *templates):
     """Rows and the two prompt files, the student's and the teacher's -> episodes to be written."""
-    examples = rsd.make_examples(rows, templates, [prompt_writer(tok)] * 2)
+    examples = rsd.make_examples(rows, templates, prompt_writer(tok))
     return [rsd.Episode(*example) for example in examples]
 
 
@@ -395,7 +395,7 @@ def test_thinking_is_switched_for_both_under_each_name_that_templates_have(switc
     )
     for words, end in (([], "x<think></think>"), (["--thinking", "on"], "x<think>")):
         args = rsd.parse_args(["train", *words])
-        readers = [rsd.model_writer(args, tiny(tok), other)] * 2
+        readers = rsd.model_writer(args, tiny(tok), other)
         templates = ["{question} x", "{question} {rubric} x"]  # the student's, the teacher's
         (example,) = rsd.make_examples(rsd.load_rows("toy", "test", 1), templates, readers)
         for ids in example[1:]:
@@ -443,7 +443,7 @@ def test_teacher_context_too_long_is_dropped_and_counted(tok, capsys):
     rows[2] = rows[2] | {"rubric": rows[2]["rubric"] * 40}
     full = [len(rsd.context_ids(tok, PROMPTS["rubric"], rsd.row_fields(row))) for row in rows]
     templates = [PROMPTS["student"], PROMPTS["rubric"]]
-    writers = [prompt_writer(tok, room=sorted(full)[-2])] * 2
+    writers = prompt_writer(tok, room=sorted(full)[-2])
     examples = rsd.make_examples(rows, templates, writers)
     assert [row for row, _, _ in examples] == rows[:2] + rows[3:]
     said = capsys.readouterr().out
@@ -1116,7 +1116,7 @@ def test_rubrics_are_drawn_again_until_read_and_lost_ones_have_a_reason():
 def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
     """A row without a rubric of its own is graded by no other."""
     rows = rsd.load_rows("toy", "train", 4)
-    rows[3]["rubric"] = None
+    rows[3] |= {"rubric": None, "own_rubric": None}
     own = [row["rubric"] for row in rows]
     file = write_lines(tmp_path / "r.jsonl", [row | {"rubric": [GOOD]} for row in rows[1:]])
     shown = {"data": own, file: [None, [GOOD], [GOOD], [GOOD]]}
