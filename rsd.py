@@ -1248,10 +1248,10 @@ def lock(path):
 # gets the hidden name again. So checkpoint-N is whole, at whichever moment the process is killed.
 
 LOCK = "rsd.lock"  # the folder that holds this file is a run's
-MAY_CHANGE = ("out", "resume", "steps", "save_every", "given")  # settings, where a run goes on
-NOT_TO_THE_BIT = (  # these may, too, but sums and samples then differ in their last digits or more
-    "token_budget", "batch_size", "gradient_checkpointing", "compile",
-)
+MAY_CHANGE = (  # settings, where a run goes on
+    "out resume steps save_every given "
+    "token_budget batch_size gradient_checkpointing compile"  # but then not to the bit
+).split()
 
 
 def last_checkpoint(folder):
@@ -1280,8 +1280,7 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     require(is_finite, f"--out {out}: the last step left weights that are no numbers; not saved.")
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
-    part = out / ".rsd-part"
-    shutil.rmtree(part, ignore_errors=True)  # of one that was killed, or had no room
+    part = out / ".rsd-part"  # what a kill left there is written over
     try:
         student.save_pretrained(part)  # of a LoRA, the adapters
         tokenizer.save_pretrained(part)
@@ -1294,8 +1293,9 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
         part.rename(new)
         to_disk(out)
     except Exception as error:  # of safetensors, torch and the disk
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"--out {out}: cannot save, the last checkpoint stays ({error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
     for old in older[:-1]:
         if old.exists() and {*os.listdir(old)} <= {*os.listdir(new)}:  # or the user's are in it
@@ -1306,9 +1306,9 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
 def open_run(out, settings, resume):
     """The run in the folder `out`, new or as its last checkpoint has it -> (lock, state).
 
-    Keep the lock. state: settings; metrics, a dict
-    for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
-    UserError: `out` holds something else, or a run with other settings or without `resume`.
+    Keep the lock. state: settings; metrics, a dict for each step; saved, the steps of its
+    checkpoints; where it goes on, optimizer and teacher. UserError: `out` holds something else, or
+    a run with other settings or without `resume`.
     """
     is_free = not any(out.glob("[!.]*")) or (out / LOCK).exists()
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
@@ -1322,18 +1322,13 @@ def open_run(out, settings, resume):
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
         try:
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
-            needed = "settings metrics saved optimizer teacher"
-            was, *_ = [state[name] for name in needed.split()]
+            was = state["settings"]
         except Exception as error:  # of torch and pickle
             raise UserError(
                 f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
             ) from error
-        changed = [name for name in now if was.get(name) != now[name]]
-        other = {name: was.get(name) for name in changed if name not in NOT_TO_THE_BIT}
+        other = {name: was.get(name) for name in now if was.get(name) != now[name]}
         require(not other, f"--out {out} holds a run with other settings, which were {other}.")
-        if changed:
-            say("note: it goes on, but not to the bit as it would have, with other", *changed)
-        state["settings"] = now
     lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
     (out / "metrics.jsonl").write_text("".join(lines))
     return held, state
