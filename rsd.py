@@ -1031,11 +1031,13 @@ def stop_ids(model, tokenizer):
 def turn_end(tokenizer):
     """The control token with which the chat template ends an assistant's text, else the eos."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@"}]
-    behind = tokenizer.decode(chat_ids(tokenizer, chat)).rpartition("@")[2]
-    first = tokenizer.encode(behind.strip(), add_special_tokens=False)[:1]
-    is_control = set(first) & set(control_tokens(tokenizer).values())
-    has_eos = chat_ids(tokenizer, chat * 2).count(tokenizer.eos_token_id) > 1  # in every turn
-    return first[0] if is_control and not has_eos else tokenizer.eos_token_id
+    ids, eos = chat_ids(tokenizer, chat * 2), tokenizer.eos_token_id
+    behind = tokenizer.decode(ids).rpartition("@")[2].strip()
+    if ids.count(eos) < 2:  # or it ends every turn, perhaps behind another
+        for name, i in control_tokens(tokenizer).items():
+            if behind.startswith(name):
+                return i
+    return eos
 
 
 JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is no chat
@@ -1043,32 +1045,31 @@ JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is
 
 def reference_writes(tokenizer, examples):
     """Choice 1, who writes: the row's reference solution stands in the completion's place."""
-    episodes, end = [], turn_end(tokenizer)
+    opened = written_text(tokenizer, examples[0].prompt_ids, [])
+    require(not opened, "the chat template opens a thinking, which the references lack.")
+    end = turn_end(tokenizer)
+    episodes = []
     for e in examples:
-        solution = [{"role": "assistant", "content": e.row["solution"]}]
-        begun = written_text(tokenizer, e.prompt_ids, [])  # "<think>", if the prompt opens one
-        require(not begun, "the chat template opens a thinking, which the references lack.")
-        ids = chat_ids(tokenizer, solution, JUST_TEXT) + [end]
-        episodes.append(replace(e, completion_ids=ids, stopped=True))
+        solution = {"role": "assistant", "content": e.row["solution"]}
+        ids = chat_ids(tokenizer, [solution], JUST_TEXT)
+        episodes.append(replace(e, completion_ids=ids + [end], stopped=True))
     return episodes
 
 
 def written_text(tokenizer, prompt, ids):
-    """The text that the ids of a completion say, without special tokens. Tags of thinking become
-    <think> and </think>, also where they are special tokens; the prompt's end may open one."""
+    """The text that the ids of a completion say, without the token that ended it. The tags of a
+    thinking stay, special tokens or not; the prompt's end may open one."""
     is_open = after_thinking(tokenizer.decode(prompt[-12:])) is None
     text = tokenizer.decode(ids)
-    text = THINKING_TAG.sub(lambda tag: "</think>" if tag["closes"] else "<think>", text)
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content not in ("<think>", "</think>"):
-            text = text.replace(token.content, "")
+    for name in control_tokens(tokenizer):
+        text = text.removesuffix(name)
     return "<think>" + text if is_open else text
 
 
 @dataclass
 class ModelWriter:
-    """A model of this process. Its prompts are token ids; `sample` (as `model_writes` takes it)
-    does the writing, so that a compiled one can take its place."""
+    """A model of this process. Its prompts are token ids; `sample`, as `model_writes` takes it,
+    does the writing."""
 
     sample: Callable
     tokenizer: object
@@ -1084,65 +1085,32 @@ class ModelWriter:
         """Yields (index, Written) for each prompt."""
         for start in range(0, len(prompts), self.size):
             completions = self.sample(prompts[start : start + self.size])
-            for i, (ids, stopped, *_) in enumerate(completions, start):
+            for i, (ids, stopped) in enumerate(completions, start):
                 text = written_text(self.tokenizer, prompts[i], ids)
                 yield i, Written(text, len(ids), stopped)
 
 
-@torch.no_grad()
-def merged_weights(model):
-    """{name: weight} as a plain model has them, a LoRA's adapters added in. UserError: adapters of
-    a kind that cannot be added, such as those on a mixture's experts."""
-    weights = {
-        name.replace(".base_layer", ""): x
-        for name, x in model.state_dict().items()
-        if "lora_" not in name
-    }
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            own = name + ".weight"
-            fits = own in weights
-            require(fits, f"the adapters of {name} cannot be merged: take --compile off.")
-            weights[own] = weights[own] + module.get_delta_weight("default")
-    return weights
+def sample_compiled(model, twin, prompts, stop, max_new_tokens, stage=512, **sampling):
+    """`sample_completions` with a static cache, by a twin of the model (or the model itself), which
+    takes over the model's weights first.
 
-
-class StaticSampler:
-    """`sample_completions` with a static cache, on a copy of the writer in half precision.
-
-    On a GPU transformers compiles its decoding, which is five times as fast. `load` refreshes the
-    copy. Attention runs over the whole cache, however much of it is filled, so a long completion is
-    written in stages of `stage` tokens, each with a cache of the size it needs.
+    On a GPU transformers compiles the decoding, which is five times as fast. Attention runs over
+    the whole cache, however much of it is filled, so a long completion is written in stages of
+    `stage` tokens, each with a cache of the size it needs.
     """
-
-    def __init__(self, model, stop, max_new_tokens, stage=512, is_trained=True, **sampling):
-        self.stop, self.max_new_tokens, self.stage = stop, max_new_tokens, stage
-        self.sampling = sampling
-        self.copy = model
-        if is_trained:
-            dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
-            with model.device:
-                self.copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-            self.load(model)
-
-    def load(self, model):
-        """Take over the model's weights, in place, since the compiled graphs know the places."""
-        self.copy.load_state_dict(merged_weights(model))
-
-    def __call__(self, prompts):
-        written = [([], False)] * len(prompts)
-        for done in range(0, self.max_new_tokens, self.stage):
-            unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
-            begun = [prompts[i] + written[i][0] for i in unfinished]
-            fill_up = -len(begun) % 8  # few sizes, since each is compiled
-            more = sample_completions(
-                self.copy, begun + begun[:1] * fill_up, self.stop,
-                min(self.stage, self.max_new_tokens - done), **self.sampling,
-                multiple=128, cache_implementation="static",
-            )
-            for i, (ids, stopped) in zip(unfinished, more):
-                written[i] = written[i][0] + ids, stopped
-        return written
+    twin.load_state_dict(model.state_dict())  # in place: the compiled graphs know the places
+    written = [([], False)] * len(prompts)
+    for done in range(0, max_new_tokens, stage):
+        unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
+        begun = [prompts[i] + written[i][0] for i in unfinished]
+        begun += begun[:1] * (-len(begun) % 8)  # few sizes, since each is compiled
+        more = sample_completions(
+            twin, begun, stop, min(stage, max_new_tokens - done), **sampling,
+            multiple=128, cache_implementation="static",
+        )
+        for i, (ids, stopped) in zip(unfinished, more):
+            written[i] = written[i][0] + ids, stopped
+    return written
 
 
 @dataclass
@@ -1153,17 +1121,14 @@ class ServerWriter:
     server: str
     sampling: dict
     timeout: float = 600.0  # seconds, of one try
-    room: float = math.inf
     answered: bool = False
+    room = math.inf
 
     def __post_init__(self):
-        model, _, address = self.server.partition("@http")
+        self.model, _, address = self.server.partition("@http")
         self.url = "http" + address.partition("/v1")[0].rstrip("/")
-        longest = self.sampling["max_new_tokens"]
-        self.newer = {"model": model, "max_completion_tokens": longest}
         self.options = {
-            "model": model,
-            "max_tokens": longest,
+            "max_tokens": self.sampling["max_new_tokens"],
             "temperature": self.sampling["temperature"],
             "top_p": self.sampling["top_p"],
         }
@@ -1189,6 +1154,7 @@ class ServerWriter:
         or as many as Retry-After says. OpenAI's newer models take another set of options."""
         i, prompt = numbered
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # not the hub's
+        asked = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         pause = 0
         for attempt in range(8):
             time.sleep(pause)
@@ -1196,30 +1162,28 @@ class ServerWriter:
             try:
                 response = get_session().post(
                     f"{self.url}/v1/chat/completions", headers={"Authorization": f"Bearer {key}"},
-                    json=self.options | {"messages": [{"role": "user", "content": prompt}]},
-                    timeout=self.timeout, follow_redirects=False,
+                    json=asked | self.options, timeout=self.timeout, follow_redirects=False,
                 )
                 said = f"{response.status_code} {response.text!r:.200}"
                 pause = min(600, abs(float(response.headers.get("Retry-After", pause))))
-                if response.status_code == 200:
-                    return i, self.read(response.json())
+                return i, self.read(response.json())
             except Exception as error:  # of the connection, or of JSON of another form
-                said += f" {error!r:.200}"
+                said = said or f"{error!r:.200}"
             if "Unsupported parameter" in said:
-                self.options = self.newer
-            elif re.match("3|4(?!08|29)| .*(OFFLINE|refused|not known)", said):
+                self.options = {"max_completion_tokens": self.sampling["max_new_tokens"]}
+            elif re.match(r"3|4(?!08|29)|\D.*(OFFLINE|refused|not known)", said):
                 break  # these do not pass
         return i, Written(None, None, False, f"the server says {said}")
 
     def read(self, reply):
         """A server's reply -> Written. Errors of many kinds: it has no answer."""
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        choice = reply["choices"][0]
         reason = str(choice.get("finish_reason")).lower()
         require(not re.search("error|resource", reason), reason)
         content = choice["message"].get("content")
         if isinstance(content, list):  # parts, some of them a thinking
             content = [part for part in content if "text" in part]
-        tokens = usage.get("completion_tokens")
+        tokens = (reply.get("usage") or {}).get("completion_tokens")
         known = tokens if isinstance(tokens, int) and tokens < 10**9 else None
         is_cut_off = re.search("length|max_tokens|filter", reason)
         return Written(as_text(content), known, not is_cut_off)
@@ -2129,7 +2093,8 @@ def model_writer(args, model, tokenizer, completions=0):
     sampling["stop"] = stop_ids(model, tokenizer)
     sample = functools.partial(sample_completions, model, **sampling)
     if is_compiled(args, completions):
-        sample = StaticSampler(model, is_trained=isinstance(args, Train), **sampling)
+        twin = make_teacher(model, "fixed") if isinstance(args, Train) else model
+        sample = functools.partial(sample_compiled, model, twin, **sampling)
         say("the sampler has a copy of the weights, and is compiled, once, in about a minute")
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", 2 * args.batch_size)
@@ -2235,11 +2200,9 @@ def training_writer(args, writer, author):
     def write(examples):
         episodes = examples
         if method.writer != "reference":
-            if isinstance(writer.sample, StaticSampler):
-                writer.sample.load(author)
             episodes = model_writes(writer.sample, examples, args.rollouts, seen)
-        texts = [written_text(tokenizer, getattr(e, seen), e.completion_ids) for e in episodes]
-        for e, text in zip(episodes, texts):
+        for e in episodes:
+            text = written_text(tokenizer, getattr(e, seen), e.completion_ids)
             is_reason = args.stage == "reason"
             read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
             own = {"leak": bool(LEAK.search(text)), "truncated": not e.stopped}
