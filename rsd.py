@@ -1040,11 +1040,13 @@ def stop_ids(model, tokenizer):
 def turn_end(tokenizer):
     """The control token with which the chat template ends an assistant's text, else the eos."""
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@"}]
-    behind = tokenizer.decode(chat_ids(tokenizer, chat)).rpartition("@")[2]
-    first = tokenizer.encode(behind.strip(), add_special_tokens=False)[:1]
-    is_control = set(first) & set(control_tokens(tokenizer).values())
-    has_eos = chat_ids(tokenizer, chat * 2).count(tokenizer.eos_token_id) > 1  # in every turn
-    return first[0] if is_control and not has_eos else tokenizer.eos_token_id
+    ids, eos = chat_ids(tokenizer, chat * 2), tokenizer.eos_token_id
+    behind = tokenizer.decode(ids).rpartition("@")[2].strip()
+    if ids.count(eos) < 2:  # or it ends every turn, perhaps behind another
+        for name, i in control_tokens(tokenizer).items():
+            if behind.startswith(name):
+                return i
+    return eos
 
 
 JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is no chat
@@ -1052,32 +1054,31 @@ JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is
 
 def reference_writes(tokenizer, examples):
     """Choice 1, who writes: the row's reference solution stands in the completion's place."""
-    episodes, end = [], turn_end(tokenizer)
+    opened = written_text(tokenizer, examples[0].prompt_ids, [])
+    require(not opened, "the chat template opens a thinking, which the references lack.")
+    end = turn_end(tokenizer)
+    episodes = []
     for e in examples:
-        solution = [{"role": "assistant", "content": e.row["solution"]}]
-        begun = written_text(tokenizer, e.prompt_ids, [])  # "<think>", if the prompt opens one
-        require(not begun, "the chat template opens a thinking, which the references lack.")
-        ids = chat_ids(tokenizer, solution, JUST_TEXT) + [end]
-        episodes.append(replace(e, completion_ids=ids, stopped=True))
+        solution = {"role": "assistant", "content": e.row["solution"]}
+        ids = chat_ids(tokenizer, [solution], JUST_TEXT)
+        episodes.append(replace(e, completion_ids=ids + [end], stopped=True))
     return episodes
 
 
 def written_text(tokenizer, prompt, ids):
-    """The text that the ids of a completion say, without special tokens. Tags of thinking become
-    <think> and </think>, also where they are special tokens; the prompt's end may open one."""
+    """The text that the ids of a completion say, without the token that ended it. The tags of a
+    thinking stay, special tokens or not; the prompt's end may open one."""
     is_open = after_thinking(tokenizer.decode(prompt[-12:])) is None
     text = tokenizer.decode(ids)
-    text = THINKING_TAG.sub(lambda tag: "</think>" if tag["closes"] else "<think>", text)
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content not in ("<think>", "</think>"):
-            text = text.replace(token.content, "")
+    for name in control_tokens(tokenizer):
+        text = text.removesuffix(name)
     return "<think>" + text if is_open else text
 
 
 @dataclass
 class ModelWriter:
-    """A model of this process. Its prompts are token ids; `sample` (as `model_writes` takes it)
-    does the writing, so that a compiled one can take its place."""
+    """A model of this process. Its prompts are token ids; `sample`, as `model_writes` takes it,
+    does the writing."""
 
     sample: Callable
     tokenizer: object
@@ -1093,42 +1094,32 @@ class ModelWriter:
         """Yields (index, Written) for each prompt."""
         for start in range(0, len(prompts), self.size):
             completions = self.sample(prompts[start : start + self.size])
-            for i, (ids, stopped, *_) in enumerate(completions, start):
+            for i, (ids, stopped) in enumerate(completions, start):
                 text = written_text(self.tokenizer, prompts[i], ids)
                 yield i, Written(text, len(ids), stopped)
 
 
-class StaticSampler:
-    """`sample_completions` with a static cache, on a frozen copy of the writer, as `make_teacher`
-    makes it, which takes over the writer's weights before each call.
+def sample_compiled(model, twin, prompts, stop, max_new_tokens, stage=512, **sampling):
+    """`sample_completions` with a static cache, by a twin of the model, as `make_teacher` makes it,
+    which takes over the model's weights first.
 
-    On a GPU transformers compiles its decoding, which is five times as fast. Attention runs over
+    On a GPU transformers compiles the decoding, which is five times as fast. Attention runs over
     the whole cache, however much of it is filled, so a long completion is written in stages of
     `stage` tokens, each with a cache of the size it needs.
     """
-
-    def __init__(self, model, stop, max_new_tokens, stage=512, **sampling):
-        self.stop, self.max_new_tokens, self.stage = stop, max_new_tokens, stage
-        self.sampling = sampling
-        self.model, self.copy = model, make_teacher(model, "fixed")
-
-    def __call__(self, prompts):
-        with torch.no_grad():
-            for own, theirs in zip(self.copy.parameters(), self.model.parameters()):
-                own.copy_(theirs)  # in place, since the compiled graphs know the places
-        written = [([], False)] * len(prompts)
-        for done in range(0, self.max_new_tokens, self.stage):
-            unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
-            begun = [prompts[i] + written[i][0] for i in unfinished]
-            fill_up = -len(begun) % 8  # few sizes, since each is compiled
-            more = sample_completions(
-                self.copy, begun + begun[:1] * fill_up, self.stop,
-                min(self.stage, self.max_new_tokens - done), **self.sampling,
-                multiple=128, cache_implementation="static",
-            )
-            for i, (ids, stopped) in zip(unfinished, more):
-                written[i] = written[i][0] + ids, stopped
-        return written
+    twin.load_state_dict(model.state_dict())  # in place: the compiled graphs know the places
+    written = [([], False)] * len(prompts)
+    for done in range(0, max_new_tokens, stage):
+        unfinished = [i for i, (_, stopped) in enumerate(written) if not stopped]
+        begun = [prompts[i] + written[i][0] for i in unfinished]
+        begun += begun[:1] * (-len(begun) % 8)  # few sizes, since each is compiled
+        more = sample_completions(
+            twin, begun, stop, min(stage, max_new_tokens - done), **sampling,
+            multiple=128, cache_implementation="static",
+        )
+        for i, (ids, stopped) in zip(unfinished, more):
+            written[i] = written[i][0] + ids, stopped
+    return written
 
 
 @dataclass
@@ -1139,17 +1130,14 @@ class ServerWriter:
     server: str
     sampling: dict
     timeout: float = 600.0  # seconds, of one try
-    room: float = math.inf
     answered: bool = False
+    room = math.inf
 
     def __post_init__(self):
-        model, _, address = self.server.partition("@http")
+        self.model, _, address = self.server.partition("@http")
         self.url = "http" + address.partition("/v1")[0].rstrip("/")
-        longest = self.sampling["max_new_tokens"]
-        self.newer = {"model": model, "max_completion_tokens": longest}
         self.options = {
-            "model": model,
-            "max_tokens": longest,
+            "max_tokens": self.sampling["max_new_tokens"],
             "temperature": self.sampling["temperature"],
             "top_p": self.sampling["top_p"],
         }
@@ -1175,6 +1163,7 @@ class ServerWriter:
         or as many as Retry-After says. OpenAI's newer models take another set of options."""
         i, prompt = numbered
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # not the hub's
+        asked = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         pause = 0
         for attempt in range(8):
             time.sleep(pause)
@@ -1182,30 +1171,28 @@ class ServerWriter:
             try:
                 response = get_session().post(
                     f"{self.url}/v1/chat/completions", headers={"Authorization": f"Bearer {key}"},
-                    json=self.options | {"messages": [{"role": "user", "content": prompt}]},
-                    timeout=self.timeout, follow_redirects=False,
+                    json=asked | self.options, timeout=self.timeout, follow_redirects=False,
                 )
                 said = f"{response.status_code} {response.text!r:.200}"
                 pause = min(600, abs(float(response.headers.get("Retry-After", pause))))
-                if response.status_code == 200:
-                    return i, self.read(response.json())
+                return i, self.read(response.json())
             except Exception as error:  # of the connection, or of JSON of another form
-                said += f" {error!r:.200}"
+                said = said or f"{error!r:.200}"
             if "Unsupported parameter" in said:
-                self.options = self.newer
-            elif re.match("3|4(?!08|29)| .*(OFFLINE|refused|not known)", said):
+                self.options = {"max_completion_tokens": self.sampling["max_new_tokens"]}
+            elif re.match(r"3|4(?!08|29)|\D.*(OFFLINE|refused|not known)", said):
                 break  # these do not pass
         return i, Written(None, None, False, f"the server says {said}")
 
     def read(self, reply):
         """A server's reply -> Written. Errors of many kinds: it has no answer."""
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        choice = reply["choices"][0]
         reason = str(choice.get("finish_reason")).lower()
         require(not re.search("error|resource", reason), reason)
         content = choice["message"].get("content")
         if isinstance(content, list):  # parts, some of them a thinking
             content = [part for part in content if "text" in part]
-        tokens = usage.get("completion_tokens")
+        tokens = (reply.get("usage") or {}).get("completion_tokens")
         known = tokens if isinstance(tokens, int) and tokens < 10**9 else None
         is_cut_off = re.search("length|max_tokens|filter", reason)
         return Written(as_text(content), known, not is_cut_off)
@@ -1234,10 +1221,10 @@ def lock(path):
 # gets the hidden name again. So checkpoint-N is whole, at whichever moment the process is killed.
 
 LOCK = "rsd.lock"  # the folder that holds this file is a run's
-MAY_CHANGE = ("out", "resume", "steps", "save_every", "given")  # settings, where a run goes on
-NOT_TO_THE_BIT = (  # these may, too, but sums and samples then differ in their last digits or more
-    "token_budget", "batch_size", "gradient_checkpointing", "compile",
-)
+MAY_CHANGE = (  # settings, where a run goes on
+    "out resume steps save_every given "
+    "token_budget batch_size gradient_checkpointing compile"  # but then not to the bit
+).split()
 
 
 def last_checkpoint(folder):
@@ -1262,12 +1249,9 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     state["teacher"] = {name: p for name, p in theirs if p not in shared}
     state["optimizer"] = optimizer.state_dict()
     state["saved"].append(len(state["metrics"]))
-    is_finite = all(p.isfinite().all() for p in student.parameters())
-    require(is_finite, f"--out {out}: the last step left weights that are no numbers; not saved.")
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
-    part = out / ".rsd-part"
-    shutil.rmtree(part, ignore_errors=True)  # of one that was killed, or had no room
+    part = out / ".rsd-part"  # what a kill left there is written over
     try:
         student.save_pretrained(part)  # of a LoRA, the adapters
         tokenizer.save_pretrained(part)
@@ -1280,8 +1264,9 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
         part.rename(new)
         to_disk(out)
     except Exception as error:  # of safetensors, torch and the disk
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"--out {out}: cannot save, the last checkpoint stays ({error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
     for old in older[:-1]:
         if old.exists() and {*os.listdir(old)} <= {*os.listdir(new)}:  # or the user's are in it
@@ -1292,9 +1277,9 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
 def open_run(out, settings, resume):
     """The run in the folder `out`, new or as its last checkpoint has it -> (lock, state).
 
-    Keep the lock. state: settings; metrics, a dict
-    for each step; saved, the steps of its checkpoints; where it goes on, optimizer and teacher.
-    UserError: `out` holds something else, or a run with other settings or without `resume`.
+    Keep the lock. state: settings; metrics, a dict for each step; saved, the steps of its
+    checkpoints; where it goes on, optimizer and teacher. UserError: `out` holds something else, or
+    a run with other settings or without `resume`.
     """
     is_free = not any(out.glob("[!.]*")) or (out / LOCK).exists()
     require(is_free, f"--out {out} is no run of rsd.py; choose another --out.")
@@ -1306,20 +1291,12 @@ def open_run(out, settings, resume):
     state = {"settings": now, "metrics": [], "saved": []}
     if last:
         require(resume, f"--out {out} holds a run already; add --resume, or choose another --out.")
-        try:
+        with user_error(f"{last} is damaged; move it away to go on from the one before"):
             state = torch.load(f"{last}/trainer.pt", map_location="cpu", weights_only=True)
-            needed = "settings metrics saved optimizer teacher"
-            was, *_ = [state[name] for name in needed.split()]
-        except Exception as error:  # of torch and pickle
-            raise UserError(
-                f"{last} is damaged; move it away to go on from the one before: {error!r:.99}"
-            ) from error
-        changed = [name for name in now if was.get(name) != now[name]]
-        other = {name: was.get(name) for name in changed if name not in NOT_TO_THE_BIT}
+            was = state["settings"]
+        other = {name: was.get(name) for name in now if was.get(name) != now[name]}
         require(not other, f"--out {out} holds a run with other settings, which were {other}.")
-        if changed:
-            say("note: it goes on, but not to the bit as it would have, with other", *changed)
-        state["settings"] = now
+        say("the run goes on; to the bit, if the flags on memory and --compile are the same")
     lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
     (out / "metrics.jsonl").write_text("".join(lines))
     return held, state
@@ -2094,7 +2071,8 @@ def model_writer(args, model, tokenizer, completions=0):
     sampling["stop"] = stop_ids(model, tokenizer)
     sample = functools.partial(sample_completions, model, **sampling)
     if is_compiled(args, completions):
-        sample = StaticSampler(model, **sampling)
+        twin = make_teacher(model, "fixed")
+        sample = functools.partial(sample_compiled, model, twin, **sampling)
         say("the sampler has a copy of the weights, and is compiled, once, in about a minute")
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", 2 * args.batch_size)
@@ -2198,10 +2176,8 @@ def training_writer(args, writer):
         episodes = examples
         if method.writer != "reference":
             episodes = model_writes(writer.sample, examples, args.rollouts, seen)
-        texts = [
-            written_text(writer.tokenizer, getattr(e, seen), e.completion_ids) for e in episodes
-        ]
-        for e, text in zip(episodes, texts):
+        for e in episodes:
+            text = written_text(writer.tokenizer, getattr(e, seen), e.completion_ids)
             is_reason = args.stage == "reason"
             read = score(text, e.row) if is_reason else score_rubric(parse_rubric(text)[0], e.row)
             own = {"leak": bool(LEAK.search(text)), "truncated": not e.stopped}
