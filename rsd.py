@@ -88,7 +88,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def user_error(about):
-    """UserError(about, and why) in place of any error of the block, which may be of many kinds."""
+    """In place of any error of the block, and there are many kinds, UserError: about, and why."""
     try:
         yield
     except Exception as error:
@@ -164,14 +164,11 @@ def chat_ids(tokenizer, chat, template=None, **options):
     control = control_tokens(tokenizer)
     tokenizer.chat_control_tokens = list(control)
     harmless = [message | {"content": "x"} for message in chat]
-    try:
+    with user_error(f"the chat template fails on the chat {chat!r:.200}"):
         both = tokenizer.apply_chat_template(
             [chat, harmless], chat_template=FIXED_DAY + (template or tokenizer.get_chat_template()),
             sanitize_control_tokens=True, return_dict=False, **options,
         )
-    except Exception as error:  # jinja's, the template's own, the tokenizer's
-        message = f"the chat template fails with {error!r:.200} on the chat {chat!r:.200}"
-        raise UserError(message) from error
     known = set(control.values())
     written, expected = ([i for i in ids if i in known] for ids in both)
     require(written == expected, f"the tokenizer makes a control token of text in {chat!r:.200}.")
@@ -935,12 +932,8 @@ def check_criterion(criterion, text, seconds=2.0):
     check = criterion.get("check")
     if check is None:
         return None
-    try:
+    with user_error(f"the check {check!r} of a criterion has to be mended"):
         return bool(regex.search(check, after_thinking(text) or "", timeout=seconds))
-    except TimeoutError:
-        raise UserError(
-            f"the check {check!r} of a criterion takes over {seconds:g} s; mend it."
-        ) from None
 
 
 def score(text, row):
@@ -1209,10 +1202,8 @@ def lock(path):
     require(path.is_file() or not path.exists(), f"--out {path}: it is no file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a", encoding="utf-8", errors="replace")
-    try:
+    with user_error(f"--out {path}: another process writes there; choose another"):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {path}: another process writes there; choose another.") from None
     return file
 
 
@@ -1253,18 +1244,17 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
 
     part = out / ".rsd-part"  # what a kill left there is written over
     try:
-        student.save_pretrained(part)  # of a LoRA, the adapters
-        tokenizer.save_pretrained(part)
-        torch.save(state, part / "trainer.pt")
-        (part / "questions.json").write_text(json.dumps(state["questions"]))
-        for weights in part.glob("*.safetensors"):  # which only the owner may read so far
-            shutil.copymode(part / "trainer.pt", weights)
-        for path in [*part.rglob("*"), part]:
-            to_disk(path)
-        part.rename(new)
-        to_disk(out)
-    except Exception as error:  # of safetensors, torch and the disk
-        raise UserError(f"--out {out}: cannot save, the last checkpoint stays ({error})") from error
+        with user_error(f"--out {out}: cannot save, the last checkpoint stays"):
+            student.save_pretrained(part)  # of a LoRA, the adapters
+            tokenizer.save_pretrained(part)
+            torch.save(state, part / "trainer.pt")
+            (part / "questions.json").write_text(json.dumps(state["questions"]))
+            for weights in part.glob("*.safetensors"):  # which only the owner may read so far
+                shutil.copymode(part / "trainer.pt", weights)
+            for path in [*part.rglob("*"), part]:
+                to_disk(path)
+            part.rename(new)
+            to_disk(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -1307,13 +1297,9 @@ def read_jsonl(path, size=None):
     is none. OSError: no such file."""
     rows = []
     for number, line in enumerate(path.read_bytes()[:size].split(b"\n"), 1):
-        try:
+        with user_error(f"{path}, line {number}, is no JSON object; mend or remove it"):
             if line.strip():
                 rows.append({**json.loads(line)})
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number}, is no JSON object; mend or remove it, since {error}"
-            ) from None
     return rows
 
 

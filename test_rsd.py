@@ -357,7 +357,7 @@ def test_prompts_do_not_change_with_the_day(tok):
 def test_a_template_that_raises_is_one_sentence(tok):
     other = copy.deepcopy(tok)
     other.chat_template = "{{ raise_exception('no system turn') }}"
-    with pytest.raises(rsd.UserError, match="no system turn.*a question"):
+    with pytest.raises(rsd.UserError, match="a question.*no system turn"):
         rsd.context_ids(other, "{question}", {"question": "a question"})
 
 
@@ -1501,7 +1501,7 @@ def test_checks_of_criteria_score_a_text():
 
 def test_a_check_that_never_ends_is_stopped():
     criterion = checked(1, r"(\w|\w\w)+\d")
-    with pytest.raises(rsd.UserError, match="takes over 0.1 s"):
+    with pytest.raises(rsd.UserError, match="has to be mended: regex timed out"):
         rsd.check_criterion(criterion, "a" * 100, seconds=0.1)
     assert rsd.check_criterion(criterion, "short 7") is False
     assert rsd.check_criterion(criterion, "short7") is True
