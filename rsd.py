@@ -556,8 +556,6 @@ def as_text(cell):
     a list all parts; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
-    if isinstance(cell, bytes):
-        cell = cell.decode()
     if isinstance(cell, dict):  # a turn, or a part of one
         speaker = f"{cell['role'].capitalize()}: " if "role" in cell else ""
         return speaker + as_text(cell.get("text", cell.get("content", str(cell))))
@@ -567,11 +565,11 @@ def as_text(cell):
     return valid_unicode(str(cell))
 
 
-THINKING_TAG = re.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
-    r"(?i)(?=(?P<closes>.\|?/|<\|\w{0,20}end[_|]|<channel\|>|<\|?channel\|?>\s*final|assistant)?)"
-    r"(?:<\|?[\w:/]{0,20}(?:think|thought|reason|analysis|scratchpad)\w{0,20}(?:\s[^<>]*)?\|?>"
-    r"|[\[◁]/?think[\]▷]|<channel\|>|assistantfinal|\A\s*analysis(?-i:[A-Z])"
-    r"|<\|?channel\|?>\s*(?:analysis|thought|commentary|final(?:<\|message\|>)?))"
+THINKING_TAG = regex.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
+    r"(?i)[<◁]\|?(?P<closes>/|end_)?[\w:]{0,20}(?:think|thought|reason|analysis|scratchpad)"
+    r"\w{0,20}?(?P<closes>_end)?(?:\s[^<>]*)?\|?[>▷]|\[(?P<closes>/)?think\]"
+    r"|(?P<closes><channel\|>|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?)"
+    r"|<\|channel\|?>(?:analysis|thought|commentary)|\A\s*analysis(?-i:[A-Z])"
 )
 
 
@@ -645,8 +643,8 @@ def parse_rubric(text, row=None):
 
 AVOIDS = re.compile(
     r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it|response) )?"  # label, subject
-    r"(?:(?:(?:should|must) (?:\w+ly )?)?(?:avoid|refrain)s?\b|warns? against"
-    r"|(?:do|should|must|can|may)(?: ?not|n['’]t))"
+    r"(?:(?:do|should|must|can|may) ?n[o'’]t|warns? against"
+    r"|(?:(?:should|must) (?:\w+ly )?)?(?:avoid|refrain)s?\b)"
 )
 
 
@@ -745,11 +743,11 @@ def generate_rubrics(write, asked, parse, tries=3):
 # last \boxed{} or list of them; without one, what the last "answer is" names; else the
 # last line.
 
-IN_BRACES = r"[^{}]*"
-for _ in range(6):  # as deep as boxes nest, in linear time
-    IN_BRACES = rf"(?:[^{{}}]|\{{{IN_BRACES}\}})*"
-BOX = re.compile(r"(?:boxed|fbox|framebox)\b *(?!\{ *\})(?:\{(" + IN_BRACES + r")|(\d))")
-BOXES = re.compile(rf"(?:{BOX.pattern}\}}?\$?(?:[,;]|,? ?and)\s*\$?\\?)*{BOX.pattern}")  # a list
+BOXES = regex.compile(  # a box, or a list of them
+    r"(?:(?:boxed|fbox|framebox)\b *(?!\{ *\})"
+    r"(?:\{(?P<box>(?P<in>(?:(?!boxed)[^{}]|\{(?&in)\})*+))\}|(?P<box>\d))"
+    r"(?:[}$]*(?:[,;]|,? ?and)[$\s\\]*)?)+"
+)
 NAMED_ANSWER = re.compile(
     r"(?im)^.*(?<!/)\b(?:answers?|choice|option)\b"
     r"(?:[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=>])|\W*\n)[\s:*]*"
@@ -763,8 +761,7 @@ def extract_answer(text):
     text = after_thinking(text) or ""
     lists = list(BOXES.finditer(text))
     if lists:
-        boxes = ["".join(box).strip() for box in BOX.findall(lists[-1][0])]
-        return ", ".join(dict.fromkeys(boxes))
+        return ", ".join(dict.fromkeys(lists[-1].captures("box")))
 
     lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
     answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
