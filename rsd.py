@@ -671,13 +671,13 @@ def row_fields(row):
     for c in rubric:
         text = f"{c['title']}: {c['description']}".removeprefix(": ")
         lines.append(f"- {text} ({signed_weight(c):g})")
-    plain = [make_criterion(**c) for c in rubric]  # without its check
+    unchecked = [make_criterion(**c) for c in rubric]
     answer = row.get("reference_answer")
     fields = row | {
         "answer": answer,
         "reference": answer and "Reference answer: " + answer,
         "rubric": "\n".join(lines),
-        "rubric_json": plain and json.dumps(plain, ensure_ascii=False),
+        "rubric_json": rubric and json.dumps(unchecked, ensure_ascii=False),
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
         "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
     }
@@ -768,38 +768,36 @@ def extract_answer(text):
     return answers[-1].strip(" *_`#")
 
 
-SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if any, and of units
-    "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, rho ρ, "
-    "sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, Sigma Σ, Phi Φ, "
-    "Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, infty ∞, le ≤, leq ≤, "
-    "ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, rightarrow →, text, textbf, textit, "
-    "textrm, textnormal, mathrm, mathbf, mathit, rm, bf, mbox, operatorname, left, right, quad, "
-    "qquad, thinspace, meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, "
-    "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
-    "mole mol, mph mi/hour, mile mi, per /, celsius C, sec s, minute min, hour hour, hr hour, "
-    "h hour, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %").split(", "))
-SIGNS |= {name + "s": sign for name, sign in SIGNS.items() if len(name) > 2}  # plurals
+SIGNS = dict(pair.split(",") for pair in (  # of LaTeX's commands, if any, and of units
+    "alpha,α beta,β gamma,γ delta,δ epsilon,ε theta,θ lambda,λ mu,μ nu,ν pi,π rho,ρ sigma,σ tau,τ "
+    "phi,φ omega,ω Gamma,Γ Delta,Δ Theta,Θ Lambda,Λ Pi,Π Sigma,Σ Phi,Φ Psi,Ψ Omega,Ω ohm,Ω circ,° "
+    "degree,° times,× cdot,· approx,≈ infty,∞ le,≤ leq,≤ ge,≥ geq,≥ neq,≠ lor,∨ land,∧ lnot,~ "
+    "neg,~ to,→ rightarrow,→ text, textbf, textit, textrm, textnormal, mathrm, mathbf, mathit, rm, "
+    "bf, mbox, operatorname, left, right, quad, qquad, thinspace, meter,m metre,m gram,g second,s "
+    "joule,J newton,N watt,W volt,V kelvin,K celsius,C pascal,Pa hertz,Hz coulomb,C tesla,T "
+    "ampere,A liter,L litre,L mole,mol mph,mi/hour mile,mi per,/ sec,s minute,min h,hour hr,hour "
+    "kilometer,km centimeter,cm millimeter,mm kilogram,kg percent,%").split())
 DRESS = {  # what changes no answer -> its plain spelling, in this order
-    r"\\pm\b|\+/-": "±",
+    r" ?(?:±|\\pm|\+/-) ?0?\.\d+": "",  # how uncertain it is
     r"(?<=\d)\*\*(?=-?\d)": "^",
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
-    r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
+    r"\\(?=%)|(?<=\d)\{?,\}?(?=\d{3}(?!\d))": "",
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
     r"(?<=[\d.]) ?[x×·*] ?10\^": "e",
     r"\b10\^(?=-?\d)": "1e",
-    r" ?\bmillion\b": "e6",
+    " million": "e6",
     r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
 }
 LETTER = re.compile(r"\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
-OPTION = re.compile(r"(?:\W|option|answer)*\w(?:[)\]]|\W*$)")
+OPTION = re.compile(r"(?i)(?:[ .:(\[]|option|answer)*([a-j])(?:[)\]](?!.*\b[a-j]\))|\.?$)")
 UNIT = r"(?![a-cefi-kn-rt-z]\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
 NUMBER = re.compile(
     r"(?:[^\W\d][\w'^().\\ ]*[=:] ?)*(?:[^,;:=≈]*≈ ?)?"  # x = 2√3 ≈
-    r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:e-?\d{1,4})?)(?!\d))"
-    rf"(?: (?P<factor>1e-?\d{{1,4}}(?!\d)))? ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
+    r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:(?: 1)?e-?\d{1,4})?))"
+    rf"(?!\d) ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
 )
 COUNTED = re.compile(r"[°%]|(?!mmol|kcal)[a-z]{4,}")
 FORMULA = re.compile(r"(?!.*(?:\d[:_]\d|0x|(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞√\d]")
@@ -819,35 +817,28 @@ def plain(text):
     return text.strip()
 
 
-def letters_in(text):
-    """The letters of options that a text names: "(b)", "B. the lamp" -> {"B"}."""
-    text = re.split(r"[.:)\]] (?=\w\w)", text)[0]
-    return {letter.upper() for letter in LETTER.findall(text)}
-
-
 def unit_of(text):
     """{symbol: power} of a unit, so that "kJ/mol" and "kJ mol^-1" are the same."""
-    text = re.sub(r"°?[^\W\d]+", lambda name: SIGNS.get(name[0]) or name[0], text)
-    sign, powers = 1, Counter()
-    factor = r"(/?)[ (]{0,9}(°?[^\W\d]+|[°%'])\^?(-?\d+)?"
-    for slash, symbol, power in re.findall(factor, text.replace("° ", "°")):
-        sign = -1 if slash else sign
-        powers[symbol] += sign * int(power or 1)
+    text = re.sub(r"(?<=\w{2}[^\Wu])s\b", "", text)  # no plural
+    text = re.sub(r"[^\W\d]+", lambda name: SIGNS.get(name[0]) or name[0], text)
+    powers = Counter()
+    for sign, factors in zip((1, -1), text.split("/", 1)):
+        for symbol, power in re.findall(r"([^\W\d]+|[°%'])\^?(-?\d+)?", factors):
+            powers[symbol] += sign * int(power or 1)
     return powers
 
 
 def same_number(given, wanted, tolerance, need_unit):
     """Have two matches of NUMBER the same value, and units that go together?"""
     unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
-    is_needed = need_unit and not any(map(COUNTED.fullmatch, wanted_unit))
+    is_needed = need_unit and not all(map(COUNTED.fullmatch, wanted_unit))
     if wanted_unit and unit != wanted_unit and (unit or is_needed):
         return False
-    x = Fraction(given["size"]) * Fraction(given["factor"] or 1)
-    y = Fraction(wanted["size"])
-    if unit or need_unit or "e" in given["size"]:  # else 3 may stand in units of 10^-19 J
-        y *= Fraction(wanted["factor"] or 1)
+    x, y = (Fraction(number["size"].replace(" 1", "")) for number in (given, wanted))
+    if not (unit or need_unit or "e" in given["size"]):  # 3 may stand in units of 10^-19 J
+        y = Fraction(wanted["size"].split()[0])
     if tolerance is None:
-        is_money = re.search("%|dollar|cent", wanted["unit"])
+        is_money = wanted_unit.keys() & {"%", "dollar", "cent"}
         is_measured = re.search("[.e]", wanted["size"])
         tolerance = 0.01 if is_measured and not is_money else 0
     return abs(x - y) <= Fraction(tolerance) * abs(y)
@@ -859,14 +850,16 @@ def same_formula(given, wanted):
         from math_verify import parse, verify
     except ImportError:
         return None
-    if "text" not in wanted:  # a remark behind the formula is the answer's own
-        given = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", given[:300])
-    texts = [ascii_signs(text).replace("$", "") for text in (given[:300], wanted)]
-    x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
-    if len(y) < 2:  # not a value and its text
+
+    def read(text):
+        text = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", text)  # a remark
+        return parse(f"${ascii_signs(text).replace('$', '')}$", parsing_timeout=1)
+
+    formula = read(wanted)
+    if len(formula) < 2:  # not a value and its text
         return None
     decimals = re.search(r"\.(\d+)|$", wanted)[1] or "000000"
-    return verify(y, x, float_rounding=len(decimals), timeout_seconds=1)
+    return verify(formula, read(given[:300]), float_rounding=len(decimals), timeout_seconds=1)
 
 
 def grade(answer, reference, tolerance=None, need_unit=True):
@@ -878,10 +871,10 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     (False, False, True)
     """
     given, wanted = plain(answer), plain(reference)
-    given = re.sub(r" ?± ?0?\.\d+", "", given)  # how uncertain it is
-    letters = letters_in(wanted)
-    if OPTION.match(wanted) and len(letters) == 1:
-        return letters_in(given) == letters
+    option = OPTION.match(wanted)
+    if option:
+        label = re.split(r"[.:)\]] (?=\w\w)", given)[0]  # of "B. the lamp"
+        return {letter.upper() for letter in LETTER.findall(label)} == {option[1].upper()}
     if wanted in ("yes", "no", "true", "false"):  # whatever is said behind it
         return re.match(r"\w*", given)[0] == wanted
     number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
@@ -891,8 +884,10 @@ def grade(answer, reference, tolerance=None, need_unit=True):
         return bool(same_formula(answer, reference))
     if FORMULA.match(wanted):
         return same_formula(answer, reference)
-    texts = {re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted)}
-    return len(texts) == 1 if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
+    if not re.fullmatch(r"[^\\^=+]{1,40}", wanted):
+        return None
+    x, y = (re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted))
+    return x == y
 
 
 def rubric_score(rubric, met):
@@ -941,11 +936,11 @@ def score(text, row):
 
 def score_rubric(rubric, row):
     """A generated rubric: is it valid, and how many criteria has it?"""
-    return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None}
+    return {"valid": float(bool(rubric)), "criteria": rubric and len(rubric)}
 
 
 VERDICT = re.compile(  # a word that stands as a value
-    r"(?m)(?:^[^a-z\n]*|[\[{(,.:;=|>→–—)-]|(?<=true|alse))[\s\"'“”*`_]{0,20}"
+    r"(?m)(?:^[^a-z\n]*|[^\w\s*/#][\s*]*|(?<=true|alse) )"
     r"(true|yes|false|no)(?!\w| (?!because|since|true|false)\w)"
 )
 
