@@ -569,7 +569,7 @@ THINKING_TAG = regex.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|c
     r"(?i)[<◁]\|?(?P<closes>/|end_)?[\w:]{0,20}(?:think|thought|reason|analysis|scratchpad)"
     r"\w{0,20}?(?P<closes>_end)?(?:\s[^<>]*)?\|?[>▷]|\[(?P<closes>/)?think\]"
     r"|(?P<closes><channel\|>|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?)"
-    r"|<\|channel\|?>(?:analysis|thought|commentary)|\A\s*analysis(?-i:[A-Z])"
+    r"|<\|channel\|?>(?!final)|\A\s*analysis(?-i:[A-Z])"
 )
 
 
@@ -653,7 +653,7 @@ def signed_weight(criterion):
     whatever sign they have, unless their main verb is one of avoiding: a good answer meets "must
     not ...", a bad one "Fails to warn against ..."."""
     weight = criterion["weight"]
-    if not criterion["title"].lower().startswith("pitfall"):
+    if not re.match("(?i)pitfall", criterion["title"]):
         return weight
     return abs(weight) if AVOIDS.match(criterion["description"]) else -abs(weight)
 
@@ -779,17 +779,17 @@ SIGNS = dict(pair.split(",") for pair in (  # of LaTeX's commands, if any, and o
     "kilometer,km centimeter,cm millimeter,mm kilogram,kg percent,%").split())
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r" ?(?:±|\\pm|\+/-) ?0?\.\d+": "",  # how uncertain it is
-    r"(?<=\d)\*\*(?=-?\d)": "^",
+    r"10\*\*(?=-?\d)": "10^",
     r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
     r"\\(?=%)|(?<=\d)\{?,\}?(?=\d{3}(?!\d))": "",
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
-    r"(?<=[\d.]) ?[x×·*] ?10\^": "e",
-    r"\b10\^(?=-?\d)": "1e",
+    r" ?(?:[x×·*] ?|\b)10\^": " 1e",
     " million": "e6",
     r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
+    r"(?<=[^\W\d]{2}[^\W\du])s\b": "",  # a plural
 }
 LETTER = re.compile(r"\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
 OPTION = re.compile(r"(?i)(?:[ .:(\[]|option|answer)*([a-j])(?:[)\]](?!.*\b[a-j]\))|\.?$)")
@@ -819,7 +819,6 @@ def plain(text):
 
 def unit_of(text):
     """{symbol: power} of a unit, so that "kJ/mol" and "kJ mol^-1" are the same."""
-    text = re.sub(r"(?<=\w{2}[^\Wu])s\b", "", text)  # no plural
     text = re.sub(r"[^\W\d]+", lambda name: SIGNS.get(name[0]) or name[0], text)
     powers = Counter()
     for sign, factors in zip((1, -1), text.split("/", 1)):
@@ -874,20 +873,18 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     option = OPTION.match(wanted)
     if option:
         label = re.split(r"[.:)\]] (?=\w\w)", given)[0]  # of "B. the lamp"
-        return {letter.upper() for letter in LETTER.findall(label)} == {option[1].upper()}
+        return set(map(str.upper, LETTER.findall(label))) == {option[1].upper()}
     if wanted in ("yes", "no", "true", "false"):  # whatever is said behind it
         return re.match(r"\w*", given)[0] == wanted
-    number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
+    number, wanted_number = map(NUMBER.fullmatch, (given, wanted))
     if wanted_number and number:
         return same_number(number, wanted_number, tolerance, need_unit)
     if wanted_number:
         return bool(same_formula(answer, reference))
     if FORMULA.match(wanted):
         return same_formula(answer, reference)
-    if not re.fullmatch(r"[^\\^=+]{1,40}", wanted):
-        return None
     x, y = (re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted))
-    return x == y
+    return x == y if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
 
 def rubric_score(rubric, met):
@@ -896,7 +893,7 @@ def rubric_score(rubric, met):
     each criterion."""
     if not met or None in met:
         return None
-    weights = [signed_weight(c) for c in rubric]
+    weights = list(map(signed_weight, rubric))
     earned = sum(itertools.compress(weights, met))
     best, worst = sum(w for w in weights if w > 0), sum(weights)
     if best:
@@ -907,8 +904,7 @@ def rubric_score(rubric, met):
 def accuracy(text, row):
     """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
     math_verify, which is settled by the reference alone."""
-    reference = row["reference_answer"] or ""
-    right = grade(extract_answer(text), reference, **row.get("grading", {}))
+    right = grade(extract_answer(text), row["reference_answer"], **row.get("grading", {}))
     return None if right is None else float(right)
 
 
