@@ -564,7 +564,7 @@ def as_text(cell):
 
 
 THINKING_TAG = regex.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
-    r"(?i)[<◁]\|?(?P<closes>/|end_)?[\w:]{0,20}(?:think|thought|reason|analysis|scratchpad)"
+    r"(?i)[<◁]\|?(?P<closes>/|end_)?[\w:]*(?:think|thought|reason|analysis|scratchpad)"
     r"\w{0,20}?(?P<closes>_end)?(?:\s[^<>]*)?\|?[>▷]|\[(?P<closes>/)?think\]"
     r"|(?P<closes><channel\|>|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?)"
     r"|<\|channel\|?>(?!final)|\A\s*analysis(?-i:[A-Z])"
@@ -630,7 +630,7 @@ def parse_rubric(text, row=None):
         if match.start() < end:  # within the last array
             continue
         objects, end = read_array(text, match.end())
-        if not text.startswith("]", end) and (end < text.rfind("]") or match.start() > 300):
+        if not text.startswith("]", end) and ("]" in text[end:] or match.start() > 300):
             reason = "its JSON is broken, or unfinished thinking"
             continue
         try:
@@ -758,12 +758,9 @@ def extract_answer(text):
     r"""The last \boxed{}, and those before it in the same list; without one, the last named answer;
     or the last line."""
     text = after_thinking(text) or ""
-    lists = list(BOXES.finditer(text))
-    if lists:
-        return ", ".join(lists[-1].captures("box"))
-
+    boxes = [", ".join(match.captures("box")) for match in BOXES.finditer(text)]
     lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
-    answers = NAMED_ANSWER.findall(text) or lines or [""]
+    answers = boxes or NAMED_ANSWER.findall(text) or lines or [""]
     return answers[-1].strip(" *_`#")
 
 
@@ -775,13 +772,13 @@ SIGNS = dict(pair.split(",") for pair in (  # of LaTeX's commands, if any, and o
     "bf, mbox, operatorname, left, right, quad, qquad, thinspace, meter,m metre,m gram,g second,s "
     "joule,J newton,N watt,W volt,V kelvin,K celsius,C pascal,Pa hertz,Hz coulomb,C tesla,T "
     "ampere,A liter,L litre,L mole,mol mile,mi sec,s minute,min h,hour hr,hour "
-    "kilometer,km centimeter,cm millimeter,mm kilogram,kg percent,%").split())
+    "kilometer,km centimeter,cm millimeter,mm kilogram,kg percent,% %,%").split())
 DRESS = {  # what changes no answer -> its plain spelling, in this order
     r" ?(?:±|\\pm|\+/-) ?0?\.\d+": "",  # how uncertain it is
     r"10\*\*(?=-?\d)": "10^",
-    r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
+    r"\\([A-Za-z]+|%)": lambda name: SIGNS.get(name[1], name[0]),
     r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
-    r"\\(?=%)|(?<=\d)\{?,\}?(?=\d{3}(?!\d))": "",
+    r"(?<=\d)\{?,\}?(?=\d{3}(?!\d))": "",
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
@@ -874,7 +871,7 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     if option:
         label = re.split(r"[.:)\]] (?=\w\w)", given)[0]  # of "B. the lamp"
         return set(map(str.upper, LETTER.findall(label))) == {option[1].upper()}
-    if wanted in ("yes", "no", "true", "false"):  # whatever is said behind it
+    if wanted in "yes no true false".split():  # whatever is said behind it
         return re.match(r"\w*", given)[0] == wanted
     number, wanted_number = map(NUMBER.fullmatch, (given, wanted))
     if wanted_number and number:
@@ -982,7 +979,7 @@ def mean_se(values):
 
 def mean_scores(scores):
     """A list of scores, of the same names -> the mean of each."""
-    return {name: mean_se([s.get(name) for s in scores])[0] for name in scores[0]}
+    return {name: mean_se([s[name] for s in scores])[0] for name in scores[0]}
 
 
 def evaluate(samples):
