@@ -540,8 +540,10 @@ def train(
 
 def load_prompts(folder):
     """Every prompt file FOLDER/NAME.txt as {NAME: text}; U+FFFD stands for what is no UTF-8."""
-    files = Path(folder).glob("*.txt")
-    return {path.stem: path.read_text("utf-8-sig", errors="replace").strip() for path in files}
+    return {
+        path.stem: path.read_text("utf-8-sig", errors="replace").strip()
+        for path in Path(folder).glob("*.txt")
+    }
 
 
 def valid_unicode(text):
@@ -602,11 +604,10 @@ def make_criterion(title="", description="", weight=None, **_):
 
 def read_array(text, at):
     """The values of the JSON array whose first one begins at `at`; where the reading stops."""
-    decoder = json.JSONDecoder(strict=False)
     objects = []
     try:
         while True:
-            item, end = decoder.raw_decode(text, at)
+            item, end = json.JSONDecoder(strict=False).raw_decode(text, at)
             objects.append(item)
             at = regex.match(r"[\s,]*", text, pos=end).end()
     except (ValueError, RecursionError):
@@ -641,7 +642,7 @@ def parse_rubric(text, row=None):
 
 
 AVOIDS = re.compile(
-    r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it|response) )?"  # label, subject
+    r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it) )?"  # label, subject
     r"(?:(?:do|should|must|can|may) ?n[o'’]t|warns? against"
     r"|(?:(?:should|must) (?:\w+ly )?)?(?:avoid|refrain)s?\b)"
 )
@@ -710,7 +711,7 @@ def write_until_read(write, asked, read, name, tries=3):
             yield i, {
                 "text": text,
                 "tokens": tokens,
-                "truncated": float(not stopped),
+                "truncated": not stopped,
                 name: value,
                 "reason": reason,
                 "tries": attempt,
@@ -797,8 +798,8 @@ NUMBER = re.compile(
     r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:(?: 1)?e-?\d{1,4})?))"
     rf"(?!\d) ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
 )
-COUNTED = re.compile(r"[°%]|(?!mmol|kcal)[a-z]{4,}")
-FORMULA = re.compile(r"(?!.*(?:\d[:_]\d|0x|(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞√\d]")
+COUNTED = re.compile(r"[°%]|[a-z]{4,}")
+FORMULA = re.compile(r"(?!.*(?:\d[:_]\d|0x|(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞\d]")
 
 
 def ascii_signs(text):
@@ -866,7 +867,7 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     >>> grade("719 C", "720 C"), grade("720", "720 C"), grade("(b)", "B")
     (False, False, True)
     """
-    given, wanted = plain(answer), plain(reference)
+    given, wanted = map(plain, (answer, reference))
     option = OPTION.match(wanted)
     if option:
         label = re.split(r"[.:)\]] (?=\w\w)", given)[0]  # of "B. the lamp"
@@ -892,17 +893,17 @@ def rubric_score(rubric, met):
         return None
     weights = list(map(signed_weight, rubric))
     earned = sum(itertools.compress(weights, met))
-    best, worst = sum(w for w in weights if w > 0), sum(weights)
+    best = sum(w for w in weights if w > 0)
+    worst = sum(weights)
     if best:
         return max(0.0, earned / best)
     return 1 - earned / worst if worst else None
 
 
 def accuracy(text, row):
-    """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
-    math_verify, which is settled by the reference alone."""
-    right = grade(extract_answer(text), row["reference_answer"], **row.get("grading", {}))
-    return None if right is None else float(right)
+    """Is the text's answer the row's? None (n/a) where that takes a judge, or math_verify, which
+    is settled by the reference alone."""
+    return grade(extract_answer(text), row["reference_answer"], **row.get("grading", {}))
 
 
 def check_criterion(criterion, text, seconds=2.0):
@@ -920,7 +921,7 @@ def check_criterion(criterion, text, seconds=2.0):
 
 
 def score(text, row):
-    """{"accuracy": 0 or 1, "rubric_score": 0 to 1}, each None where it takes a judge: a reference
+    """{"accuracy": True or False, "rubric_score": 0 to 1}, each None where it takes a judge: a reference
     that `grade` calls n/a, and criteria without a `check` to search for."""
     rubric = row.get("own_rubric", row.get("rubric"))
     met = [check_criterion(c, text) for c in rubric or ()]
@@ -929,7 +930,7 @@ def score(text, row):
 
 def score_rubric(rubric, row):
     """A generated rubric: is it valid, and how many criteria has it?"""
-    return {"valid": float(bool(rubric)), "criteria": rubric and len(rubric)}
+    return {"valid": bool(rubric), "criteria": rubric and len(rubric)}
 
 
 VERDICT = re.compile(  # a word that stands as a value
