@@ -626,13 +626,12 @@ def parse_rubric(text, row=None):
     if text is None:
         return None, "unfinished thinking"
     text = LATEX_BACKSLASH.sub(r"\\\\", text)
-    best, end, reason = [], 0, "no JSON array of criteria"
+    best, end, reason = [], 0, "no JSON array of criteria, or one that is broken or unfinished"
     for match in re.finditer(r"\[\s*(?=\{)", text):
         if match.start() < end:  # within the last array
             continue
         objects, end = read_array(text, match.end())
         if not text.startswith("]", end) and ("]" in text[end:] or match.start() > 300):
-            reason = "its JSON is broken, or unfinished thinking"
             continue
         try:
             best = max([make_criterion(**item) for item in objects], best, key=len)
@@ -736,7 +735,7 @@ def generate_rubrics(write, asked, parse, tries=3):
 #      unit; n/a (None) where it is not installed or cannot read the reference. It also
 #      reads the formulas that answer 2.
 #   4. A text of up to 40 characters: the same text. Case counts in symbols (Co is not
-#      CO), not in words.
+#      CO), not in words, and a plural is the same word.
 #   5. All else is prose: n/a, since it takes a judge. n/a is never 0.
 #
 # Of the text that is graded only what stands behind the thinking counts, and of that the
@@ -778,12 +777,12 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r" ?(?:±|\\pm|\+/-) ?0?\.\d+": "",  # how uncertain it is
     r"10\*\*(?=-?\d)": "10^",
     r"\\([A-Za-z]+|%)": lambda name: SIGNS.get(name[1], name[0]),
-    r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
-    r"(?<=\d)\{?,\}?(?=\d{3}(?!\d))": "",
-    r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
+    r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",  # a $ that opens no formula
+    r"(?<=\d)\{?,\}?(?=\d{3}(?!\d))": "",  # 12,345
+    r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",  # blanks, in LaTeX and Markdown
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
-    r" ?(?:[x×·*] ?|\b)10\^": " 1e",
+    r" ?(?:[x×·*] ?|\b)10\^": " 1e",  # 2 × 10^3
     " million": "e6",
     r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
     r"(?<=[a-z]{2}[a-tv-z])s\b": "",  # a plural
@@ -791,6 +790,7 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"\bmph\b": "mi/h",
 }
 LETTER = re.compile(r"\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
+# "(b)", "Option B", "B) the lamp", but not "(a) 1 (b) 2":
 OPTION = re.compile(r"(?i)(?:[ .:(\[]|option|answer)*([a-j])(?:[)\]](?!.*\b[a-j]\))|\.?$)")
 UNIT = r"(?![a-cefi-kn-rt-z]\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
 NUMBER = re.compile(
@@ -877,10 +877,9 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     number, wanted_number = map(NUMBER.fullmatch, (given, wanted))
     if wanted_number and number:
         return same_number(number, wanted_number, tolerance, need_unit)
-    if wanted_number:
-        return bool(same_formula(answer, reference))
-    if FORMULA.match(wanted):
-        return same_formula(answer, reference)
+    if wanted_number or FORMULA.match(wanted):
+        same = same_formula(answer, reference)
+        return bool(same) if wanted_number else same  # a number is never n/a
     x, y = (re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted))
     return x == y if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
@@ -909,9 +908,9 @@ def accuracy(text, row):
 def check_criterion(criterion, text, seconds=2.0):
     """Does the text meet the criterion's `check`, a regular expression? None without one.
     UserError: the search takes longer than that."""
-    check = criterion.get("check")
-    if check is None:
+    if "check" not in criterion:
         return None
+    check = criterion["check"]
     try:
         return bool(regex.search(check, after_thinking(text) or "", timeout=seconds))
     except TimeoutError:
