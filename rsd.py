@@ -567,7 +567,7 @@ def as_text(cell):
 
 THINKING_TAG = regex.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
     r"(?i)[<◁]\|?(?P<closes>/|end_)?[\w:]*(?:think|thought|reason|analysis|scratchpad)"
-    r"\w{0,20}?(?P<closes>_end)?(?:\s[^<>]*)?\|?[>▷]|\[(?P<closes>/)?think\]"
+    r"[^<>/]{0,40}?(?P<closes>_end)?\|?[>▷]|\[(?P<closes>/)?think\]"
     r"|(?P<closes><channel\|>|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?)"
     r"|<\|channel\|?>(?!final)|\A\s*analysis(?-i:[A-Z])"
 )
@@ -626,12 +626,13 @@ def parse_rubric(text, row=None):
     if text is None:
         return None, "unfinished thinking"
     text = LATEX_BACKSLASH.sub(r"\\\\", text)
-    best, end, reason = [], 0, "no JSON array of criteria, or one that is broken or unfinished"
+    best, end, reason = [], 0, "no JSON array of criteria"
     for match in re.finditer(r"\[\s*(?=\{)", text):
         if match.start() < end:  # within the last array
             continue
         objects, end = read_array(text, match.end())
         if not text.startswith("]", end) and ("]" in text[end:] or match.start() > 300):
+            reason = "its JSON is broken, or unfinished thinking"
             continue
         try:
             best = max([make_criterion(**item) for item in objects], best, key=len)
@@ -648,9 +649,9 @@ AVOIDS = re.compile(
 
 
 def signed_weight(criterion):
-    """What meeting a criterion is worth, below 0 for a fault: its weight. RaR's pitfalls are faults,
-    whatever sign they have, unless their main verb is one of avoiding: a good answer meets "must
-    not ...", a bad one "Fails to warn against ..."."""
+    """What meeting a criterion is worth, below 0 for a fault: its weight. RaR's pitfalls are
+    faults, whatever sign they have, unless their main verb is one of avoiding: a good answer meets
+    "must not ...", a bad one "Fails to warn against ..."."""
     weight = criterion["weight"]
     if not re.match("(?i)pitfall", criterion["title"]):
         return weight
@@ -920,8 +921,8 @@ def check_criterion(criterion, text, seconds=2.0):
 
 
 def score(text, row):
-    """{"accuracy": True or False, "rubric_score": 0 to 1}, each None where it takes a judge: a reference
-    that `grade` calls n/a, and criteria without a `check` to search for."""
+    """{"accuracy": True or False, "rubric_score": 0 to 1}, each None where it takes a judge: a
+    reference that `grade` calls n/a, and criteria without a `check` to search for."""
     rubric = row.get("own_rubric", row.get("rubric"))
     met = [check_criterion(c, text) for c in rubric or ()]
     return {"accuracy": accuracy(text, row), "rubric_score": rubric_score(rubric, met)}
