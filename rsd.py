@@ -34,12 +34,10 @@ others a trainer.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import csv
 import difflib
 import functools
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -548,8 +546,10 @@ def train(
 
 def load_prompts(folder):
     """Every prompt file FOLDER/NAME.txt as {NAME: text}; U+FFFD stands for what is no UTF-8."""
-    files = Path(folder).glob("*.txt")
-    return {path.stem: path.read_text("utf-8-sig", errors="replace").strip() for path in files}
+    return {
+        path.stem: path.read_text("utf-8-sig", errors="replace").strip()
+        for path in Path(folder).glob("*.txt")
+    }
 
 
 def valid_unicode(text):
@@ -562,8 +562,6 @@ def as_text(cell):
     a list all parts; nothing, and NaN, are empty."""
     if cell is None or cell != cell:
         return ""
-    if isinstance(cell, bytes):
-        cell = cell.decode()
     if isinstance(cell, dict):  # a turn, or a part of one
         speaker = f"{cell['role'].capitalize()}: " if "role" in cell else ""
         return speaker + as_text(cell.get("text", cell.get("content", str(cell))))
@@ -573,11 +571,11 @@ def as_text(cell):
     return valid_unicode(str(cell))
 
 
-THINKING_TAG = re.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
-    r"(?i)(?=(?P<closes>.\|?/|<\|\w{0,20}end[_|]|<channel\|>|<\|?channel\|?>\s*final|assistant)?)"
-    r"(?:<\|?[\w:/]{0,20}(?:think|thought|reason|analysis|scratchpad)\w{0,20}(?:\s[^<>]*)?\|?>"
-    r"|[\[◁]/?think[\]▷]|<channel\|>|assistantfinal|\A\s*analysis(?-i:[A-Z])"
-    r"|<\|?channel\|?>\s*(?:analysis|thought|commentary|final(?:<\|message\|>)?))"
+THINKING_TAG = regex.compile(  # <think>, </seed:think>, <|end_of_thought|>, <|channel|>analysis
+    r"(?i)[<◁]\|?(?P<closes>/|end_)?[\w:]*(?:think|thought|reason|analysis|scratchpad)"
+    r"[^<>/]{0,40}?(?P<closes>_end)?\|?[>▷]|\[(?P<closes>/)?think\]"
+    r"|(?P<closes><channel\|>|(?:<\|channel\|>|assistant)final(?:<\|message\|>)?)"
+    r"|<\|channel\|?>(?!final)|\A\s*analysis(?-i:[A-Z])"
 )
 
 
@@ -612,14 +610,14 @@ def make_criterion(title="", description="", weight=None, **_):
 
 def read_array(text, at):
     """The values of the JSON array whose first one begins at `at`; where the reading stops."""
-    decoder = json.JSONDecoder(strict=False)
     objects = []
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         while True:
-            item, end = decoder.raw_decode(text, at)
+            item, end = json.JSONDecoder(strict=False).raw_decode(text, at)
             objects.append(item)
-            at = re.compile(r"[\s,]*").match(text, end).end()
-    return objects, at
+            at = regex.match(r"[\s,]*", text, pos=end).end()
+    except (ValueError, RecursionError):
+        return objects, at
 
 
 def parse_rubric(text, row=None):
@@ -639,7 +637,7 @@ def parse_rubric(text, row=None):
         if match.start() < end:  # within the last array
             continue
         objects, end = read_array(text, match.end())
-        if not text.startswith("]", end) and (end < text.rfind("]") or match.start() > 300):
+        if not text.startswith("]", end) and ("]" in text[end:] or match.start() > 300):
             reason = "its JSON is broken, or unfinished thinking"
             continue
         try:
@@ -650,18 +648,18 @@ def parse_rubric(text, row=None):
 
 
 AVOIDS = re.compile(
-    r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it|response) )?"  # label, subject
-    r"(?:(?:(?:should|must) (?:\w+ly )?)?(?:avoid|refrain)s?\b|warns? against"
-    r"|(?:do|should|must|can|may)(?: ?not|n['’]t))"
+    r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it) )?"  # label, subject
+    r"(?:(?:do|should|must|can|may) ?n[o'’]t|warns? against"
+    r"|(?:(?:should|must) (?:\w+ly )?)?(?:avoid|refrain)s?\b)"
 )
 
 
 def signed_weight(criterion):
-    """What meeting a criterion is worth, below 0 for a fault: its weight. RaR's pitfalls are faults,
-    whatever sign they have, unless their main verb is one of avoiding: a good answer meets "must
-    not ...", a bad one "Fails to warn against ..."."""
+    """What meeting a criterion is worth, below 0 for a fault: its weight. RaR's pitfalls are
+    faults, whatever sign they have, unless their main verb is one of avoiding: a good answer meets
+    "must not ...", a bad one "Fails to warn against ..."."""
     weight = criterion["weight"]
-    if not criterion["title"].lower().startswith("pitfall"):
+    if not re.match("(?i)pitfall", criterion["title"]):
         return weight
     return abs(weight) if AVOIDS.match(criterion["description"]) else -abs(weight)
 
@@ -679,15 +677,15 @@ def row_fields(row):
     for c in rubric:
         text = f"{c['title']}: {c['description']}".removeprefix(": ")
         lines.append(f"- {text} ({signed_weight(c):g})")
-    plain = [make_criterion(**c) for c in rubric]  # without its check
+    unchecked = [make_criterion(**c) for c in rubric]
     answer = row.get("reference_answer")
     fields = row | {
         "answer": answer,
         "reference": answer and "Reference answer: " + answer,
         "rubric": "\n".join(lines),
-        "rubric_json": plain and json.dumps(plain, ensure_ascii=False),
+        "rubric_json": rubric and json.dumps(unchecked, ensure_ascii=False),
         "statements": "\n".join(f"- {c['description']}" for c in rubric),
-        "fence": hashlib.sha256(row.get("response", "").encode()).hexdigest()[:16],
+        "fence": str(random.Random(row.get("response", "")).random()),  # of this response alone
     }
     filled = {name: text for name, text in fields.items() if text}
     return {"box": "", "reference": ""} | filled
@@ -719,7 +717,7 @@ def write_until_read(write, asked, read, name, tries=3):
             yield i, {
                 "text": text,
                 "tokens": tokens,
-                "truncated": float(not stopped),
+                "truncated": not stopped,
                 name: value,
                 "reason": reason,
                 "tries": attempt,
@@ -744,21 +742,21 @@ def generate_rubrics(write, asked, parse, tries=3):
 #      unit; n/a (None) where it is not installed or cannot read the reference. It also
 #      reads the formulas that answer 2.
 #   4. A text of up to 40 characters: the same text. Case counts in symbols (Co is not
-#      CO), not in words.
+#      CO), not in words, and a plural is the same word.
 #   5. All else is prose: n/a, since it takes a judge. n/a is never 0.
 #
 # Of the text that is graded only what stands behind the thinking counts, and of that the
 # last \boxed{} or list of them; without one, what the last "answer is" names; else the
 # last line.
 
-IN_BRACES = r"[^{}]*"
-for _ in range(6):  # as deep as boxes nest, in linear time
-    IN_BRACES = rf"(?:[^{{}}]|\{{{IN_BRACES}\}})*"
-BOX = re.compile(r"(?:boxed|fbox|framebox)\b *(?!\{ *\})(?:\{(" + IN_BRACES + r")|(\d))")
-BOXES = re.compile(rf"(?:{BOX.pattern}\}}?\$?(?:[,;]|,? ?and)\s*\$?\\?)*{BOX.pattern}")  # a list
+BOXES = regex.compile(  # a box, or a list of them
+    r"(?:(?:boxed|fbox|framebox)\b *(?!\{ *\})"
+    r"(?:\{(?P<box>(?P<in>(?:(?!boxed)[^{}]|\{(?&in)\})*+))\}|(?P<box>\d))"
+    r"(?:[}$]*(?:[,;]|,? ?and)[$\s\\]*)?)+"
+)
 NAMED_ANSWER = re.compile(
     r"(?im)^.*(?<!/)\b(?:answers?|choice|option)\b"
-    r"(?:[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=>])|\W*\n)[\s:*]*"
+    r"(?:[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=>])|\W*\n)(?:[\s:*]|\$\$|\\[\[(])*"
     r"(\S.*?)(?=</|\.?$|\. +[A-Z]|,? (?:because|since|as)\b| \([a-z]{2})"  # the sentence goes on
 )
 
@@ -767,51 +765,48 @@ def extract_answer(text):
     r"""The last \boxed{}, and those before it in the same list; without one, the last named answer;
     or the last line."""
     text = after_thinking(text) or ""
-    lists = list(BOXES.finditer(text))
-    if lists:
-        boxes = ["".join(box).strip() for box in BOX.findall(lists[-1][0])]
-        return ", ".join(dict.fromkeys(boxes))
-
+    boxes = [", ".join(match.captures("box")) for match in BOXES.finditer(text)]
     lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
-    answers = NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
+    answers = boxes or NAMED_ANSWER.findall(text) or lines or [""]
     return answers[-1].strip(" *_`#")
 
 
-SIGNS = dict(pair.partition(" ")[::2] for pair in (  # of LaTeX's commands, if any, and of units
-    "alpha α, beta β, gamma γ, delta δ, epsilon ε, theta θ, lambda λ, mu μ, nu ν, pi π, rho ρ, "
-    "sigma σ, tau τ, phi φ, omega ω, Gamma Γ, Delta Δ, Theta Θ, Lambda Λ, Pi Π, Sigma Σ, Phi Φ, "
-    "Psi Ψ, Omega Ω, ohm Ω, circ °, degree °, times ×, cdot ·, approx ≈, infty ∞, le ≤, leq ≤, "
-    "ge ≥, geq ≥, neq ≠, lor ∨, land ∧, lnot ~, neg ~, to →, rightarrow →, text, textbf, textit, "
-    "textrm, textnormal, mathrm, mathbf, mathit, rm, bf, mbox, operatorname, left, right, quad, "
-    "qquad, thinspace, meter m, metre m, gram g, second s, joule J, newton N, watt W, volt V, "
-    "kelvin K, °celsius °C, pascal Pa, hertz Hz, coulomb C, tesla T, ampere A, liter L, litre L, "
-    "mole mol, mph mi/hour, mile mi, per /, celsius C, sec s, minute min, hour hour, hr hour, "
-    "h hour, kilometer km, centimeter cm, millimeter mm, kilogram kg, percent %").split(", "))
-SIGNS |= {name + "s": sign for name, sign in SIGNS.items() if len(name) > 2}  # plurals
+SIGNS = dict(pair.split(",") for pair in (  # of LaTeX's commands, if any, and of units
+    "alpha,α beta,β gamma,γ delta,δ epsilon,ε theta,θ lambda,λ mu,μ nu,ν pi,π rho,ρ sigma,σ tau,τ "
+    "phi,φ omega,ω Gamma,Γ Delta,Δ Theta,Θ Lambda,Λ Pi,Π Sigma,Σ Phi,Φ Psi,Ψ Omega,Ω ohm,Ω circ,° "
+    "degree,° times,× cdot,· approx,≈ infty,∞ le,≤ leq,≤ ge,≥ geq,≥ neq,≠ lor,∨ land,∧ lnot,~ "
+    "neg,~ to,→ rightarrow,→ text, textbf, textit, textrm, textnormal, mathrm, mathbf, mathit, rm, "
+    "bf, mbox, operatorname, left, right, quad, qquad, thinspace, meter,m metre,m gram,g second,s "
+    "joule,J newton,N watt,W volt,V kelvin,K celsius,C pascal,Pa hertz,Hz coulomb,C tesla,T "
+    "ampere,A liter,L litre,L mole,mol mile,mi sec,s minute,min h,hour hr,hour "
+    "kilometer,km centimeter,cm millimeter,mm kilogram,kg percent,% %,%").split())
 DRESS = {  # what changes no answer -> its plain spelling, in this order
-    r"\\pm\b|\+/-": "±",
-    r"(?<=\d)\*\*(?=-?\d)": "^",
-    r"\\([A-Za-z]+)": lambda name: SIGNS.get(name[1], name[0]),
-    r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",
-    r"\\(?=%)|\{,\}|(?<=\d),(?=\d{3}(?!\d))": "",
-    r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",
+    r" ?(?:±|\\pm|\+/-) ?0?\.\d+": "",  # how uncertain it is
+    r"10\*\*(?=-?\d)": "10^",
+    r"\\([A-Za-z]+|%)": lambda name: SIGNS.get(name[1], name[0]),
+    r"(?:\\\$|^\$(?=[^$]+$)) ?([\d.,]+)": r"\1 dollars",  # a $ that opens no formula
+    r"(?<=\d)\{?,\}?(?=\d{3}(?!\d))": "",  # 12,345
+    r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",  # blanks, in LaTeX and Markdown
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
-    r"(?<=[\d.]) ?[x×·*] ?10\^": "e",
-    r"\b10\^(?=-?\d)": "1e",
-    r" ?\bmillion\b": "e6",
+    r" ?(?:[x×·*] ?|\b)10\^": " 1e",  # 2 × 10^3
+    " million": "e6",
     r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
+    r"(?<=[a-z]{2}[a-tv-z])s\b": "",  # a plural
+    " per ": "/",
+    r"\bmph\b": "mi/h",
 }
 LETTER = re.compile(r"\b[A-J]\b(?! (?!is\b)[a-z])|(?<=[(\[])[a-j](?=[)\]])|^[a-j]$")
-OPTION = re.compile(r"(?:\W|option|answer)*\w(?:[)\]]|\W*$)")
+# "(b)", "Option B", "B) the lamp", but not "(a) 1 (b) 2":
+OPTION = re.compile(r"(?i)(?:[ .:(\[]|option|answer)*([a-j])(?:[)\]](?!.*\b[a-j]\))|\.?$)")
 UNIT = r"(?![a-cefi-kn-rt-z]\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variable
 NUMBER = re.compile(
     r"(?:[^\W\d][\w'^().\\ ]*[=:] ?)*(?:[^,;:=≈]*≈ ?)?"  # x = 2√3 ≈
-    r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:e-?\d{1,4})?)(?!\d))"
-    rf"(?: (?P<factor>1e-?\d{{1,4}}(?!\d)))? ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
+    r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:(?: 1)?e-?\d{1,4})?))"
+    rf"(?!\d) ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
 )
-COUNTED = re.compile(r"[°%]|(?!mmol|kcal)[a-z]{4,}")
-FORMULA = re.compile(r"(?!.*(?:\d[:_]\d|0x|(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞√\d]")
+COUNTED = re.compile(r"[°%]|[a-z]{4,}")
+FORMULA = re.compile(r"(?!.*(?:\d[:_]\d|0x|(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞\d]")
 
 
 def ascii_signs(text):
@@ -828,35 +823,26 @@ def plain(text):
     return text.strip()
 
 
-def letters_in(text):
-    """The letters of options that a text names: "(b)", "B. the lamp" -> {"B"}."""
-    text = re.split(r"[.:)\]] (?=\w\w)", text)[0]
-    return {letter.upper() for letter in LETTER.findall(text)}
-
-
 def unit_of(text):
     """{symbol: power} of a unit, so that "kJ/mol" and "kJ mol^-1" are the same."""
-    text = re.sub(r"°?[^\W\d]+", lambda name: SIGNS.get(name[0]) or name[0], text)
-    sign, powers = 1, Counter()
-    factor = r"(/?)[ (]{0,9}(°?[^\W\d]+|[°%'])\^?(-?\d+)?"
-    for slash, symbol, power in re.findall(factor, text.replace("° ", "°")):
-        sign = -1 if slash else sign
-        powers[symbol] += sign * int(power or 1)
+    powers = Counter()
+    for sign, factors in zip((1, -1), text.split("/", 1)):
+        for symbol, power in re.findall(r"([^\W\d]+|[°%'])\^?(-?\d+)?", factors):
+            powers[SIGNS.get(symbol) or symbol] += sign * int(power or 1)
     return powers
 
 
 def same_number(given, wanted, tolerance, need_unit):
     """Have two matches of NUMBER the same value, and units that go together?"""
     unit, wanted_unit = unit_of(given["unit"]), unit_of(wanted["unit"])
-    is_needed = need_unit and not any(map(COUNTED.fullmatch, wanted_unit))
+    is_needed = need_unit and not all(map(COUNTED.fullmatch, wanted_unit))
     if wanted_unit and unit != wanted_unit and (unit or is_needed):
         return False
-    x = Fraction(given["size"]) * Fraction(given["factor"] or 1)
-    y = Fraction(wanted["size"])
-    if unit or need_unit or "e" in given["size"]:  # else 3 may stand in units of 10^-19 J
-        y *= Fraction(wanted["factor"] or 1)
+    x, y = (Fraction(number["size"].replace(" 1", "")) for number in (given, wanted))
+    if not (unit or need_unit or "e" in given["size"]):  # 3 may stand in units of 10^-19 J
+        y = Fraction(wanted["size"].split()[0])
     if tolerance is None:
-        is_money = re.search("%|dollar|cent", wanted["unit"])
+        is_money = wanted_unit.keys() & {"%", "dollar", "cent"}
         is_measured = re.search("[.e]", wanted["size"])
         tolerance = 0.01 if is_measured and not is_money else 0
     return abs(x - y) <= Fraction(tolerance) * abs(y)
@@ -868,14 +854,16 @@ def same_formula(given, wanted):
         from math_verify import parse, verify
     except ImportError:
         return None
-    if "text" not in wanted:  # a remark behind the formula is the answer's own
-        given = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", given[:300])
-    texts = [ascii_signs(text).replace("$", "") for text in (given[:300], wanted)]
-    x, y = (parse(f"${text}$", parsing_timeout=1) for text in texts)
-    if len(y) < 2:  # not a value and its text
+
+    def read(text):
+        text = re.sub(r"\\text\{ ?(?:for|where|if)\b\D*$", "", text)  # a remark
+        return parse(f"${ascii_signs(text).replace('$', '')}$")
+
+    formula = read(wanted)
+    if len(formula) < 2:  # not a value and its text
         return None
     decimals = re.search(r"\.(\d+)|$", wanted)[1] or "000000"
-    return verify(y, x, float_rounding=len(decimals), timeout_seconds=1)
+    return verify(formula, read(given[:300]), float_rounding=len(decimals))
 
 
 def grade(answer, reference, tolerance=None, need_unit=True):
@@ -886,22 +874,21 @@ def grade(answer, reference, tolerance=None, need_unit=True):
     >>> grade("719 C", "720 C"), grade("720", "720 C"), grade("(b)", "B")
     (False, False, True)
     """
-    given, wanted = plain(answer), plain(reference)
-    given = re.sub(r" ?± ?0?\.\d+", "", given)  # how uncertain it is
-    letters = letters_in(wanted)
-    if OPTION.match(wanted) and len(letters) == 1:
-        return letters_in(given) == letters
-    if wanted in ("yes", "no", "true", "false"):  # whatever is said behind it
+    given, wanted = map(plain, (answer, reference))
+    option = OPTION.match(wanted)
+    if option:
+        label = re.split(r"[.:)\]] (?=\w\w)", given)[0]  # of "B. the lamp"
+        return set(map(str.upper, LETTER.findall(label))) == {option[1].upper()}
+    if wanted in "yes no true false".split():  # whatever is said behind it
         return re.match(r"\w*", given)[0] == wanted
-    number, wanted_number = NUMBER.fullmatch(given), NUMBER.fullmatch(wanted)
+    number, wanted_number = map(NUMBER.fullmatch, (given, wanted))
     if wanted_number and number:
         return same_number(number, wanted_number, tolerance, need_unit)
-    if wanted_number:
-        return bool(same_formula(answer, reference))
-    if FORMULA.match(wanted):
-        return same_formula(answer, reference)
-    texts = {re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted)}
-    return len(texts) == 1 if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
+    if wanted_number or FORMULA.match(wanted):
+        same = same_formula(answer, reference)
+        return bool(same) if wanted_number else same  # a number is never n/a
+    x, y = (re.sub(r"[ ,\\_]", "", text).strip("().") for text in (given, wanted))
+    return x == y if re.fullmatch(r"[^\\^=+]{1,40}", wanted) else None
 
 
 def rubric_score(rubric, met):
@@ -910,35 +897,34 @@ def rubric_score(rubric, met):
     each criterion."""
     if not met or None in met:
         return None
-    weights = [signed_weight(c) for c in rubric]
+    weights = list(map(signed_weight, rubric))
     earned = sum(itertools.compress(weights, met))
-    best, worst = sum(w for w in weights if w > 0), sum(weights)
+    best = sum(w for w in weights if w > 0)
+    worst = sum(weights)
     if best:
-        return min(1.0, max(0.0, earned / best))
+        return max(0.0, earned / best)
     return 1 - earned / worst if worst else None
 
 
 def accuracy(text, row):
-    """1.0 or 0.0: is the text's answer the row's? None (n/a) where that takes a judge, or
-    math_verify, which is settled by the reference alone."""
-    reference = row["reference_answer"] or ""
-    right = grade(extract_answer(text), reference, **row.get("grading", {}))
-    return None if right is None else float(right)
+    """Is the text's answer the row's? None (n/a) where that takes a judge, or math_verify, which
+    is settled by the reference alone."""
+    return grade(extract_answer(text), row["reference_answer"], **row.get("grading", {}))
 
 
 def check_criterion(criterion, text, seconds=2.0):
     """Does the text meet the criterion's `check`, a regular expression? None without one.
     UserError: the search takes longer than that."""
-    check = criterion.get("check")
-    if check is None:
+    if "check" not in criterion:
         return None
+    check = criterion["check"]
     with user_error(f"the check {check!r} of a criterion has to be mended"):
         return bool(regex.search(check, after_thinking(text) or "", timeout=seconds))
 
 
 def score(text, row):
-    """{"accuracy": 0 or 1, "rubric_score": 0 to 1}, each None where it takes a judge: a reference
-    that `grade` calls n/a, and criteria without a `check` to search for."""
+    """{"accuracy": True or False, "rubric_score": 0 to 1}, each None where it takes a judge: a
+    reference that `grade` calls n/a, and criteria without a `check` to search for."""
     rubric = row.get("own_rubric", row.get("rubric"))
     met = [check_criterion(c, text) for c in rubric or ()]
     return {"accuracy": accuracy(text, row), "rubric_score": rubric_score(rubric, met)}
@@ -946,11 +932,11 @@ def score(text, row):
 
 def score_rubric(rubric, row):
     """A generated rubric: is it valid, and how many criteria has it?"""
-    return {"valid": float(bool(rubric)), "criteria": len(rubric) if rubric else None}
+    return {"valid": bool(rubric), "criteria": rubric and len(rubric)}
 
 
 VERDICT = re.compile(  # a word that stands as a value
-    r"(?m)(?:^[^a-z\n]*|[\[{(,.:;=|>→–—)-]|(?<=true|alse))[\s\"'“”*`_]{0,20}"
+    r"(?m)(?:^[^a-z\n]*|[^\w\s*/#][\s*]*|(?<=true|alse) )"
     r"(true|yes|false|no)(?!\w| (?!because|since|true|false)\w)"
 )
 
@@ -967,7 +953,7 @@ def read_verdicts(text, row):
         return None, "unfinished thinking"
 
     # Of what stands in quotes a verdict stays, and a remark goes.
-    text = re.sub(r'"\s*(true|false|yes|no)\s*"|"[^"\n]*"', r"\1", text.lower())
+    text = re.sub(r'"(true|false|yes|no)"|"[^"\n]*"', r"\1", text.lower())
     for run in reversed([text, *re.split(r"[\[\]]|\n\s*\n|(?<=[.!] )(?=1[.:)] )", text)]):
         verdicts = [word in ("true", "yes") for word in VERDICT.findall(run)]
         if len(verdicts) == len(row["rubric"]):
@@ -996,7 +982,7 @@ def mean_se(values):
 
 def mean_scores(scores):
     """A list of scores, of the same names -> the mean of each."""
-    return {name: mean_se([s.get(name) for s in scores])[0] for name in scores[0]}
+    return {name: mean_se([s[name] for s in scores])[0] for name in scores[0]}
 
 
 def evaluate(samples):
