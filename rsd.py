@@ -34,6 +34,7 @@ others a trainer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import difflib
@@ -1031,16 +1032,20 @@ def turn_end(tokenizer):
 JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is no chat
 
 
-def reference_writes(tokenizer, examples):
-    """Choice 1, who writes: the row's reference solution stands in the completion's place."""
+def reference_writes(tokenizer, examples, longest=math.inf):
+    """Choice 1, who writes: the row's reference solution stands in the completion's place. One that
+    is, with its prompt, over `longest` tokens is left out, and counted."""
     opened = written_text(tokenizer, examples[0].prompt_ids, [])
     require(not opened, "the chat template opens a thinking, which the references lack.")
     end = turn_end(tokenizer)
     episodes = []
     for e in examples:
         solution = {"role": "assistant", "content": e.row["solution"]}
-        ids = chat_ids(tokenizer, [solution], JUST_TEXT)
-        episodes.append(replace(e, completion_ids=ids + [end], stopped=True))
+        ids = chat_ids(tokenizer, [solution], JUST_TEXT) + [end]
+        if len(e.prompt_ids + ids) <= longest:
+            episodes.append(replace(e, completion_ids=ids, stopped=True))
+    say("left out", len(examples) - len(episodes), "references that are too long for the model")
+    require(episodes, "no reference is short enough for the model.")
     return episodes
 
 
@@ -2234,15 +2239,6 @@ def training_data(args):
     return rows, templates, crc32(repr((templates, rows)).encode())
 
 
-def with_references(tokenizer, examples, longest):
-    """Examples with their references, less those that are too long; they are counted."""
-    written = reference_writes(tokenizer, examples)
-    fitting = [e for e in written if len(e.prompt_ids + e.completion_ids) <= longest]
-    say("left out", len(written) - len(fitting), "references that are too long for the model")
-    require(fitting, "no reference is short enough for the model.")
-    return fitting
-
-
 def cmd_train(args):
     """Train a student, by default towards its rubric-guided teacher; --out gets checkpoints."""
     out = Path(args.out).resolve()
@@ -2258,7 +2254,7 @@ def cmd_train(args):
     needs = "solution" if is_reference else method.reward
     examples = [Episode(*e) for e in make_examples(rows, templates, writer, needs)]
     if is_reference:
-        examples = with_references(tokenizer, examples, writer.room + args.max_new_tokens)
+        examples = reference_writes(tokenizer, examples, writer.room + args.max_new_tokens)
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
     state["questions"] = sorted({question_hash(e.row) for e in examples})
