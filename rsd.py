@@ -457,7 +457,7 @@ def train_step(
 
     write(examples) -> the step's episodes with their completions. loss: `token_loss` with its
     options set. teacher None: none is asked. Figures: means per trained token, their number, the
-    gradient's norm, seconds by part. One denominator serves the whole step, so any split into
+    gradient's norm, seconds, also by part. One denominator serves the whole step, so any split into
     micro-batches gives the same gradient.
     """
     watch = Stopwatch()
@@ -486,6 +486,7 @@ def train_step(
     watch.lap("s_update")
     figures = {name: total / count for name, total in sums.items()}
     figures |= {"trained": trained, "grad_norm": norm, "lr": lr} | watch.seconds
+    figures["seconds"] = watch.seconds.total()
     return episodes, figures
 
 
@@ -1438,6 +1439,7 @@ def load_model(name, half=False):
     dtype = torch.bfloat16 if half and on_gpu else torch.float32
     source = last_checkpoint(name) or hub_name(name)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     with user_error(
         f"--model {name}: there is no such directory or hub name, or no causal language model in "
         "it (a server can generate, eval and judge, no more)"
@@ -1693,6 +1695,9 @@ def load_rows(data, split="train", limit=0, seed=0):
         with user_error(f"{data}, row {number} ({raw!r:.150})"):
             rows.append(read_row(raw, source))
     require(rows, f"{data} has no rows.")
+    turned = sum(signed_weight(c) != c["weight"] for row in rows for c in row["rubric"] or ())
+    if turned:
+        say(f"note: {turned} criteria change their sign by their words")
     if source.overlap and split == "test":
         seen = {question_hash(row) for row in load_rows(data)}
         return without_known(rows, seen, "which the train split has, too")
@@ -1707,7 +1712,8 @@ def question_hash(row):
 def without_known(rows, known, why):
     """Rows less those whose question's hash is known; they are counted."""
     kept = [row for row in rows if question_hash(row) not in known]
-    say("left out", len(rows) - len(kept), "rows,", why)
+    if kept != rows:
+        say("left out", len(rows) - len(kept), "rows,", why)
     return kept
 
 
@@ -1769,7 +1775,7 @@ def make_examples(rows, templates, reader, needs=None):
 
 # ---- 11. Commands: the only functions that see the command line's arguments ----------------------
 
-LEAK = re.compile(r"(?i)\b(rubric|criteri(on|a)|reference (answer|solution)|guidance)\b")
+LEAK = re.compile("(?i)rubric|criteri|guidance|reference answer|reference solution")
 STAGES = {  # what is learned: (the student's prompt file, the teacher's)
     "reason": ("student", None),  # None: --teacher-context or the method says it
     "rubric": ("writer+answer", "writer+answer+rubric"),  # stage 1 as in the paper's code
@@ -1926,10 +1932,10 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
             f"--stage {self.stage} goes with --method rsd.": of_stage and self.method != "rsd",
             f"--teacher-context {self.teacher_context}: the teacher has to see more than that.":
                 method.signal == "divergence" and self.teacher_context == self.student_context,
+            "--loss-temperature: has to be above 0.": self.loss_temperature == 0,
             f"--method {self.method}: needs --rollouts 2 or more.":
                 method.reward and self.rollouts < 2,
             "--method rsd-grpo: needs a --kl above 0.": self.method == "rsd-grpo" and not self.kl,
-            "--loss-temperature: has to be above 0.": self.loss_temperature == 0,
         }
         for sentence, applies in mistakes.items():
             require(not applies, sentence)
@@ -2022,12 +2028,6 @@ def load_questions(args):
 SHAPING = "model writer seed thinking max_new_tokens temperature top_p top_k".split()
 
 
-def is_compiled(args, completions):
-    """Does --compile say so, or do so many completions on a GPU pay for a minute of it?"""
-    pays = torch.cuda.is_available() and completions > 250
-    return {"auto": pays, "on": True, "off": False}[args.compile]
-
-
 def say_next(args, command, **flags):
     """Say a command that comes next, for the data of this one and as that was asked."""
     kept = "data prompts seed thinking max_new_tokens".split() + list(flags)
@@ -2047,19 +2047,13 @@ def model_writer(args, model, tokenizer, completions=0):
     sampling = {name: getattr(args, name) for name in flags}
     sampling["stop"] = stop_ids(model, tokenizer)
     sample = functools.partial(sample_completions, model, **sampling)
-    if is_compiled(args, completions):
+    pays = torch.cuda.is_available() and completions > 250  # for a minute of compiling
+    if {"auto": pays, "on": True, "off": False}[args.compile]:
         twin = make_teacher(model, "fixed")
         sample = functools.partial(sample_compiled, model, twin, **sampling)
         say("the sampler has a copy of the weights, and is compiled, once, in about a minute")
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", 2 * args.batch_size)
-
-
-def open_writer(args, completions):
-    """The writer that --model names: a server's model, or one that is loaded here."""
-    if "@http" in args.model:
-        return ServerWriter(args.model, vars(args))
-    return model_writer(args, *load_model(args.model, half=True), completions)
 
 
 # -- generate, eval, judge
@@ -2071,7 +2065,10 @@ def write_lines(args, rows, name, columns, ask, rate, k=1):
     prompt)], tries) -> answers, with what was read of them under `name`; rate(that, row) ->
     scores."""
     (template,) = prompt_files(args, args.writer)
-    writer = open_writer(args, k * len(rows))
+    if "@http" in args.model:
+        writer = ServerWriter(args.model, vars(args))
+    else:
+        writer = model_writer(args, *load_model(args.model, half=True), k * len(rows))
     jobs = []
     for row, prompt in make_examples(rows, [template], writer):
         item = {column: row[column] for column in columns.split()}
@@ -2211,7 +2208,6 @@ def training_loss(args):
 def log_step(out, step, episodes, figures):
     """A step's line of metrics.jsonl; README says what each figure means and what is healthy."""
     metrics = {"step": step, **figures, **mean_scores([e.scores for e in episodes])}
-    metrics["seconds"] = sum(x for name, x in figures.items() if name.startswith("s_"))
     if metrics["truncated"] == 1:
         say_once("warning: every completion was cut off; raise --max-new-tokens")
     if metrics["loss"] == 0:
@@ -2246,11 +2242,11 @@ def cmd_train(args):
     rows, templates, seen = training_data(args)
     held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
     history, start = state["metrics"], len(state["metrics"])
-    completions = args.steps * args.batch * args.rollouts
     student, tokenizer, teacher, optimizer = set_up(args, state)
     author = teacher if method.writer == "teacher" else student
     is_reference = method.writer == "reference"
-    writer = model_writer(args, author, tokenizer, 0 if is_reference else completions)
+    completions = 0 if is_reference else args.steps * args.batch * args.rollouts
+    writer = model_writer(args, author, tokenizer, completions)
     needs = "solution" if is_reference else method.reward
     examples = [Episode(*e) for e in make_examples(rows, templates, writer, needs)]
     if is_reference:
@@ -2289,7 +2285,6 @@ def cmd_inspect(args):
     """Draw an HTML page: what the rubric does to each token of some rollouts; a run's curves."""
     out = Path(args.out)
     page_skeleton(out)  # before anything is sampled
-    require(args.n or args.run, "--n 0: with no --run either, there is nothing to show.")
     page = {"curves": [], "rollouts": [], "text": {}}
     if args.run:
         page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
@@ -2435,8 +2430,10 @@ def main(argv=None):
         print("rsd.py: interrupted", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        message = f"{error!s:.100}; lower --batch-size, --token-budget or --max-new-tokens, or "
-        message += "take --gradient-checkpointing or --lora-rank 64."
+        message = (
+            f"{error!s:.100}; lower --batch-size, --token-budget or --max-new-tokens, or take "
+            "--gradient-checkpointing or --lora-rank 64."
+        )
     except ImportError as error:
         message = f"{error}; pip install {error.name}"
     except (UserError, OSError) as error:

@@ -3423,7 +3423,6 @@ FILES = {  # for the refusals
     "z.json": "[1]", "z.csv": "question,answer\na, b and c?,5", "z.parquet": "PAR",
 }
 REFUSED_LINES = {  # every refusal: a command line -> what the one sentence says, in order
-    "inspect --n 0": "--n 0: with no --run either",
     "judge --data v.jsonl --out v.jsonl": "--out: it is the file of --data",
     "eval --data empty.jsonl": "empty.jsonl has no rows",
     "eval --data line.jsonl": "line.jsonl, line 2",
