@@ -6,16 +6,16 @@ plays two parts, and one step of training is this:
 
   1. The student reads the bare question x and samples a completion y ~ p_S(. | x).
   2. The teacher, the same network with the rubric r in its context, re-scores every token of y.
-     Its weights are a frozen copy of those that the student began with, unless one asks for others.
+     Its weights are by default a frozen copy of those that the student began with.
   3. The student re-scores y as well, from the question alone.
   4. At every position t of y the two next-token distributions are compared:
          loss = 1/N * sum over t of D( p_T(. | x, r, y_<t) || p_S(. | x, y_<t) )
      The gradient flows through the student only; this N counts the tokens of the whole step.
   5. The optimizer takes one step. After training the student needs no rubric.
 
-`train_step`, in section 4, is these five steps as code, and `train` behind it the loop. Stop there
-and you know the method; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, the
-others a trainer.
+`train_step`, in section 4, is these five steps as code, and `train` after it the loop. Stop there
+and you know RSD; it takes about half an hour. Section 5 adds the rubrics, 6 the grades, the others
+a trainer; `training_writer`, in section 11, gives the other methods their rewards.
 
   python rsd.py demo                                   the whole method on a toy, on a laptop CPU
   python rsd.py generate --model Qwen2.5-7B-Instruct   write a rubric for every question
@@ -50,7 +50,6 @@ import shlex
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -139,11 +138,13 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 def fill(template, fields, protect=str):
     """A prompt file with a row's fields in the places of its {placeholders}. Braces, backslashes
-    and $ in the data stay as they are. KeyError: a field is missing."""
+    and $ in the data stay as they are; `protect` is applied to each field. KeyError: a field is
+    missing."""
     return PLACEHOLDER.sub(lambda match: protect(fields[match[1]]), template)
 
 
-# In front of every chat template, so that prompts do not change with the day.
+# In front of every chat template, where it hides transformers' strftime_now, so that prompts do not
+# change with the day.
 FIXED_DAY = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
 
 
@@ -162,6 +163,7 @@ def chat_ids(tokenizer, chat, template=None, **options):
     """
     control = control_tokens(tokenizer)
     tokenizer.chat_control_tokens = list(control)
+    # The same chat with a harmless text has to have the same control tokens.
     harmless = [message | {"content": "x"} for message in chat]
     with user_error(f"the chat template fails on the chat {chat!r:.200}"):
         both = tokenizer.apply_chat_template(
@@ -197,7 +199,8 @@ def sample_completions(
     A completion ends with its first stop token, which is part of it; without one it has
     max_new_tokens ids and stopped is False. temperature 0 is greedy, top_p 1 and top_k 0 are all
     tokens. The model's own defaults, such as a repetition penalty, are set aside; options are those
-    of transformers' GenerationConfig. Prompts are padded to a multiple of so many tokens.
+    of transformers' GenerationConfig. Prompts are padded to a multiple of `multiple` tokens, for a
+    compiled model, which meets fewer sizes then.
     """
     config = GenerationConfig(
         eos_token_id=sorted(stop), pad_token_id=min(stop), max_new_tokens=max_new_tokens, **options
@@ -230,9 +233,9 @@ def sample_completions(
 
 
 def rescore(model, contexts, completions):
-    """The hidden states [N, H] that predict each completion token, one sequence after the other;
-    here and below N counts one micro-batch. Padding is on the right, where a causal model never
-    looks, so that no mask is needed."""
+    """The hidden states [N, H] that predict each completion token (the context's last one predicts
+    the first), one sequence after the other; here and below N counts one micro-batch. Padding is on
+    the right, where a causal model never looks, so that no mask is needed."""
     ids = [  # without the last token, which predicts none
         torch.tensor(p + c[:-1], device=model.device) for p, c in zip(contexts, completions)
     ]
@@ -259,7 +262,7 @@ def logits_of(model, hidden):
     head = model.get_output_embeddings()
     scale = setting_of(model, "logit_scale", "lm_head_multiplier") or 1
     scale = scale / (setting_of(model, "logits_scaling") or 1)
-    logits = head(scale * hidden.to(head.weight.dtype))  # these heads have no bias
+    logits = head(scale * hidden.to(head.weight.dtype))  # scaled heads have no bias
     cap = setting_of(model, "final_logit_softcapping", "logits_soft_cap")
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -299,6 +302,7 @@ def divergence(
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
     """
+    # No -inf, which would give NaN.
     s, t = ((x.float() / temperature).log_softmax(-1).clamp(min=-1e30) for x in (student, teacher))
     if 0 < top_k < s.shape[-1]:
         index = t.topk(top_k, dim=-1).indices
@@ -308,7 +312,8 @@ def divergence(
         terms = F.kl_div(q, p, log_target=True, reduction="none")  # p log(p / q)
         if clip == "entry":
             return terms
-        return terms - p.exp() + q.exp()  # this sums to 0, and is exactly 0 where p = q
+        # What is added sums to 0, and makes the gradient exactly 0 where p = q.
+        return terms - p.exp() + q.exp()
 
     if beta == 0:
         terms = kl(t, s)
@@ -330,11 +335,11 @@ BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
 def token_loss(
     student, teacher, ids, advantage, signal="forward", kl=0.0, **options
 ):
-    """Choice 3, the per-token signal, and what is logged of it.
+    """The per-token signal, choice 3 of a `Method`, and what is logged of it.
 
     Logits [N, V] of student and teacher; ids and advantage [N] -> loss and entropy, each [N].
     forward, reverse and jsd are `divergence` with these options. The other two are policy gradients
-    and take no option but kl, the weight of the reverse KL to the teacher. sampled: with the
+    and ignore all options but kl, the weight of the reverse KL to the teacher. sampled: with the
     advantage log p_T - log p_S. advantage: with the given one; 1 makes it SFT's cross-entropy.
     KeyError: an unknown signal.
     """
@@ -366,7 +371,7 @@ def backward_in_chunks(
     rows = max(1, chunk // len(student.get_output_embeddings().weight))
     gradient = torch.zeros_like(hidden)
     sums = Counter()
-    for start in range(0, max(1, len(hidden)), rows):
+    for start in range(0, max(1, len(hidden)), rows):  # of no tokens, one empty chunk
         some = slice(start, start + rows)
         h = hidden[some].detach().requires_grad_()
         target = None
@@ -377,7 +382,7 @@ def backward_in_chunks(
         gradient[some] = h.grad
         for name, values in figures.items():
             sums[name] += values.sum().item()
-    if hidden.requires_grad:  # or the head alone is trained
+    if hidden.requires_grad:  # it does not if the head alone is trained
         hidden.backward(gradient)  # through the rest of the model
     return sums
 
@@ -409,7 +414,7 @@ METHODS = {
 
 def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
     """Choice 1, who writes: the student, or the teacher from its own context "teacher_ids".
-    `sample` (prompts of ids -> pairs of ids and stopped) writes so many times per example."""
+    `sample` (prompts of ids -> pairs of ids and stopped) writes `rollouts` times per example."""
     examples = [e for e in examples for _ in range(rollouts)]
     outputs = sample([getattr(e, context) for e in examples])
     return [
@@ -492,12 +497,12 @@ def train_step(
 
 def make_teacher(model, kind):
     """fixed, ema: a frozen copy of the weights in memory, fixed ones in bfloat16 on a GPU. live:
-    the student itself. Of a LoRA only the adapters are copied: they begin at 0, as the base
-    model."""
+    the student itself. Of a LoRA only the adapters are copied: they begin at 0, so that
+    the copy is the base model."""
     if kind == "live":
         return model
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    teacher = copy.deepcopy(model, shared).eval()
+    teacher = copy.deepcopy(model, shared).eval()  # deepcopy leaves what is in `shared` as it is
     for p in teacher.parameters():  # not the buffers: rotary angles need float32
         if p.requires_grad and kind == "fixed" and p.is_cuda:
             p.data = p.data.bfloat16()
@@ -529,11 +534,12 @@ def train(
     and saves. The batch and the draws of a step depend on seed and number alone: with weights,
     optimizer and teacher restored, a run that begins again at `start` is the same run. The learning
     rate rises over `warmup` steps and is constant then. teacher None: it is not asked. ema_teacher:
-    the one that follows the student. options: `train_step`'s.
+    the one that follows the student, also where it only writes and is not asked. options: those
+    of `train_step`.
     """
     of_steps = itertools.islice(batches(examples, batch, seed), start, steps)
     for step, some in enumerate(of_steps, start + 1):
-        torch.manual_seed(crc32(f"{seed} {step} 0".encode()))
+        torch.manual_seed(crc32(f"{seed} {step} 0".encode()))  # the 0: draws as in older runs
         lr_now = lr * min(1.0, step / max(1, warmup))
         episodes, figures = train_step(
             student, teacher, some, write, loss, optimizer, lr_now, **options
@@ -611,7 +617,7 @@ def make_criterion(title="", description="", weight=None, **_):
 
 
 def read_array(text, at):
-    """The values of the JSON array whose first one begins at `at`; where the reading stops."""
+    """The values of a JSON array, the first of which begins at `at`, and where reading stopped."""
     objects = []
     try:
         while True:
@@ -1088,7 +1094,7 @@ def sample_compiled(model, twin, prompts, stop, max_new_tokens, stage=512, **sam
     """`sample_completions` with a static cache, by a twin of the model, as `make_teacher` makes it,
     which takes over the model's weights first.
 
-    On a GPU transformers compiles the decoding, which is five times as fast. Attention runs over
+    On a GPU transformers compiles the decoding, which is four times as fast. Attention runs over
     the whole cache, however much of it is filled, so a long completion is written in stages of
     `stage` tokens, each with a cache of the size it needs.
     """
@@ -1204,7 +1210,7 @@ def lock(path):
 # gets the hidden name again. So checkpoint-N is whole, at whichever moment the process is killed.
 
 LOCK = "rsd.lock"  # the folder that holds this file is a run's
-MAY_CHANGE = (  # settings, where a run goes on
+MAY_CHANGE = (  # settings that may change where a run goes on
     "out resume steps save_every given "
     "token_budget batch_size gradient_checkpointing compile"  # but then not to the bit
 ).split()
@@ -1278,7 +1284,7 @@ def open_run(out, settings, resume):
             was = state["settings"]
         other = {name: was.get(name) for name in now if was.get(name) != now[name]}
         require(not other, f"--out {out} holds a run with other settings, which were {other}.")
-        say("the run goes on; to the bit, if the flags on memory and --compile are the same")
+        say("note: to the bit it goes on with the same --batch-size, --compile and memory flags")
     lines = [json.dumps(figures) + "\n" for figures in state["metrics"]]
     (out / "metrics.jsonl").write_text("".join(lines))
     return held, state
@@ -1313,7 +1319,7 @@ def open_lines(path, origin):
 
 
 def remember(path, jobs, work, description, origin):
-    """Do different jobs once and keep them in a JSON Lines file, so that a second call goes on.
+    """Do each distinct job once and keep it in a JSON Lines file, so that a second call goes on.
 
     jobs: pairs (item: dict, asked); work([asked]) yields (index, answer: dict) as they come, and
     each is kept at once, but for those without a text. Returns the lines item | answer | origin of
@@ -1433,7 +1439,7 @@ def switch_off_dropout(model):
 
 def load_model(name, half=False):
     """(model, tokenizer) of a directory, of a run's last checkpoint or of the hub, from safetensors
-    only; with half frozen, and in bfloat16 on a GPU. UserError: it is not found, it lacks weights, or
+    only; half: frozen, and in bfloat16 on a GPU. UserError: it is not found, it lacks weights, or
     `check_model` refuses it."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if half and on_gpu else torch.float32
@@ -1451,7 +1457,7 @@ def load_model(name, half=False):
     lacking = found["missing_keys"]
     require(not lacking, f"--model {name}: its files lack weights, {lacking!s:.150}.")
     if tokenizer.chat_template is None:
-        say(f"note: {name} has no chat template; used is the plain one, the prompt and 'Answer:'")
+        say(f"note: {name} has no chat template; the plain one is used, the prompt and 'Answer:'")
         tokenizer.chat_template = (HERE / "prompts/plain_chat.jinja").read_text()
     model.requires_grad_(not half)
     if on_gpu:
@@ -1462,7 +1468,7 @@ def load_model(name, half=False):
 
 
 def add_lora(model, rank):
-    """Freeze the model; float32 adapters on its linear layers (a mixture's fused experts are none),
+    """Freeze the model; float32 adapters on its linear layers (not on a mixture's fused experts),
     with alpha 2 x rank, train."""
     from peft import LoraConfig  # optional; main says how to get it
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -1697,7 +1703,7 @@ def load_rows(data, split="train", limit=0, seed=0):
     require(rows, f"{data} has no rows.")
     turned = sum(signed_weight(c) != c["weight"] for row in rows for c in row["rubric"] or ())
     if turned:
-        say(f"note: {turned} criteria change their sign by their words")
+        say(f"note: the wording changes the sign of {turned} pitfalls")
     if source.overlap and split == "test":
         seen = {question_hash(row) for row in load_rows(data)}
         return without_known(rows, seen, "which the train split has, too")
@@ -1705,7 +1711,7 @@ def load_rows(data, split="train", limit=0, seed=0):
 
 
 def question_hash(row):
-    """By which a checkpoint knows the questions that it was trained on."""
+    """The hash by which a checkpoint knows the questions that it was trained on."""
     return crc32(row["question"].encode())
 
 
@@ -1725,7 +1731,7 @@ def without_trained(rows, model):
 
 
 def key_of(row):
-    """By which rows, rubrics and answers find one another."""
+    """The key by which rows, rubrics and answers find one another."""
     return row["question"], row["reference_answer"]
 
 
@@ -1767,8 +1773,8 @@ def make_examples(rows, templates, reader, needs=None):
         say("left out", dropped.total(), "of", len(rows), "rows:", dict(dropped))
     require(
         examples,
-        f"no row is left of all that were read: {dict(dropped)}; rubrics come from the data or "
-        "from generate by --rubrics, or --max-new-tokens leaves no room for a prompt.",
+        f"no row is left: {dict(dropped)}. Missing rubrics come from generate (--rubrics); perhaps "
+        "--max-new-tokens leaves no room for a prompt, or the model was trained on all of them.",
     )
     return examples
 
@@ -1805,10 +1811,10 @@ def flag(default, text, choices=None):
 class Data:
     """What is asked, and who answers."""
 
-    model: str = flag("toy", "Directory or hub name; NAME@URL of a server, but to train.")
-    data: str = flag("rar-science", "Data set's name, hub id or file; toy has defaults of its own.")
-    split: str = flag("test", "Split of the data set.")
-    limit: int = flag(0, "Rows of the data, at most; 0 is all.")
+    model: str = flag("toy", "Directory or hub name; for generate, eval and judge also NAME@URL.")
+    data: str = flag("rar-science", "Name, hub id or file; with no --model either, the toy.")
+    split: str = flag("test", "Split of the data set; a file has none.")
+    limit: int = flag(0, "Rows of the data, at most; 0 is all (not for inspect).")
     prompts: str = flag(str(HERE / "prompts"), "Directory of the prompt files.")
     seed: int = flag(0, "Seed of data and sampling, and which of the toy's two models.")
 
@@ -1817,7 +1823,7 @@ class Data:
 class Sampling:
     """How completions are drawn."""
 
-    thinking: str = flag("off", "What the chat template is told of it.", ("off", "on"))
+    thinking: str = flag("off", "Whether the template asks the model to think.", ("off", "on"))
     max_new_tokens: int = flag(4096, "Tokens of a completion, at most.")
     temperature: float = flag(0.7, "Sampling temperature; 0 takes the likeliest token.")
     top_p: float = flag(0.95, "Sample from the likeliest tokens of this mass; 1 is all.")
@@ -1880,12 +1886,12 @@ class Inspect(Teacher, Sampling, Data):
 class Learning:
     """What is learned, and how."""
 
-    method: str = flag("rsd", "Who writes, who looks on, which signal.", METHODS)
+    method: str = flag("rsd", "Who writes, what the teacher sees, which signal.", METHODS)
     stage: str = flag("reason", "Learn to reason, or to write rubrics.", STAGES)
-    divergence: str = flag("forward", "Per-token signal.", (*BETAS, "sampled"))
+    divergence: str = flag("forward", "How teacher and student are compared.", (*BETAS, "sampled"))
     support: int = flag(0, "Compare on so many of the teacher's likeliest tokens; 0: all.")
     tail: bool = flag(False, "With --support: one more bucket for the rest; reverse needs it.")
-    clip: str = flag("none", "Cap entries or the sum at .05.", ("none", "entry", "token"))
+    clip: str = flag("none", "Cap entries, or the sums, at .05.", ("none", "entry", "token"))
     loss_temperature: float = flag(1.0, "Divides both logits in the divergence.")
     teacher: str = flag("fixed", "Its weights; ema: decay .99.", ("fixed", "ema", "live"))
     kl: float = flag(0.0, "Weight of the reverse KL to the teacher beside an advantage.")
@@ -1923,7 +1929,7 @@ class Train(Memory, Learning, Teacher, Sampling, Data):
         drawn_as_they_are = (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
         on_policy = method.writer == "student" and drawn_as_they_are
         if method.reward and not on_policy:
-            say("warning: a policy gradient is right on samples at temperature 1 of all tokens")
+            say("warning: a policy gradient is only right at temperature 1 from all tokens")
         if self.warmup > self.steps:
             say("warning: --warmup is longer than the run, which never reaches --lr")
         mistakes = {
@@ -2037,7 +2043,7 @@ def say_next(args, command, **flags):
 
 
 def model_writer(args, model, tokenizer, completions=0):
-    """The writer that samples so many completions from this model."""
+    """The writer that samples from this model. The number of completions decides on compiling."""
     on, off = (context_ids(tokenizer, "@", {}, thinking) for thinking in (True, False))
     if args.thinking == "on" and on == off:
         say("warning: --thinking on changes nothing in this model's chat template")
@@ -2051,7 +2057,7 @@ def model_writer(args, model, tokenizer, completions=0):
     if {"auto": pays, "on": True, "off": False}[args.compile]:
         twin = make_teacher(model, "fixed")
         sample = functools.partial(sample_compiled, model, twin, **sampling)
-        say("the sampler has a copy of the weights, and is compiled, once, in about a minute")
+        say("the sampler is compiled, once, in about a minute; in training it copies the weights")
     room = longest - args.max_new_tokens
     return ModelWriter(sample, tokenizer, room, args.thinking == "on", 2 * args.batch_size)
 
@@ -2102,7 +2108,7 @@ def report(lines, name, row_of, rate):
     for figure in figures[0] if figures else ():
         mean, se, n = mean_se([f[figure] for f in figures])
         summary |= {figure: mean, figure + "_se": se, figure + "_n": n}
-        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a (a judge may tell)"
+        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a (or a judge's)"
         say(figure.ljust(18), shown)
     return summary
 
@@ -2112,7 +2118,7 @@ def cmd_generate(args):
     rows = load_questions(args)
     without = sum(not row["reference_answer"] for row in rows)
     if without:
-        say(without, "rows have no reference, and so their prompt has none")
+        say(without, "rows have no reference; a prompt without {answer} serves them, too")
     ask = functools.partial(generate_rubrics, parse=parse_rubric)
     columns = "question reference_answer solution"
     summary = write_lines(args, rows, "rubric", columns, ask, score_rubric)
@@ -2307,7 +2313,8 @@ def inspect_rollouts(args):
         students[args.compare], _ = load_model(args.compare, half=True)
     reader = model_writer(args, teacher, tokenizer)
     examples = [Episode(*e) for e in make_examples(rows, templates, reader, "rubric")]
-    nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")  # no criterion may be left
+    # If the only criterion is left out, its place is not empty.
+    nothing = dict.fromkeys(PLACEHOLDER.findall(templates[1]), "-")
     torch.manual_seed(args.seed)
     rollouts, named = [], set()
     for name, student in students.items():
