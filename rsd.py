@@ -2108,7 +2108,7 @@ def report(lines, name, row_of, rate):
     for figure in figures[0] if figures else ():
         mean, se, n = mean_se([f[figure] for f in figures])
         summary |= {figure: mean, figure + "_se": se, figure + "_n": n}
-        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a (or a judge's)"
+        shown = f"{mean:.3f} +- {se:.3f} (standard error, n {n})" if n else "n/a (README says why)"
         say(figure.ljust(18), shown)
     return summary
 

@@ -1,4 +1,4 @@
-"""Compare the methods, on the toy and on a real model; every figure of the README's tables is its.
+"""Compare the methods, on the toy and on a real model; the README's tables of results are its.
 
     python .ci/compare.py toy               every system of SYSTEMS, 5 seeds (an hour on 2 cores)
     python .ci/compare.py toy rsd grpo      these rows alone
