@@ -60,8 +60,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from zlib import crc32
 
-os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # or threads that wait starve a busy machine
-
 import regex
 import torch
 import torch.nn.functional as F
@@ -607,7 +605,7 @@ LATEX_BACKSLASH = re.compile(
 def make_criterion(title="", description="", weight=None, **_):
     """A criterion of these fields. ValueError: a description without words, no finite weight."""
     number = float(str(weight))
-    if not re.search(r"[^\W\d_]", description) or not math.isfinite(number):
+    if not re.search(r"[^\W_]", description) or not math.isfinite(number):
         raise ValueError("a criterion needs a description in words and a number as its weight")
     return {
         "title": valid_unicode(title),
@@ -656,7 +654,7 @@ def parse_rubric(text, row=None):
 
 
 AVOIDS = re.compile(
-    r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it) )?"  # label, subject
+    r"(?i)(?:pitfall[^:]{0,20}: )?(?:(?:(?:the|an?) \w+|this|it|response) )?"  # label, subject
     r"(?:(?:do|should|must|can|may) ?n[o'’]t|warns? against"
     r"|(?:(?:should|must) (?:\w+ly )?)?(?:avoid|refrain)s?\b)"
 )
@@ -759,12 +757,12 @@ def generate_rubrics(write, asked, parse, tries=3):
 
 BOXES = regex.compile(  # a box, or a list of them
     r"(?:(?:boxed|fbox|framebox)\b *(?!\{ *\})"
-    r"(?:\{(?P<box>(?P<in>(?:(?!boxed)[^{}]|\{(?&in)\})*+))\}|(?P<box>\d))"
-    r"(?:[}$]*(?:[,;]|,? ?and)[$\s\\]*)?)+"
+    r"(?:\{(?P<box>(?P<in>(?:(?!boxed)[^{}]|\{(?&in)\})*+))\}?|(?P<box>\d))"
+    r"(?:[}$]*(?:,? ?and|[,;])[$\s\\]*)?)+"
 )
 NAMED_ANSWER = re.compile(
     r"(?im)^.*(?<!/)\b(?:answers?|choice|option)\b"
-    r"(?:[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=>])|\W*\n)(?:[\s:*]|\$\$|\\[\[(])*"
+    r"(?:[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=>])|\W*\n)[\s:*]*"
     r"(\S.*?)(?=</|\.?$|\. +[A-Z]|,? (?:because|since|as)\b| \([a-z]{2})"  # the sentence goes on
 )
 
@@ -773,9 +771,9 @@ def extract_answer(text):
     r"""The last \boxed{}, and those before it in the same list; without one, the last named answer;
     or the last line."""
     text = after_thinking(text) or ""
-    boxes = [", ".join(match.captures("box")) for match in BOXES.finditer(text)]
+    boxes = [", ".join(dict.fromkeys(match.captures("box"))) for match in BOXES.finditer(text)]
     lines = re.findall(r"(?m)^[^\w\n]*\w.*", text)
-    answers = boxes or NAMED_ANSWER.findall(text) or lines or [""]
+    answers = boxes or NAMED_ANSWER.findall("\n".join(lines)) or lines or [""]
     return answers[-1].strip(" *_`#")
 
 
@@ -797,10 +795,11 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",  # blanks, in LaTeX and Markdown
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
-    r" ?(?:[x×·*] ?|\b)10\^": " 1e",  # 2 × 10^3
+    r"(?<=[\d.]) ?[x×·*] ?10\^": " 1e",
+    r"\b10\^": "1e",  # 2 × 10^3
     " million": "e6",
     r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
-    r"(?<=[a-z]{2}[a-tv-z])s\b": "",  # a plural
+    r"(?:(?<=[a-z]{3}[a-tv-z])|(?<=ohm|sec|min|bar))s\b": "",  # a plural
     " per ": "/",
     r"\bmph\b": "mi/h",
 }
@@ -811,9 +810,9 @@ UNIT = r"(?![a-cefi-kn-rt-z]\b)[A-Za-zμΩÅ°%']+(?:\^?-?\d\d?)?"  # no variabl
 NUMBER = re.compile(
     r"(?:[^\W\d][\w'^().\\ ]*[=:] ?)*(?:[^,;:=≈]*≈ ?)?"  # x = 2√3 ≈
     r"(?P<size>[-+]?(?=\.?\d)\d{0,4000}(?:/[1-9]\d{0,99}|(?:\.\d{1,4000})?(?:(?: 1)?e-?\d{1,4})?))"
-    rf"(?!\d) ?(?P<unit>(?:{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
+    rf"(?!\d) ?(?P<unit>(?:/?{UNIT}(?:[ /·*.()]+{UNIT})*\)?)?)[ .]*"
 )
-COUNTED = re.compile(r"[°%]|[a-z]{4,}")
+COUNTED = re.compile(r"[°%]|(?!mmol|kcal)[a-z]{4,}")
 FORMULA = re.compile(r"(?!.*(?:\d[:_]\d|0x|(?<!\\)\b[A-Za-z]{4}|[A-Z][a-z]?_?\d)).*[-\\^=+*/π∞\d]")
 
 
@@ -975,11 +974,6 @@ def judge(write, asked, tries=3):
     return write_until_read(write, asked, read_verdicts, "judge", tries)
 
 
-def judge_scores(met, row):
-    """What a judge's verdicts are worth."""
-    return {"rubric_score": rubric_score(row["rubric"], met)}
-
-
 def mean_se(values):
     """Mean, standard error and number of the values that are not None."""
     known = [v for v in values if v is not None]
@@ -1062,7 +1056,8 @@ def written_text(tokenizer, prompt, ids):
     is_open = after_thinking(tokenizer.decode(prompt[-12:])) is None
     text = tokenizer.decode(ids)
     for name in control_tokens(tokenizer):
-        text = text.removesuffix(name)
+        if not THINKING_TAG.match(name):
+            text = text.replace(name, "")
     return "<think>" + text if is_open else text
 
 
@@ -1166,7 +1161,8 @@ class ServerWriter:
                 )
                 said = f"{response.status_code} {response.text!r:.200}"
                 pause = min(600, abs(float(response.headers.get("Retry-After", pause))))
-                return i, self.read(response.json())
+                if response.status_code == 200:
+                    return i, self.read(response.json())
             except Exception as error:  # of the connection, or of JSON of another form
                 said = said or f"{error!r:.200}"
             if "Unsupported parameter" in said:
@@ -1184,7 +1180,7 @@ class ServerWriter:
         if isinstance(content, list):  # parts, some of them a thinking
             content = [part for part in content if "text" in part]
         tokens = (reply.get("usage") or {}).get("completion_tokens")
-        known = tokens if isinstance(tokens, int) and tokens < 10**9 else None
+        known = tokens if tokens in range(10**9) else None
         is_cut_off = re.search("length|max_tokens|filter", reason)
         return Written(as_text(content), known, not is_cut_off)
 
@@ -1240,7 +1236,8 @@ def save_checkpoint(out, state, student, teacher, optimizer, tokenizer):
     state["saved"].append(len(state["metrics"]))
     *older, new = [out / f"checkpoint-{step}" for step in state["saved"]]
 
-    part = out / ".rsd-part"  # what a kill left there is written over
+    part = out / ".rsd-part"
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
     try:
         with user_error(f"--out {out}: cannot save, the last checkpoint stays"):
             student.save_pretrained(part)  # of a LoRA, the adapters
@@ -1525,7 +1522,7 @@ def read_criterion(item):
         say_once("note: a criterion that states no weight weighs 1")
     word = re.sub(r" ?(points?|pts?)? ?(\([^()]*\))?$", "", stated or "1")
     weight = WORD_WEIGHT.get(word, word)
-    if re.search(r"(?i)(^|: |_)(negative|penalty|pitfalls|true\b)", field_of(item, "polarity")):
+    if re.search(r"(?i)(^|[: _-])(negatives?|penalty|pitfalls|true)([ _](crit|rub|item)|:|$)", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
     if item.get("check"):
@@ -1559,7 +1556,7 @@ def read_rubric(value):
     """Criteria in any form that files have -> a rubric; None if there are none. ValueError, or
     errors of regex for a bad `check`: something cannot be read. Nothing is read in part."""
     if isinstance(value, str):
-        if re.match(r"\s*(?:[{|]|\[\s*[\"'\[{]|$)", value):
+        if re.match(r"\s*(?:[{|]|\[\s*[]\"'\[{]|(null|\d+)?\s*$)", value):
             value = json.loads(value.strip() or "[]")
         else:
             value = re.split(r"(?i)\n(?=[ \t]*(?:[-*•] |\d+[.)] |\[|points:))", value)
@@ -1677,7 +1674,7 @@ def read_row(raw, source):
         question.pop()  # what was answered is no question
     row = {name: as_text(cell_of(cells, name)) for name in COLUMNS}
     if question == cells.get("instruction"):  # Alpaca's, whose input belongs to it
-        row["question"] += "\n\n" + as_text(cells.get("input"))
+        row["question"] = as_text([question, cells.get("input")]).strip()
     require(row["question"], f"it needs a column question, filled; it has {', '.join(raw)}")
     if "text" in cells:  # an answer of eval's, which may be empty
         row["response"] = row["response"] or "(no answer)"
@@ -1744,7 +1741,7 @@ def with_rubrics(rows, source):
         if source.endswith(".json"):
             found = dict.fromkeys(map(key_of, rows), read_rubric(read_table(source)))
         else:
-            found = {key_of(row): row["rubric"] for row in load_rows(source)}
+            found = {key_of(row): row["rubric"] for row in load_rows(source) if row["rubric"]}
     return [row | {"rubric": found.get(key_of(row))} for row in rows]
 
 
@@ -1796,7 +1793,7 @@ TOY_DEFAULTS = {  # what other defaults --data toy brings
     "lr": 1e-3,
 }
 
-COUNTS = "k steps batch save_every rollouts max_new_tokens batch_size".split()
+COUNTS = "k n steps batch save_every rollouts max_new_tokens batch_size".split()
 
 # -- the settings: a field is a flag, its class the title under which --help shows it; where a class
 # changes the default alone, the help is that of the class below
@@ -1876,7 +1873,7 @@ class Judge(Generate):
 class Inspect(Teacher, Sampling, Data):
     """python rsd.py inspect --model Qwen2.5-1.5B --compare runs/train"""
 
-    n: int = flag(5, "Held-out questions; 0 is none, for the curves alone.")
+    n: int = flag(5, "Held-out questions.")
     compare: str = flag("", "A trained model to show beside the student.")
     run: str = flag("", "Directory of a run whose curves are drawn.")
     out: str = flag("runs/credit.html", "The page.")
@@ -2141,7 +2138,10 @@ def cmd_eval(args):
 def cmd_judge(args):
     """Ask a model which criteria of its rubric each answer of eval's --out meets."""
     columns = "question reference_answer response rubric sample"
-    return write_lines(args, load_questions(args), "judge", columns, judge, judge_scores)
+    return write_lines(
+        args, load_questions(args), "judge", columns, judge,
+        rate=lambda met, row: {"rubric_score": rubric_score(row["rubric"], met)},
+    )
 
 
 # -- train
@@ -2226,27 +2226,21 @@ def log_step(out, step, episodes, figures):
 def show_step(metrics, sample):
     """The figures of a step that people watch, in one line, and the beginning of a completion."""
     names = "step loss entropy length rubric_score accuracy seconds".split()
-    known = [name for name in names if metrics.get(name) is not None]
-    say(*(f"{name} {metrics[name]:<6.4g}" for name in known), f"\n    {sample[:90]!r}")
-
-
-def training_data(args):
-    """Rows, the prompt files of student and teacher, and a number that changes with them.
-    UserError: a rubric's teacher would not see it."""
-    templates = prompt_files(args, args.student_context, args.teacher_context)
-    needs_rubric = METHODS[args.method].sees == "rubric" and args.stage == "reason"
-    is_told = re.search("{(rubric|statements)", templates[1]) or not needs_rubric
-    require(is_told, args.teacher_context + ".txt: a teacher of rsd needs a {rubric}.")
-    rows = load_questions(args)
-    return rows, templates, crc32(repr((templates, rows)).encode())
+    shown = [f"{name} {metrics[name]:<6.4g}" for name in names if metrics.get(name) is not None]
+    say(*shown, f"\n    {sample[:90]!r}")
 
 
 def cmd_train(args):
     """Train a student, by default towards its rubric-guided teacher; --out gets checkpoints."""
     out = Path(args.out).resolve()
     method = METHODS[args.method]
-    rows, templates, seen = training_data(args)
-    held, state = open_run(out, vars(args) | {"data and prompts": seen}, args.resume)
+    templates = prompt_files(args, args.student_context, args.teacher_context)
+    needs_rubric = method.sees == "rubric" and args.stage == "reason"
+    is_told = re.search("{(rubric|statements)", templates[1]) or not needs_rubric
+    require(is_told, args.teacher_context + ".txt: a teacher of rsd needs a {rubric}.")
+    rows = load_questions(args)
+    kept = {"data and prompts": crc32(repr((templates, rows)).encode())}
+    held, state = open_run(out, vars(args) | kept, args.resume)
     history, start = state["metrics"], len(state["metrics"])
     student, tokenizer, teacher, optimizer = set_up(args, state)
     author = teacher if method.writer == "teacher" else student
@@ -2274,7 +2268,7 @@ def cmd_train(args):
             show_step(history[-1], tokenizer.decode(episodes[0].completion_ids))
         if step == args.steps or step % args.save_every == 0:
             save_checkpoint(out, state, student, teacher, optimizer, tokenizer)
-    say(out, "has", len(history), "steps, of which new:", len(history) - start)
+    say(out, "has", len(history), "steps")
     is_all = Path(args.data).is_file() and not args.limit  # of it, eval would leave out every row
     data = "OTHER-QUESTIONS.jsonl" if is_all else args.data
     command = "eval" if args.stage == "reason" else "generate"
@@ -2291,13 +2285,10 @@ def cmd_inspect(args):
     """Draw an HTML page: what the rubric does to each token of some rollouts; a run's curves."""
     out = Path(args.out)
     page_skeleton(out)  # before anything is sampled
-    page = {"curves": [], "rollouts": [], "text": {}}
-    if args.run:
-        page["curves"] = read_jsonl(Path(args.run) / "metrics.jsonl")
-    if args.n:
-        page |= inspect_rollouts(args)
+    curves = read_jsonl(Path(args.run) / "metrics.jsonl") if args.run else []
+    page = {"curves": curves, **inspect_rollouts(args)}
     write_page(out, page)
-    say(out, "has", len(page["rollouts"]), "rollouts and", len(page["curves"]), "steps")
+    say(out, "has", len(page["rollouts"]), "rollouts and", len(curves), "steps")
     return page
 
 

@@ -1073,7 +1073,7 @@ MERITS = [  # pitfalls whose main verb avoids the fault
     "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
     "Refrains from blame.", "Must not guess.", "The response must carefully avoid rounding.",
     "An answer mustn't confuse them.", "Do not round early.", "Pitfall: Avoids mixing units.",
-    "Warns against the wrong strand.", "Pitfall Criteria: The response must not omit it.",
+    "Response must not guess.", "Warns against the wrong strand.", "Pitfall Criteria: The response must not omit it.",
     "This cannot be missing.",
 ]
 STATED = [  # points of HealthBench, whose sign holds, whatever the verb
@@ -1118,7 +1118,8 @@ def test_every_rubric_source_keeps_the_rows_and_what_grades_them(tmp_path):
     rows = rsd.load_rows("toy", "train", 4)
     rows[3] |= {"rubric": None, "own_rubric": None}
     own = [row["rubric"] for row in rows]
-    file = write_lines(tmp_path / "r.jsonl", [row | {"rubric": [GOOD]} for row in rows[1:]])
+    written = [row | {"rubric": [GOOD]} for row in rows[1:]] + [rows[1] | {"rubric": None}]
+    file = write_lines(tmp_path / "r.jsonl", written)  # of two, the one that was lost counts less
     shown = {"data": own, file: [None, [GOOD], [GOOD], [GOOD]]}
     for source, rubrics in shown.items():
         made = [row | {"rubric": r, "own_rubric": o} for row, r, o in zip(rows, rubrics, own)]
@@ -1313,6 +1314,8 @@ RIGHT = r"""
     20 mph | 20 mi/h ; 5.0 \pm 0.2 | 5 ; A, C | AC ; 1.2 kelvin | 1.2 K ; 1.0 x 10^3 | 1000
     25 °C | 25 degrees Celsius ; 5 miles per hour | 5 mph
     90 | 90^\circ ; 45 | 45° ; 75 | 75\% ; 75 percent | 75% ; 12 | $12 ; 8 | 8 hours
+    5 | 5 days ; 3 | 3 ions ; 8 | 8 bits ; 5 ohms | 5 ohm ; 0.05 s^{-1} | 0.05 per second
+    2.0 per second | 2 per second ; -10^3 | -1000 ; -1000 | -10^3 ; 5 | 5.0 \pm 0.2
     12 | 12\text{ apples} ; 30 | 30 cubic inches ; 9 kg | 9 ; y = 12 | 12 ; 12 | n=12
     v_{\max} = 3 \text{ m/s} | 3 m/s ; \approx 12.1\text{ s} | 12.1 s
     ~12 s | 12 s ; x ≈ 0.33 | 0.33 ; Yes, it is | yes
@@ -1326,6 +1329,7 @@ WRONG = r"""
     5\ \text{m} | 5 cm ; 5 mW | 5 MW ; 5 Nm | 5 nm ; 9 m/s | 9 m s ; 9 m/s^2 | 9 m/s ; 1/0 | 1
     91 | 90^\circ ; 12 pears | 12 apples ; 5 cents | 5 dollars ; 9 | 9 kg ; 9 | 9 meters
     154 nm | 154 pm ; 2 \pm 3 | 2 ; 5 m/s | 5 s/m ; 5 m^2/s | 5 m/s^2 ; 5 N left | 5 N right
+    5 | 5 mmol ; 250 | 250 kcal ; 60 | 60 km/hour ; 5 | 5 N right
     9 | 9 °C ; 9 x | 9 ; 12:30 pm | 12:30 am ; 9! | 9 ; 9 or 10 | 9 ; 9π | 9 ; 9i | 9 ; x=5, y=6 | 6 ; 12 = x | 12
     x > 12 | 12 ; x \neq 12 | 12 ; listen | silent ; NO2 | N2O ; aabb | AaBb
     No, it is not. | yes ; Rr | RR ; CS | Cs ; NACL | NaCl ; \sigma | \Sigma
@@ -1362,6 +1366,8 @@ TEXTS_RIGHT = [  # a text, the reference
     ("\\boxed{2}\n\nCheck: \\boxed{}", "2"), (r"\boxed{a}, no: \boxed{\text{a {b}} c}", "a b c"),
     (r"<think>x</think>\boxed{9}", "9"), (r"\boxed{8}</think>\boxed{9}", "9"),
     (r"They are $\boxed{A}$ and \boxed{C}.", "A, C"), (r"\boxed{7} → \boxed{9}", "9"),
+    (r"$\boxed{42$.", "42"), (r"\boxed{A}, and \boxed{C}", "A, C"), (r"\boxed{5}, \boxed{5}", "5"),
+    (r"The answer is \(12\).", "12"), ("Answer:\n---\n42", "42"),
 ]
 TEXTS_WRONG = [
     (r"\boxed{A}. And \boxed{C}", "A, C"), (r"\boxed{yes} or \boxed{no}", "yes"),
@@ -2096,8 +2102,9 @@ def test_what_a_user_puts_into_a_run_survives_also_behind_a_link(base, run, tmp_
         file.write_text("mine")
     kept = shutil.copytree(run / "checkpoint-4", run / "checkpoint-4-best")
     half_written = run / ".rsd-part"
-    half_written.mkdir()
-    (half_written / "model.safetensors").write_bytes(b"half")
+    half_written.mkdir()  # by a kill, perhaps of a run with adapters
+    for name in ("model.safetensors", "adapter_config.json"):
+        (half_written / name).write_bytes(b"half")
     link = tmp_path / "link"
     link.symlink_to(run)
     finishes(train_line(base, link, "--resume --steps 7 --save-every 1"))
@@ -2106,6 +2113,7 @@ def test_what_a_user_puts_into_a_run_survives_also_behind_a_link(base, run, tmp_
     names = "rsd.lock metrics.jsonl mine notes.txt checkpoint-2 checkpoint-4-best checkpoint-6"
     assert {path.name for path in run.iterdir()} == {*names.split(), "checkpoint-7"}
     assert weights_of(kept).keys() == weights_of(run).keys()
+    assert not (run / "checkpoint-7" / "adapter_config.json").exists()
 
 
 def copied_prompts(folder):
@@ -2346,6 +2354,8 @@ def test_only_what_shapes_a_line_is_its_origin(base, run, tmp_path, capsys, monk
     (["<seed:think>", "</seed:think>"], "", r"<seed:think>Perhaps \boxed{4}? Let me", 0),
     (["<think>", "</think>"], "", r"<think>Perhaps \boxed{4}? Let me", 0),
     (["<|channel|>", "<|message|>"], "", r"<|channel|>analysis<|message|>Perhaps \boxed{4}?", 0),
+    (["<think>", "</think>"], "", r"So \boxed{4}.</think>", 0),  # nothing stands behind it
+    (["<|begin_of_box|>", "<|end_of_box|>"], "", "<|begin_of_box|>4<|end_of_box|>", 1),
 ])
 def test_unfinished_thinking_is_no_answer(tok, special, tail, completion, accuracy):
     other = copy.deepcopy(tok)
@@ -2952,6 +2962,8 @@ PRBENCH = [
     ({"query": "q", "positive_rubrics": [{"text": "X"}], "negative_rubrics": [{"text": "X"}]},
         named(1, -1)),
     ({"sections": [{"name": "A", "tags": ["b"], "criteria": ["[2] X"]}]}, named(2)),
+    ({"hard negatives": [{"text": "X"}]}, named(-1)), ({"Penalty term": {"text": "X"}}, named(1)),
+    ("[]", None), (" null ", None), ("", None),
     ({"force": {"question": "X", "importance": "major"}}, named(3)),
     ([{"statement": "X", "points": 2, "type": "penalty"}], named(-2)),
     ([{"item": "X", "priority": "High", "is_negative": True}], named(-3)),
@@ -3262,6 +3274,7 @@ def test_references_that_are_too_long_are_left_out_and_counted(base, tmp_path, c
 
 NAMED = [  # a row's columns -> what is read of them
     ({"instruction": "Sort.", "input": "3 1", "output": "1 3"}, ("Sort.\n\n3 1", "1 3", None)),
+    ({"instruction": "Sort.", "input": "", "output": "1 3"}, ("Sort.", "1 3", None)),
     ({"prompt": "q", "answer": "4"}, ("q", "4", None)),
     ({"Question": "q", " Reference_Answer": "4"}, ("q", "4", None)),
     ({"problem": "q", "output": 4, "checklist": ["a b"]}, ("q", "4", "a b")),
