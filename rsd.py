@@ -289,7 +289,7 @@ def on_tokens(logp, index, tail):
 def divergence(
     student, teacher, beta=0.0, top_k=0, tail=False, temperature=1.0, clip="none", clip_at=0.05
 ):
-    """D(T, S) per token: logits or log-probs [N, V] of student and teacher -> [N], in float32.
+    """D(T, S) per token: logits or log-probs [N, V], -inf too, of student and teacher -> [N] float32.
 
     beta 0: the forward KL(T || S), the paper's choice; 1: the reverse KL(S || T); between them beta
     KL(T || m) + (1 - beta) KL(S || m), m = beta T + (1 - beta) S. top_k > 0: on the teacher's top_k
@@ -300,7 +300,6 @@ def divergence(
     >>> [round(divergence(q, p, clip=c).item(), 2) for c in ("none", "entry", "token")]
     [1.76, -0.17, 0.05]
     """
-    # No -inf, which would give NaN.
     s, t = ((x.float() / temperature).log_softmax(-1).clamp(min=-1e30) for x in (student, teacher))
     if 0 < top_k < s.shape[-1]:
         index = t.topk(top_k, dim=-1).indices
@@ -310,8 +309,7 @@ def divergence(
         terms = F.kl_div(q, p, log_target=True, reduction="none")  # p log(p / q)
         if clip == "entry":
             return terms
-        # What is added sums to 0, and makes the gradient exactly 0 where p = q.
-        return terms - p.exp() + q.exp()
+        return terms - p.exp() + q.exp()  # adds 0, and the gradient is exactly 0 where p = q
 
     if beta == 0:
         terms = kl(t, s)
@@ -741,9 +739,10 @@ def generate_rubrics(write, asked, parse, tries=3):
 # ---- 6. Grading: one grader for rewards and for results ------------------------------------------
 #
 # The reference alone decides what kind of answer is wanted, in this order:
-#   1. An option's letter ("(b)", "B) the lamp"): the answer names it and no other.
-#   2. A number, perhaps with a unit: exact, but for measured ones. A bare number also
-#      meets degrees, per cent, money, counted things; any unit if need_unit is False.
+#   1. An option's letter ("(b)", "B) the lamp"): the answer names it and no other. Or yes,
+#      no, true, false, whatever is said behind it.
+#   2. A number, perhaps with a unit: exact, or within 1 % if it has a decimal point or an
+#      exponent and is no money. A bare number also meets degrees, per cent, money, counted things; any unit if need_unit is False.
 #   3. A formula (mathematical signs and no words): math_verify decides, which looks at no
 #      unit; n/a (None) where it is not installed or cannot read the reference. It also
 #      reads the formulas that answer 2.
@@ -795,8 +794,8 @@ DRESS = {  # what changes no answer -> its plain spelling, in this order
     r"(?:(?<=[\d{}.])~|~(?=\d)|\\\W|\*\*|__|[{}$`\s])+": " ",  # blanks, in LaTeX and Markdown
     r" ?\^ ?": "^",
     r"\^?([μ°]) ?": r"\1",
-    r"(?<=[\d.]) ?[x×·*] ?10\^": " 1e",
-    r"\b10\^": "1e",  # 2 × 10^3
+    r"(?<=[\d.]) ?[x×·*] ?10\^": " 1e",  # 2 × 10^3
+    r"\b10\^": "1e",
     " million": "e6",
     r"(?<!\\)\b(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|No|In)\b": lambda word: word[0].lower(),  # no NaCl, Hz
     r"(?:(?<=[a-z]{3}[a-tv-z])|(?<=ohm|sec|min|bar))s\b": "",  # a plural
