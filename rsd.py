@@ -1179,7 +1179,7 @@ class ServerWriter:
         if isinstance(content, list):  # parts, some of them a thinking
             content = [part for part in content if "text" in part]
         tokens = (reply.get("usage") or {}).get("completion_tokens")
-        known = tokens if tokens in range(10**9) else None
+        known = tokens if isinstance(tokens, int) and tokens < 10**9 else None
         is_cut_off = re.search("length|max_tokens|filter", reason)
         return Written(as_text(content), known, not is_cut_off)
 
@@ -2240,7 +2240,8 @@ def cmd_train(args):
     rows = load_questions(args)
     kept = {"data and prompts": crc32(repr((templates, rows)).encode())}
     held, state = open_run(out, vars(args) | kept, args.resume)
-    history, start = state["metrics"], len(state["metrics"])
+    history = state["metrics"]
+    start = len(history)
     student, tokenizer, teacher, optimizer = set_up(args, state)
     author = teacher if method.writer == "teacher" else student
     is_reference = method.writer == "reference"
