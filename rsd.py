@@ -289,7 +289,7 @@ def on_tokens(logp, index, tail):
 def divergence(
     student, teacher, beta=0.0, top_k=0, tail=False, temperature=1.0, clip="none", clip_at=0.05
 ):
-    """D(T, S) per token: logits or log-probs [N, V], -inf too, of student and teacher -> [N] float32.
+    """D(T, S) per token: logits or log-probs [N, V] of student and teacher -> [N], in float32.
 
     beta 0: the forward KL(T || S), the paper's choice; 1: the reverse KL(S || T); between them beta
     KL(T || m) + (1 - beta) KL(S || m), m = beta T + (1 - beta) S. top_k > 0: on the teacher's top_k
@@ -328,9 +328,7 @@ def divergence(
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # the divergences by name
 
 
-def token_loss(
-    student, teacher, ids, advantage, signal="forward", kl=0.0, **options
-):
+def token_loss(student, teacher, ids, advantage, signal="forward", kl=0.0, **options):
     """The per-token signal, choice 3 of a `Method`, and what is logged of it.
 
     Logits [N, V] of student and teacher; ids and advantage [N] -> loss and entropy, each [N].
@@ -412,11 +410,8 @@ def model_writes(sample, examples, rollouts=1, context="prompt_ids"):
     """Choice 1, who writes: the student, or the teacher from its own context "teacher_ids".
     `sample` (prompts of ids -> pairs of ids and stopped) writes `rollouts` times per example."""
     examples = [e for e in examples for _ in range(rollouts)]
-    outputs = sample([getattr(e, context) for e in examples])
-    return [
-        replace(e, completion_ids=ids, stopped=stopped)
-        for e, (ids, stopped) in zip(examples, outputs)
-    ]
+    written = zip(examples, sample([getattr(e, context) for e in examples]))
+    return [replace(e, completion_ids=ids, stopped=stopped) for e, (ids, stopped) in written]
 
 
 def micro_batches(episodes, token_budget):
@@ -493,8 +488,8 @@ def train_step(
 
 def make_teacher(model, kind):
     """fixed, ema: a frozen copy of the weights in memory, fixed ones in bfloat16 on a GPU. live:
-    the student itself. Of a LoRA only the adapters are copied: they begin at 0, so that
-    the copy is the base model."""
+    the student itself. Of a LoRA only the adapters are copied: they begin at 0, so that the copy is
+    the base model."""
     if kind == "live":
         return model
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -742,7 +737,8 @@ def generate_rubrics(write, asked, parse, tries=3):
 #   1. An option's letter ("(b)", "B) the lamp"): the answer names it and no other. Or yes,
 #      no, true, false, whatever is said behind it.
 #   2. A number, perhaps with a unit: exact, or within 1 % if it has a decimal point or an
-#      exponent and is no money. A bare number also meets degrees, per cent, money, counted things; any unit if need_unit is False.
+#      exponent and is no money. A bare number also meets degrees, per cent, money,
+#      counted things; any unit if need_unit is False.
 #   3. A formula (mathematical signs and no words): math_verify decides, which looks at no
 #      unit; n/a (None) where it is not installed or cannot read the reference. It also
 #      reads the formulas that answer 2.
@@ -1022,7 +1018,7 @@ def turn_end(tokenizer):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "@"}]
     ids, eos = chat_ids(tokenizer, chat * 2), tokenizer.eos_token_id
     behind = tokenizer.decode(ids).rpartition("@")[2].strip()
-    if ids.count(eos) < 2:  # or it ends every turn, perhaps behind another
+    if ids.count(eos) < 2:  # else the eos ends every turn
         for name, i in control_tokens(tokenizer).items():
             if behind.startswith(name):
                 return i
@@ -1035,8 +1031,10 @@ JUST_TEXT = "{{ messages[0]['content'] }}"  # a chat template for a text that is
 def reference_writes(tokenizer, examples, longest=math.inf):
     """Choice 1, who writes: the row's reference solution stands in the completion's place. One that
     is, with its prompt, over `longest` tokens is left out, and counted."""
-    opened = written_text(tokenizer, examples[0].prompt_ids, [])
-    require(not opened, "the chat template opens a thinking, which the references lack.")
+    require(
+        not written_text(tokenizer, examples[0].prompt_ids, []),
+        "the chat template opens a thinking, which the references lack.",
+    )
     end = turn_end(tokenizer)
     episodes = []
     for e in examples:
@@ -1050,13 +1048,13 @@ def reference_writes(tokenizer, examples, longest=math.inf):
 
 
 def written_text(tokenizer, prompt, ids):
-    """The text that the ids of a completion say, without the token that ended it. The tags of a
-    thinking stay, special tokens or not; the prompt's end may open one."""
+    """The text that the ids of a completion say, without special tokens. But the tags of a thinking
+    stay; the prompt's end may open one."""
     is_open = after_thinking(tokenizer.decode(prompt[-12:])) is None
     text = tokenizer.decode(ids)
-    for name in control_tokens(tokenizer):
-        if not THINKING_TAG.match(name):
-            text = text.replace(name, "")
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and not THINKING_TAG.match(token.content):
+            text = text.replace(token.content, "")
     return "<think>" + text if is_open else text
 
 
@@ -1133,8 +1131,8 @@ class ServerWriter:
         return fill(template, fields, lambda data: re.sub(control_token, r"\g<0> ", data))
 
     def __call__(self, prompts):
-        """Yields (index, Written) for each prompt, as they come. UserError: of the first ones none
-        is answered."""
+        """Yields (index, Written) for each prompt, as they come. UserError: none of the first
+        ten is answered."""
         with ThreadPool(self.sampling["batch_size"]) as pool:  # its threads die with the process
             answers = pool.imap_unordered(self.request, enumerate(prompts))
             for count, (i, written) in enumerate(answers, 1):
@@ -1521,7 +1519,7 @@ def read_criterion(item):
         say_once("note: a criterion that states no weight weighs 1")
     word = re.sub(r" ?(points?|pts?)? ?(\([^()]*\))?$", "", stated or "1")
     weight = WORD_WEIGHT.get(word, word)
-    if re.search(r"(?i)(^|[: _-])(negatives?|penalty|pitfalls|true)([ _](crit|rub|item)|:|$)", field_of(item, "polarity")):
+    if re.search("(?i)(^|: )(negative|penalty|true)", field_of(item, "polarity")):
         weight = -abs(float(weight))
     criterion = make_criterion(field_of(item, "title"), field_of(item, "description"), weight)
     if item.get("check"):
@@ -1544,8 +1542,9 @@ def criteria_in(value):
         is_section = isinstance(part, dict) and not is_criterion
         if isinstance(part, list):
             is_section = key in LISTS or dict in map(type, part)
-        if is_section:  # its name may say that these are faults
-            within += [item | {key + "_polarity": key} for item in criteria_in(part)]
+        if is_section:
+            sign = {"polarity": "negative"} if "negative" in key or key == "pitfalls" else {}
+            within += [item | sign for item in criteria_in(part)]
     if is_criterion == bool(within):
         raise ValueError(f"no criterion, or one with others within; one is {FORMS}")
     return within or [value]
@@ -2129,8 +2128,10 @@ def cmd_eval(args):
     columns = "question reference_answer rubric"
     summary = write_lines(args, rows, "text", columns, ask, score, args.k)
     if not summary.get("rubric_score_n"):
-        answers, limit = args.out or "ITS-OUT.jsonl", Judge.max_new_tokens
-        say_next(args, "judge", model="Qwen2.5-7B-Instruct", data=answers, max_new_tokens=limit)
+        say_next(
+            args, "judge", model="Qwen2.5-7B-Instruct", data=args.out or "ITS-OUT.jsonl",
+            max_new_tokens=Judge.max_new_tokens,
+        )
     return summary
 
 
@@ -2254,11 +2255,11 @@ def cmd_train(args):
     for name in ("prompt_ids", "teacher_ids"):
         say("---", name, "of the first row ---\n" + tokenizer.decode(getattr(examples[0], name)))
     state["questions"] = sorted({question_hash(e.row) for e in examples})
-    write = training_writer(args, writer)
     is_asked = args.kl or method.signal == "divergence"
     steps = train(
-        student, teacher if is_asked else None, examples, write, training_loss(args),
-        optimizer, args.steps, args.batch, args.lr, args.warmup, args.seed, start,
+        student, teacher if is_asked else None, examples, training_writer(args, writer),
+        training_loss(args), optimizer, args.steps, args.batch, args.lr, args.warmup, args.seed,
+        start,
         ema_teacher=teacher if args.teacher == "ema" else None, token_budget=args.token_budget,
         chunk=192_000_000 if torch.cuda.is_available() else 24_000_000,
     )

@@ -1073,7 +1073,8 @@ MERITS = [  # pitfalls whose main verb avoids the fault
     "Should not suggest X.", "The assistant should avoid asking.", "Avoid bolding.",
     "Refrains from blame.", "Must not guess.", "The response must carefully avoid rounding.",
     "An answer mustn't confuse them.", "Do not round early.", "Pitfall: Avoids mixing units.",
-    "Response must not guess.", "Warns against the wrong strand.", "Pitfall Criteria: The response must not omit it.",
+    "Response must not guess.", "Warns against the wrong strand.",
+    "Pitfall Criteria: The response must not omit it.",
     "This cannot be missing.",
 ]
 STATED = [  # points of HealthBench, whose sign holds, whatever the verb
@@ -2365,6 +2366,13 @@ def test_unfinished_thinking_is_no_answer(tok, special, tail, completion, accura
     ((_, written),) = rsd.ModelWriter(lambda prompts: [(ids, True)], other, math.inf)([prompt])
     assert rsd.accuracy(written.text, {"reference_answer": "4"}) == accuracy
     assert "<|im_end|>" not in written.text
+
+
+def test_added_tokens_that_are_not_special_stay_in_the_text(tok):
+    other = copy.deepcopy(tok)  # Gemma's has HTML's tags
+    other.add_tokens([tokenizers.AddedToken(name, special=False) for name in ("<sup>", "</sup>")])
+    ids = other.encode("10<sup>3</sup>", add_special_tokens=False) + [other.eos_token_id]
+    assert rsd.written_text(other, [5], ids) == "10<sup>3</sup>"
 
 
 def test_eval_leaves_out_what_a_checkpoint_was_trained_on(base, run, capsys):
